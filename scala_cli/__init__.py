@@ -1,0 +1,28 @@
+"""Slim pretrained Vision Transformers: train once, cut any width, deploy what fits."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from scala_cli.models.checkpoint import load
+    from scala_cli.models.slimmable import SlimmableViT
+    from scala_cli.slicing.point import Point
+    from scala_cli.slicing.rule import Rule
+
+__all__ = ["Point", "Rule", "SlimmableViT", "__version__", "load"]
+
+_HOMES = {
+    "load": "scala_cli.models.checkpoint",
+    "SlimmableViT": "scala_cli.models.slimmable",
+    "Point": "scala_cli.slicing.point",
+    "Rule": "scala_cli.slicing.rule",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # torch and timm take seconds to import: only when one of these is asked for
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,3 @@
+from scala_cli.cli.app import main
+
+main()

@@ -1,0 +1,60 @@
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scala_cli.cli.console import Output
+from scala_cli.cli.options import Some, command
+from scala_cli.models.locate import resolve
+from scala_cli.settings import BenchSettings, DeviceSettings, EvalSettings, ReadSettings
+from scala_cli.slicing.point import find_point
+
+
+def register(app: typer.Typer) -> None:
+    command(app, "bench")(bench)
+
+
+def bench(
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[CKPT|MODEL]",
+            help="A checkpoint, or a model as in scala convert. Default: the newest run.",
+        ),
+    ] = None,
+    ratio: Some = None,
+    data: Annotated[str | None, typer.Option("--data", help="Also evaluate on these images.")] = None,
+    csv: Annotated[Path | None, typer.Option("--csv", help="Also write the rows to this file.")] = None,
+    *,
+    settings: BenchSettings,
+    read: ReadSettings,
+    device: DeviceSettings,
+    out: Output,
+) -> None:
+    """Latency, throughput, parameters and multiply-accumulates of every width.
+
+    Example: scala bench runs/last -b 8 --threads 1
+    """
+    import scala_cli.measure
+    from scala_cli.evaluate import evaluate, validation_loader
+    from scala_cli.models.checkpoint import load_with_record
+    from scala_cli.models.source import is_checkpoint, open_slimmable
+    from scala_cli.report import write_csv
+
+    if checkpoint is None or is_checkpoint(checkpoint):
+        net, record = load_with_record(resolve(checkpoint))
+    else:
+        net, record = open_slimmable(checkpoint, None, scratch=True)
+        out.note("random weights: they take as long as trained ones.")
+    points = [find_point(r, net.points) for r in ratio] if ratio else net.points
+    with out.progress() as live:
+        document = scala_cli.measure.bench(net, record, points, settings, device, live)
+        if data is not None:
+            loader = validation_loader(net, data, EvalSettings().batch_size, read)
+            for row, found in zip(
+                document["points"], evaluate(net, loader, points, device, live), strict=True
+            ):
+                row["top1"] = found["top1"]
+    if csv is not None:
+        write_csv(csv, document["points"])
+    out.result(document, document["points"])

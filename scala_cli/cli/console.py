@@ -1,0 +1,162 @@
+"""The only place that prints: results to stdout, progress and notes to stderr."""
+
+import errno
+import json
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from scala_cli.errors import ScalaError
+from scala_cli.settings import option
+from scala_cli.watch import Watcher
+
+
+@dataclass(frozen=True)
+class Output:
+    """How results are shown."""
+
+    json: bool = option(False, "Print the result as one JSON document.", switch=True)
+    quiet: bool = option(False, "Print the result alone.", "-q", switch=True)
+    debug: bool = option(False, "Show the traceback of an error.", switch=True)
+
+    def note(self, text: str) -> None:
+        """One line about what is being done."""
+        if not self.quiet:
+            Console(stderr=True, soft_wrap=True, highlight=False).print(escape(text), style="dim")
+
+    def result(self, document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], title: str = "") -> None:
+        """The outcome of a command: the whole document with --json, else its rows as a table.
+
+        Where stdout is no terminal the rows are plain: columns separated by two spaces or more.
+        """
+        if self.json:
+            sys.stdout.write(json.dumps(document, indent=2) + "\n")
+            return
+        print_table(Console(), rows, title)
+        for key, value in document.items():
+            if isinstance(value, str | int | float) and not isinstance(value, bool):
+                sys.stdout.write(f"{key}: {shown(value)}\n")
+
+    def error(self, message: str, hint: str = "") -> None:
+        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console.print(f"[bold red]error:[/] {escape(message)}")
+        if hint:
+            console.print(escape(hint))
+
+    @contextmanager
+    def progress(self) -> Iterator["Live"]:
+        """A live bar on stderr; none where stderr is no terminal or under --quiet."""
+        console = Console(stderr=True)
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[losses]}"),
+            console=console,
+            transient=True,
+            disable=self.quiet or not console.is_terminal,
+        )
+        with bar:
+            yield Live(self, bar)
+
+
+class Live(Watcher):
+    """A live bar with the rate, the time left and the loss of every pass; a table after each epoch."""
+
+    def __init__(self, out: Output, progress: Progress) -> None:
+        self.out, self.progress = out, progress
+        self.task: TaskID | None = None
+        self.unit = ""
+
+    def note(self, text: str) -> None:
+        self.out.note(text)
+
+    def phase(self, name: str, total: int, unit: str = "images") -> None:
+        if self.task is not None:
+            self.progress.remove_task(self.task)
+        self.task, self.unit = self.progress.add_task(name, total=total, rate="", losses=""), unit
+
+    def step(self, count: int, losses: Mapping[str, float] | None = None) -> None:
+        assert self.task is not None
+        self.progress.advance(self.task, count)
+        speed = self.progress.tasks[-1].speed
+        rate = f"{speed:.0f} {self.unit}/s" if speed else ""
+        text = "  ".join(f"{name}: {loss:.3f}" for name, loss in (losses or {}).items())
+        self.progress.update(self.task, rate=rate, losses=text)
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        if not self.out.quiet:
+            points = [{key: point[key] for key in ("ratio", "top1", "top5")} for point in row["points"]]
+            title = f"epoch {row['epoch']}, {row['images_per_sec']:.0f} images/s"
+            print_table(self.progress.console, points, title)
+
+
+def print_table(console: Console, rows: Sequence[Mapping[str, Any]], title: str = "") -> None:
+    if not rows:
+        return
+    cells = [[shown(value) for value in row.values()] for row in rows]
+    if console.is_terminal:
+        table = Table(title=title or None, title_justify="left")
+        for column in rows[0]:
+            table.add_column(column, justify="right")
+        for line in cells:
+            table.add_row(*line)
+        console.print(table)
+        return
+    if title:
+        console.file.write(f"{title}\n")
+    lines = [list(rows[0]), *cells]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for line in lines:
+        text = "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        console.file.write(text + "\n")
+
+
+def shown(value: Any) -> str:
+    """A value as a person reads it: four digits, thousands as 1.2 M, a dash for what is not known."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int) and value >= 1_000_000:
+        return f"{value / 1e6:.2f} M"
+    return str(value)
+
+
+@contextmanager
+def reporting_errors(out: Output) -> Iterator[None]:
+    """Errors as one or two lines: exit code 2 for what a user can mend, 1 for our bugs, 130 for Ctrl-C."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
+    except BrokenPipeError:
+        raise typer.Exit(0) from None
+    except KeyboardInterrupt:
+        code, message, hint = 130, "interrupted.", ""
+    except ScalaError as error:
+        code, message, hint = 2, error.message, error.hint
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        code, message = 2, f"{error.filename or 'the disk'}: {error.strerror or error}."
+        hint = "Free some space and run the command again." if full else "Check the path and its permissions."
+    except Exception as error:
+        code, message = 1, f"this is a bug of scala: {type(error).__name__}: {error}"
+        hint = "Run it again with --debug and report what it prints, with the output of: scala env"
+    else:
+        return
+    if out.debug:
+        traceback.print_exc()
+    out.error(message, hint)
+    raise typer.Exit(code)

@@ -1,0 +1,71 @@
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from scala_cli.cli.console import Output
+from scala_cli.cli.options import Force, Ratios, Target, command
+from scala_cli.files import refuse_occupied
+from scala_cli.models.locate import FILES
+from scala_cli.settings import DEFAULT_RATIOS
+from scala_cli.slicing.point import parse_points
+
+
+def register(app: typer.Typer) -> None:
+    command(app, "convert")(convert)
+
+
+def convert(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="deit_ti, deit_s, deit_b (or ..._distilled), a timm name, hf-hub:org/repo, "
+            "a directory in timm's format, or a weight file."
+        ),
+    ],
+    output: Target = None,
+    ratios: Ratios = None,
+    weights: Annotated[
+        Path | None, typer.Option("--weights", help="Read this file instead of downloading.")
+    ] = None,
+    scratch: Annotated[bool, typer.Option("--scratch", help="Start from random weights.")] = False,
+    num_classes: Annotated[int | None, typer.Option(min=1, help="A new head with so many classes.")] = None,
+    img_size: Annotated[int | None, typer.Option(min=1, help="Pixels a side.")] = None,
+    patch_size: Annotated[int | None, typer.Option(min=1, help="Pixels a side of a patch.")] = None,
+    layout: Annotated[
+        Literal["aligned", "fused"],
+        typer.Option(help="Cut every head of q, k and v alike, or qkv as one block as the Scala authors do."),
+    ] = "aligned",
+    force: Force = False,
+    *,
+    out: Output,
+) -> None:
+    """Turn pretrained weights into a slimmable checkpoint.
+
+    The full width computes what the pretrained model does; timm loads the result as it is.
+
+    Example: scala convert deit_s -o deit_s
+    """
+    points = parse_points(ratios or DEFAULT_RATIOS)
+    target = output or Path(f"{Path(model).name.rpartition(':')[2]}-slimmable")
+    refuse_occupied(target, force, FILES)
+
+    from scala_cli.measure import cost, largest_difference
+    from scala_cli.models.checkpoint import load, save
+    from scala_cli.models.source import Changes, open_model
+
+    changes = Changes(num_classes, img_size, patch_size)
+    net, record = open_model(model, points, changes, weights=weights, scratch=scratch, layout=layout)
+    save(net, record, target)
+    rows = [{"ratio": float(point.ratio), **cost(net.spec.at(point))} for point in points]
+    difference = largest_difference(load(target).vit, net.vit, net.spec)
+    out.result(
+        {
+            "path": str(target),
+            "arch": net.spec.architecture,
+            "max_abs_diff": difference,
+            "points": rows,
+        },
+        rows,
+        title="widths",
+    )

@@ -1,0 +1,43 @@
+import typer
+
+from scala_cli.cli.console import Output
+from scala_cli.cli.options import Checkpoint, Data, Some, command
+from scala_cli.models.locate import resolve
+from scala_cli.settings import DeviceSettings, EvalSettings, ReadSettings
+from scala_cli.slicing.point import find_point
+
+
+def register(app: typer.Typer) -> None:
+    command(app, "eval")(evaluate)
+
+
+def evaluate(
+    checkpoint: Checkpoint = None,
+    *,
+    data: Data,
+    ratio: Some = None,
+    settings: EvalSettings,
+    read: ReadSettings,
+    device: DeviceSettings,
+    out: Output,
+) -> None:
+    """Accuracy of every width on the validation images.
+
+    Example: scala eval runs/last --data DIR --ratio 0.5
+    """
+    directory = resolve(checkpoint)
+
+    from scala_cli.device import choose_device, uses_bfloat16
+    from scala_cli.evaluate import evaluate, validation_loader
+    from scala_cli.models.checkpoint import load_with_record
+    from scala_cli.models.vit import choose_attention
+
+    place = choose_device(device)
+    choose_attention(place, uses_bfloat16(place, device))
+    net, _ = load_with_record(directory)
+    points = [find_point(r, net.points) for r in ratio] if ratio else net.points
+    loader = validation_loader(net, data, settings.batch_size, read)
+    with out.progress() as live:
+        rows = evaluate(net.to(place), loader, points, device, live)
+        loader.tell_skipped(live)
+    out.result({"points": rows, "skipped": list(loader.skipped)}, rows)

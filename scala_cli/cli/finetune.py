@@ -1,0 +1,94 @@
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scala_cli.cli.console import Output
+from scala_cli.cli.options import Force, Ratios, command
+from scala_cli.settings import (
+    AugmentSettings,
+    DeviceSettings,
+    MethodSettings,
+    OptimizerSettings,
+    ReadSettings,
+    Settings,
+)
+
+
+def register(app: typer.Typer) -> None:
+    command(app, "finetune")(finetune)
+
+
+def finetune(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL|CKPT", help="What to start from: see scala convert; or a checkpoint."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", help="A folder with train/ and val/ of class folders, torch/cifar10, or digits."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Run directory. Default: runs/NAME-TIME.")
+    ] = None,
+    ratios: Ratios = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="Go on with this run, with its own settings.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    force: Force = False,
+    *,
+    method: MethodSettings,
+    optimizer: OptimizerSettings,
+    augment: AugmentSettings,
+    read: ReadSettings,
+    device: DeviceSettings,
+    out: Output,
+) -> None:
+    """Train every width of a pretrained ViT at once.
+
+    Example: scala finetune deit_s --data DIR --epochs 10
+    """
+    if resume is None and (model is None or data is None):
+        raise typer.BadParameter("Give a model and its images: scala finetune deit_s --data DIR")
+
+    from scala_cli.models.source import open_slimmable
+    from scala_cli.training.finetune import finetune, go_on
+    from scala_cli.training.run import Run
+
+    run = Run(resume or output or Path("runs") / f"{Path(model or '').name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    with out.progress() as live:
+        try:
+            if resume is not None:
+                best = go_on(run, live)
+            else:
+                assert model is not None and data is not None
+                folder = Path(data).expanduser()
+                settings = Settings(
+                    str(folder.resolve()) if folder.is_dir() else data,
+                    method,
+                    optimizer,
+                    augment,
+                    read,
+                    device,
+                    seed,
+                )
+                best = finetune(*open_slimmable(model, ratios), settings, run, live, force)
+        except KeyboardInterrupt:
+            out.note(f"go on with: scala finetune --resume {run.path}")
+            raise
+    rows = [{key: point[key] for key in ("ratio", "top1", "top5")} for point in best["points"]]
+    out.result(
+        {
+            "run": str(run.path),
+            "best": str(run.path / "best"),
+            "points": rows,
+            "images_per_sec": best["images_per_sec"],
+        },
+        rows,
+        title=f"best epoch: {best['epoch']}",
+    )
+    out.note("next: scala slice --ratio 0.5, scala bench")

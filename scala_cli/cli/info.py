@@ -1,0 +1,41 @@
+import typer
+
+from scala_cli.cli.console import Output
+from scala_cli.cli.options import Checkpoint, command
+from scala_cli.models.locate import resolve
+
+
+def register(app: typer.Typer) -> None:
+    command(app, "info")(info)
+
+
+def info(checkpoint: Checkpoint = None, *, out: Output) -> None:
+    """What a checkpoint holds: its widths, what they cost, and how well they did.
+
+    Example: scala info runs/last
+    """
+    directory = resolve(checkpoint)
+
+    from scala_cli.measure import cost
+    from scala_cli.models.checkpoint import load_with_record
+
+    net, record = load_with_record(directory)
+    rows = [
+        {"ratio": float(point.ratio), **cost(net.spec.at(point)), "top1": record.top1(point)}
+        for point in net.points
+    ]
+    out.result(
+        {
+            "path": str(directory),
+            "arch": net.spec.architecture,
+            "classes": net.spec.num_classes,
+            "image": "x".join(map(str, net.spec.input_size)),
+            "method": record.method or "none yet",
+            "isolated": net.rule.isolated,
+            "layout": net.rule.layout,
+            "attn_scale": net.rule.attn_scale,
+            "provenance": dict(record.provenance),
+            "points": rows,
+        },
+        rows,
+    )

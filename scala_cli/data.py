@@ -1,0 +1,329 @@
+"""Images and labels, read through timm and strictly: nothing unreadable is replaced in silence."""
+
+from collections.abc import Iterator, Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from timm.data import (
+    add_img_extensions,
+    create_dataset,
+    create_transform,
+    get_img_extensions,
+    resolve_model_data_config,
+)
+from timm.data.readers import create_reader
+from timm.models import VisionTransformer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from scala_cli.errors import DataError
+from scala_cli.settings import AugmentSettings, ReadSettings
+from scala_cli.watch import Watcher
+
+VALIDATION = ("val", "validation", "test")
+add_img_extensions((".webp", ".bmp"))  # timm's folder reader would pass over these in silence
+
+
+class Samples(Protocol):
+    """Raw images with class numbers, before any transform."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> tuple[Any, int]: ...
+    def name(self, index: int) -> str: ...
+
+
+@dataclass(frozen=True)
+class Split:
+    """One part of a data set."""
+
+    samples: Samples
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+@dataclass(frozen=True)
+class Corrupt:
+    """An image that could not be read, on its way from a worker to whoever decides what to do."""
+
+    name: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images (B, C, H, W), class numbers (B,), and what could not be read."""
+
+    images: Tensor
+    targets: Tensor
+    corrupt: tuple[Corrupt, ...]
+
+
+def open_split(data: str, training: bool, data_dir: str | None = None) -> Split:
+    """The training or validation part of a data set.
+
+    Args:
+        data: a folder with train/ and val/ (or validation/, test/) of class folders; `digits`,
+            scikit-learn's handwritten digits; or a timm data set name such as torch/cifar10.
+        data_dir: where the named data set lies.
+
+    Raises:
+        DataError: missing or empty folders, a class without images, classes that differ between parts.
+    """
+    if data == "digits":
+        return digits(training)
+    folder = Path(data).expanduser()
+    if folder.is_dir():
+        return open_folder(folder, training)
+    kind, _, name = data.partition("/")
+    if kind in ("torch", "hfds") and name:
+        return open_named(data, training, data_dir)
+    if kind in ("wds", "tfds") and name:
+        raise DataError(
+            f"{data}: streamed data sets cannot be counted exactly, so they are not read.",
+            "Give the images as a folder with train/ and val/.",
+        )
+    raise DataError(
+        f"data {data!r}: there is no such folder, and no data set of that name.",
+        "Give a folder with train/ and val/ of class folders, torch/cifar10 with --data-dir, or digits.",
+    )
+
+
+def open_folder(folder: Path, training: bool) -> Split:
+    """One part of a folder of class folders. Both parts count classes as train/ does."""
+    present = [folder / name for name in VALIDATION if (folder / name).is_dir()]
+    train = folder / "train"
+    if (training and not train.is_dir()) or (not training and not present):
+        wanted = "train/" if training else "val/, validation/ or test/"
+        raise DataError(f"{folder} has no {wanted}.", "Put one folder a class under train/ and under val/.")
+    if training:
+        return read_folder(train)
+    return read_folder(present[0], read_folder(train).classes if train.is_dir() else None)
+
+
+def read_folder(folder: Path, classes: Sequence[str] | None = None) -> Split:
+    """The images of one folder of class folders; with `classes`, numbered as these."""
+    directories = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    if not directories:
+        raise DataError(f"{folder} has no class folders.", "Put one folder of images a class in it.")
+    for directory in directories:
+        if not any(path.suffix.lower() in get_img_extensions(as_set=True) for path in directory.rglob("*")):
+            raise DataError(
+                f"class {directory.name!r} has no images in {directory}.",
+                "Add .jpg, .png, .webp or .bmp images, or remove the folder.",
+            )
+    reader = create_reader("", str(folder))
+    found = tuple(reader.class_to_idx)
+    if "" in found:
+        raise DataError(f"{folder} holds images that are in no class folder.", "Move them to their classes.")
+    if classes is None or found == tuple(classes):
+        return Split(FromReader(reader), found)
+    unknown = sorted(set(found) - set(classes))
+    if unknown:
+        raise DataError(
+            f"{folder} has a class {unknown[0]!r} that train/ does not have.",
+            "Give both parts the same class folders.",
+        )
+    numbered = {name: number for number, name in enumerate(classes)}
+    return Split(FromReader(create_reader("", str(folder), class_map=numbered)), tuple(classes))
+
+
+def open_named(name: str, training: bool, data_dir: str | None) -> Split:
+    """A data set timm knows by name. Raises DataError where it does not lie in `data_dir`."""
+    split = "train" if training else "validation"
+    try:
+        dataset = create_dataset(name, data_dir, split=split, is_training=training)
+    except (AssertionError, RuntimeError, OSError, ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160] or "not found"
+        raise DataError(
+            f"{name} in {data_dir or 'no --data-dir'}: {reason}.", "Name its place: --data-dir DIR"
+        ) from None
+    samples = FromReader(dataset.reader) if hasattr(dataset, "reader") else FromDataset(dataset, name)
+    classes = getattr(dataset, "classes", None)
+    if classes is None and hasattr(dataset, "reader"):
+        classes = getattr(dataset.reader, "class_to_idx", None)
+    if not classes:
+        raise DataError(
+            f"{name} does not name its classes.", "Give the images as a folder with train/ and val/."
+        )
+    return Split(samples, tuple(map(str, classes)))
+
+
+def digits(training: bool) -> Split:
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels: every fifth for validation."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise DataError("digits needs scikit-learn.", "pip install 'scala-vit[demo]'") from None
+    bunch = load_digits()
+    chosen = [i for i in range(len(bunch.target)) if (i % 5 != 0) == training]
+    pixels = (bunch.images[chosen] * (255 / 16)).astype("uint8")
+    return Split(Digits(pixels, bunch.target[chosen]), tuple(map(str, range(10))))
+
+
+class Digits:
+    """Arrays of grey pixels."""
+
+    def __init__(self, pixels: Any, targets: Any) -> None:
+        self.pixels, self.targets = pixels, targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[index]), int(self.targets[index])
+
+    def name(self, index: int) -> str:
+        return f"digits[{index}]"
+
+
+class FromReader:
+    """The samples of a timm reader: folders and hfds."""
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        file, target = self.reader[index][:2]
+        return Image.open(file), target
+
+    def name(self, index: int) -> str:
+        return self.reader.filename(index, absolute=True)
+
+
+class FromDataset:
+    """The samples of a torchvision data set, which opens its images itself."""
+
+    def __init__(self, dataset: Any, label: str) -> None:
+        self.dataset, self.label = dataset, label
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.dataset[index]
+
+    def name(self, index: int) -> str:
+        return f"{self.label}[{index}]"
+
+
+class Strict(Dataset):
+    """Transformed images; one that cannot be read comes as `Corrupt`, never as its neighbour."""
+
+    def __init__(self, samples: Samples, transform: Any) -> None:
+        self.samples, self.transform = samples, transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | Corrupt:
+        try:
+            image, target = self.samples[index]
+            image = image.convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return Corrupt(self.samples.name(index), str(error).split(":")[0])
+        return self.transform(image), target
+
+
+def collate(items: Sequence[tuple[Tensor, int] | Corrupt]) -> Batch:
+    good = [item for item in items if not isinstance(item, Corrupt)]
+    return Batch(
+        images=torch.stack([image for image, _ in good]) if good else torch.empty(0),
+        targets=torch.tensor([target for _, target in good], dtype=torch.long),
+        corrupt=tuple(item for item in items if isinstance(item, Corrupt)),
+    )
+
+
+class Loader(Sized):
+    """Batches of one split. What could not be read is in `skipped`, once each.
+
+    Args:
+        training: shuffled and augmented, and an incomplete last batch is left out.
+
+    Raises (on iteration):
+        DataError: an unreadable image, unless `read.on_corrupt` is "skip".
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        transform: Any,
+        batch_size: int,
+        read: ReadSettings,
+        *,
+        training: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.split = split
+        self.skipped: dict[str, str] = {}
+        self.on_corrupt = read.on_corrupt
+        self.batch_size = min(batch_size, len(split))
+        self.generator = torch.Generator()
+        self.seed = seed
+        self.epoch = 0
+        self.loader = DataLoader(
+            Strict(split.samples, transform),
+            batch_size=self.batch_size,
+            shuffle=training,
+            drop_last=training,
+            num_workers=read.workers,
+            collate_fn=collate,
+            generator=self.generator,
+        )
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, targets) of the epoch `self.epoch`: the order depends on it and the seed alone."""
+        self.generator.manual_seed(self.seed * 1_000_003 + self.epoch)
+        for batch in self.loader:
+            for bad in batch.corrupt:
+                if self.on_corrupt == "error":
+                    raise DataError(
+                        f"{bad.name} cannot be read ({bad.why}).",
+                        "Mend or remove it, or pass --on-corrupt skip",
+                    )
+                self.skipped[bad.name] = bad.why
+            if len(batch.targets):
+                yield batch.images, batch.targets
+
+    def tell_skipped(self, watch: Watcher) -> None:
+        """Notes how many images were skipped, and each by name as far as the first ten."""
+        if self.skipped:
+            named = ", ".join(f"{name} ({why})" for name, why in list(self.skipped.items())[:10])
+            watch.note(f"skipped {len(self.skipped)} unreadable images: {named}")
+
+
+def transform_for(vit: VisionTransformer, augment: AugmentSettings | None = None) -> Any:
+    """timm's transform with the model's size, mean and deviation; augmenting where told how."""
+    config = resolve_model_data_config(vit)
+    common: dict[str, Any] = {k: config[k] for k in ("input_size", "interpolation", "mean", "std")}
+    if augment is None:
+        return create_transform(**common, crop_pct=config["crop_pct"], crop_mode=config["crop_mode"])
+    return create_transform(
+        **common,
+        is_training=True,
+        scale=augment.scale,
+        hflip=augment.hflip,
+        auto_augment=augment.aa,
+        re_prob=augment.reprob,
+        color_jitter=None,  # type: ignore[arg-type]  # timm's own way to say none
+    )
+
+
+def class_misfit(data: Sequence[str], num_classes: int, names: Sequence[str] | None) -> str:
+    """Why a model's classes cannot be the data's; empty where they can."""
+    if len(data) != num_classes:
+        return f"the model knows {num_classes} classes, the data has {len(data)}"
+    if names and not set(names) & set(data):
+        return f"the model's classes ({names[0]}, ...) are not the data's ({data[0]}, ...)"
+    return ""

@@ -1,0 +1,67 @@
+"""Where tensors are computed, and in which precision."""
+
+import platform
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+
+import torch
+
+from scala_cli.errors import ScalaError
+from scala_cli.settings import DeviceSettings
+
+
+def choose_device(settings: DeviceSettings) -> torch.device:
+    """The device asked for, or the best there is; sets the number of CPU threads on the way.
+
+    Raises ScalaError for a device this machine does not have.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if settings.device is None:
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(settings.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ScalaError(
+            f"device {settings.device!r} cannot be used here.", f"Try --device {accelerator or 'cpu'}"
+        ) from None
+    return device
+
+
+def uses_bfloat16(device: torch.device, settings: DeviceSettings) -> bool:
+    """Whether to compute in bfloat16: as told, else where the hardware multiplies in it.
+
+    That is any GPU, and a CPU with AMX, which trains twice as fast with it (docs/performance.md).
+    """
+    if settings.amp is not None:
+        return settings.amp
+    if device.type != "cpu":
+        return True
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return capabilities.get("amx_bf16", False)
+
+
+def autocast(device: torch.device, settings: DeviceSettings) -> AbstractContextManager[object]:
+    on = uses_bfloat16(device, settings)
+    return torch.autocast(device.type, torch.bfloat16) if on else nullcontext()
+
+
+def synchronize(device: torch.device) -> None:
+    """Returns once the device has done all that was asked of it."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's own name: "Intel Xeon ..." or "NVIDIA ..."."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        with suppress(OSError):
+            for line in Path("/proc/cpuinfo").read_text().splitlines():
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+        return platform.processor() or platform.machine()
+    return str(device)

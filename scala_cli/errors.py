@@ -1,0 +1,31 @@
+"""What a user can mend. Anything else that escapes a command is our bug."""
+
+
+class ScalaError(Exception):
+    """A mistake or a circumstance that the user can mend: one line of what, one of what to do.
+
+    Args:
+        message: what is wrong, naming the file, option or value.
+        hint: the remedy, where possible the command to run next.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class PointError(ScalaError):
+    """A width that cannot be cut from this model, or that was never trained."""
+
+
+class CheckpointError(ScalaError):
+    """A checkpoint, weight file or architecture that cannot be read or does not fit."""
+
+
+class DataError(ScalaError):
+    """A data set that is missing, malformed or does not fit the model."""
+
+
+class TrainingError(ScalaError):
+    """A training run that cannot go on."""

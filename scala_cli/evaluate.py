@@ -1,0 +1,61 @@
+"""Accuracy of every width in one pass over the images."""
+
+from collections.abc import Sequence
+
+import torch
+from timm.utils import AverageMeter, accuracy
+
+from scala_cli.data import Loader, class_misfit, open_split, transform_for
+from scala_cli.device import autocast
+from scala_cli.errors import DataError
+from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.settings import DeviceSettings, ReadSettings
+from scala_cli.slicing.point import Point
+from scala_cli.watch import Watcher
+
+Row = dict[str, float]
+
+
+def validation_loader(net: SlimmableViT, data: str, batch_size: int, read: ReadSettings) -> Loader:
+    """The validation images of a data set as `net` wants them.
+
+    Raises DataError, also where the data's classes are not the model's.
+    """
+    split = open_split(data, False, read.data_dir)
+    misfit = class_misfit(split.classes, net.spec.num_classes, net.spec.label_names)
+    if misfit:
+        raise DataError(f"{misfit}.", f"Train a head for them: scala finetune CKPT --data {data}")
+    return Loader(split, transform_for(net.vit), batch_size, read)
+
+
+@torch.inference_mode()
+def evaluate(
+    net: SlimmableViT, loader: Loader, points: Sequence[Point], settings: DeviceSettings, watch: Watcher
+) -> list[Row]:
+    """Top-1 and top-5 in percent of every point, over the images that could be read.
+
+    Returns:
+        per point {"ratio", "top1", "top5", "images"}; with fewer than five classes top-5 is 100.
+    """
+    net.eval()
+    device = next(net.parameters()).device
+    meters = {point: (AverageMeter(), AverageMeter()) for point in points}
+    watch.phase("evaluate", len(loader.split))
+    for images, targets in loader:
+        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        for point, (top1, top5) in meters.items():
+            with autocast(device, settings):
+                logits = net(images, point)
+            first, fifth = accuracy(logits.float(), targets, topk=(1, 5))
+            top1.update(first.item(), len(targets))
+            top5.update(fifth.item(), len(targets))
+        watch.step(len(targets))
+    return [
+        {
+            "ratio": float(point.ratio),
+            "top1": round(top1.avg, 4),
+            "top5": round(top5.avg, 4),
+            "images": top1.count,
+        }
+        for point, (top1, top5) in meters.items()
+    ]

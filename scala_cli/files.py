@@ -1,0 +1,74 @@
+"""Writing that either happens wholly or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+
+from scala_cli.errors import ScalaError
+
+
+@contextmanager
+def whole_directory(target: Path) -> Iterator[Path]:
+    """A fresh directory to fill, which takes `target`'s place once the block ends without an error.
+
+    Its files are flushed to disk before the rename; a former `target` stays whole until then. Whatever
+    goes wrong inside, no trace is left.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield fresh
+        fresh.chmod(0o755)
+        for path in [*fresh.iterdir(), fresh]:
+            flush(path)
+        former = fresh.with_name(f"{fresh.name}.former")
+        if target.exists():
+            target.rename(former)
+        fresh.rename(target)
+        flush(target.parent)
+        shutil.rmtree(former, ignore_errors=True)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """A path to write, which takes `target`'s place once the block ends without an error."""
+    fresh = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        yield fresh
+        flush(fresh)
+        fresh.replace(target)
+        flush(target.parent)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Returns once the disk holds the file or directory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def refuse_occupied(target: Path, force: bool, ours: set[str]) -> None:
+    """Raises ScalaError unless `target` is free to write to.
+
+    With `force` a directory may be replaced, but only one that holds nothing but `ours`: the names that
+    the command itself writes.
+    """
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ScalaError(f"{target} is not a directory.", "Choose another one: -o DIR")
+    held = {path.name for path in target.iterdir()} if target.exists() else set()
+    if held and not force:
+        raise ScalaError(f"{target} is not empty.", "Choose another one with -o DIR, or replace it: --force")
+    if held - ours:
+        raise ScalaError(
+            f"{target} holds files that are not ours ({sorted(held - ours)[0]}); it is not replaced.",
+            "Choose another one: -o DIR",
+        )

@@ -1,0 +1,26 @@
+"""The two losses every method is made of."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy.
+
+    Args:
+        logits: (B, classes)
+        targets: (B,) class numbers, or (B, classes) probabilities from mixup, which are smooth already.
+        smoothing: label smoothing, for class numbers.
+    """
+    return F.cross_entropy(logits, targets, label_smoothing=0.0 if targets.ndim == 2 else smoothing)
+
+
+def distillation(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL divergence of the student's prediction from the teacher's at temperature 1, mean over images.
+
+    Args:
+        student, teacher: (B, classes) logits; no gradient flows into the teacher's.
+    """
+    return F.kl_div(
+        student.log_softmax(-1), teacher.detach().log_softmax(-1), reduction="batchmean", log_target=True
+    )

@@ -1,0 +1,1 @@
+"""Slimmable models: timm's own, plus a slicing rule."""

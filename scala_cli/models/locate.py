@@ -1,0 +1,52 @@
+"""Where a checkpoint lies. Imports neither torch nor timm, so that a wrong path is answered at once."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from scala_cli.errors import CheckpointError
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+FILES = {WEIGHTS, CONFIG, CARD}
+LAST_RUN = Path("runs/last")
+
+
+def resolve(checkpoint: str | Path | None) -> Path:
+    """The checkpoint directory that a user means.
+
+    Args:
+        checkpoint: a checkpoint directory (also as `local-dir:DIR`), a run directory (its `best`),
+            `hf-hub:org/repo`, or None for the newest run.
+
+    Raises:
+        CheckpointError: where there is none.
+    """
+    if checkpoint is None:
+        if not LAST_RUN.exists():
+            raise CheckpointError(
+                f"no checkpoint named, and no run yet at {LAST_RUN}.",
+                "Name one, or train one: scala finetune deit_s --data DIR",
+            )
+        checkpoint = LAST_RUN
+    name = str(checkpoint)
+    if name.startswith("hf-hub:"):
+        from scala_cli.models.hub import fetch
+
+        return fetch(name.removeprefix("hf-hub:"), [CONFIG, WEIGHTS])
+    path = Path(name.removeprefix("local-dir:")).expanduser()
+    for directory in (path, path / "best", path / "last"):
+        if (directory / CONFIG).is_file():
+            return directory
+    what = "has no config.json" if path.is_dir() else "does not exist"
+    raise CheckpointError(f"checkpoint {path} {what}.", "Make one: scala convert deit_s -o DIR")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json as timm reads it. Raises CheckpointError where it is not JSON."""
+    try:
+        config = json.loads((directory / CONFIG).read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{directory / CONFIG} is not JSON: {error}.", "Download it again.") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{directory / CONFIG} does not hold an object.", "Download it again.")
+    return config

@@ -1,0 +1,90 @@
+"""A slimmable ViT: an ordinary timm VisionTransformer plus a slicing rule."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from scala_cli.models.vit import Spec
+from scala_cli.slicing.point import Point, find_point
+from scala_cli.slicing.rule import Rule
+from scala_cli.slicing.table import axes_of
+
+Ratio = str | float | Fraction | Point
+
+
+class SlimmableViT(nn.Module):
+    """Every width of one ViT in one set of full-width weights.
+
+    The forward at a width is timm's own forward, run on views of the kept channels.
+
+    Args:
+        vit: the full-width timm model.
+        spec: what `vit` is built from.
+        rule: which channels each width keeps; its points are the widths this model answers at.
+
+    Raises:
+        PointError: where a width does not divide the model's channels.
+        CheckpointError: where the slicing table does not know a parameter.
+    """
+
+    def __init__(self, vit: VisionTransformer, spec: Spec, rule: Rule) -> None:
+        super().__init__()
+        self.vit, self.spec, self.rule = vit, spec, rule
+        self._skeletons: dict[Point, VisionTransformer] = {}
+        for name, _ in vit.named_parameters():
+            axes_of(name, rule.table)
+        for point in rule.points:
+            spec.at(point)
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """The widths, narrowest first."""
+        return self.rule.points
+
+    @property
+    def widest(self) -> Point:
+        return self.points[-1]
+
+    def with_points(self, points: Sequence[Point]) -> "SlimmableViT":
+        """The same weights, answering at other widths."""
+        return SlimmableViT(self.vit, self.spec, replace(self.rule, points=tuple(sorted(points))))
+
+    def forward(self, images: Tensor, ratio: Ratio | None = None) -> Tensor:
+        """Logits at a width.
+
+        Args:
+            images: (B, C, H, W), normalised.
+            ratio: one of `points`; left out, the widest.
+
+        Returns:
+            (B, num_classes)
+
+        Raises:
+            PointError: for a width that is not one of `points`.
+        """
+        point = self.widest if ratio is None else find_point(ratio, self.points)
+        if point.ratio == 1:
+            return self.vit(images)
+        return functional_call(self._skeleton(point), self.sliced_state(point), (images,), strict=True)
+
+    def sliced_state(self, point: Point) -> dict[str, Tensor]:
+        """The parameters at a width, as views of the full ones: gradients flow back."""
+        return self.rule.slice_state(dict(self.vit.named_parameters()), point)
+
+    def slice(self, ratio: Ratio) -> VisionTransformer:
+        """A plain timm model of one width with its own copy of the weights, in evaluation mode."""
+        point = find_point(ratio, self.points)
+        state = {k: t.detach().clone().contiguous() for k, t in self.sliced_state(point).items()}
+        return self.spec.at(point).build_with(state)
+
+    def _skeleton(self, point: Point) -> VisionTransformer:
+        if point not in self._skeletons:
+            self._skeletons[point] = self.spec.at(point).build()
+        skeleton = self._skeletons[point]
+        if skeleton.training != self.training:
+            skeleton.train(self.training)
+        return skeleton

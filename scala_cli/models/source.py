@@ -1,0 +1,213 @@
+"""From a name a user knows (MODEL) to a slimmable ViT."""
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import VisionTransformer, clean_state_dict, load_model_config_from_hf
+from torch import Tensor
+
+from scala_cli.errors import CheckpointError
+from scala_cli.models.checkpoint import Record, load_with_record, read_weights
+from scala_cli.models.hub import NO_WEIGHTS, fail_fast_offline, fetch, unreachable
+from scala_cli.models.locate import CONFIG, WEIGHTS, read_config, resolve
+from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.models.vit import ALIASES, describe, refuse_unless_plain
+from scala_cli.settings import DEFAULT_RATIOS
+from scala_cli.slicing.point import Point, parse_points
+from scala_cli.slicing.rule import Rule
+from scala_cli.slicing.table import Layout
+
+
+@dataclass(frozen=True)
+class Changes:
+    """How the model is to differ from the one its name stands for; None keeps what it has.
+
+    Args:
+        num_classes: classes of a new head.
+        img_size: pixels a side; timm resamples the position embedding.
+        patch_size: pixels a side; timm resamples the patch embedding.
+    """
+
+    num_classes: int | None = None
+    img_size: int | None = None
+    patch_size: int | None = None
+
+    def given(self) -> dict[str, int]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def open_model(
+    model: str,
+    points: Sequence[Point],
+    changes: Changes | None = None,
+    *,
+    weights: Path | None = None,
+    scratch: bool = False,
+    layout: Layout = "aligned",
+) -> tuple[SlimmableViT, Record]:
+    """Pretrained weights as a slimmable model: the same function at full width, sliceable at `points`.
+
+    Args:
+        model: an alias (`deit_s`), a timm name, `hf-hub:org/repo`, a directory in timm's format, or a
+            weight file that names its architecture.
+        weights: a file (.safetensors, or a pickle that holds tensors only) to read instead of downloading.
+        scratch: random weights.
+
+    Raises:
+        CheckpointError: unknown name, no network, unreadable or unfitting weights, unsupported model.
+        PointError: a width that does not divide the model's channels.
+    """
+    state = None
+    if Path(model).is_file():
+        model, weights = "", Path(model)
+    if weights is not None:
+        state, named = read_foreign(weights)
+        model = model or named
+    name, args = locate(model)
+    args |= (changes or Changes()).given()
+    check_patches(args)
+    with torch.device("meta"):  # what cannot be sliced is refused before any download
+        skeleton_spec = describe(create(name, args))
+    for point in points:
+        skeleton_spec.at(point)
+    vit = create(name, args, state, pretrained=not scratch)
+    spec = describe(vit, args)
+    net = SlimmableViT(vit.eval(), spec, Rule(tuple(sorted(points)), spec.num_heads, layout=layout))
+    origin = "random" if scratch else str(weights.name if weights else model)
+    return net, Record(trained=not scratch, provenance={"model": model, "weights": origin})
+
+
+def open_slimmable(name: str, ratios: str | None, scratch: bool = False) -> tuple[SlimmableViT, Record]:
+    """A slimmable checkpoint as it is, or with other widths; any other MODEL converted on the fly.
+
+    Args:
+        ratios: "0.25,0.5,..."; None keeps a checkpoint's own, and gives a MODEL the default ones.
+        scratch: a MODEL gets random weights.
+    """
+    if is_checkpoint(name):
+        net, record = load_with_record(resolve(name))
+        return (net.with_points(parse_points(ratios)) if ratios else net), record
+    return open_model(name, parse_points(ratios or DEFAULT_RATIOS), scratch=scratch)
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether a name stands for a slimmable checkpoint; a slice is an ordinary model."""
+    try:
+        hub = name.startswith("hf-hub:")
+        about = read_config(fetch(name.removeprefix("hf-hub:"), [CONFIG]) if hub else resolve(name)).get(
+            "scala"
+        )
+    except CheckpointError:
+        return False
+    return about is not None and "sliced_from" not in about
+
+
+def locate(model: str) -> tuple[str, dict[str, Any]]:
+    """timm's name for MODEL, and the arguments stored with it. Raises CheckpointError if timm has none."""
+    if not model:
+        raise CheckpointError(
+            "the weight file does not say which architecture it holds.",
+            "Name it: scala convert deit_s --weights FILE",
+        )
+    if (Path(model) / CONFIG).is_file():
+        model = f"local-dir:{model}"
+    if model.startswith("local-dir:"):
+        directory = Path(model.removeprefix("local-dir:")).expanduser()
+        if not (directory / CONFIG).is_file():
+            raise CheckpointError(f"{directory} has no config.json.", "Name a directory in timm's format.")
+        return f"local-dir:{directory}", dict(read_config(directory).get("model_args", {}))
+    if model.startswith("hf-hub:"):
+        fail_fast_offline()
+        try:
+            return model, dict(load_model_config_from_hf(model.removeprefix("hf-hub:"))[2])
+        except (OSError, ValueError) as error:
+            raise unreachable(model, error) from None
+    name = ALIASES.get(model, model)
+    if not timm.is_model(name.partition(".")[0]):
+        close = timm.list_models(f"*{name.partition('.')[0]}*")[:3]
+        raise CheckpointError(
+            f"there is no model {model!r}.",
+            f"Did you mean {', '.join(close)}?"
+            if close
+            else f"Try one of {', '.join(ALIASES)}, or a timm name.",
+        )
+    return name, {}
+
+
+def check_patches(args: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where the image size asked for is no multiple of the patch size."""
+    size, patch = args.get("img_size"), args.get("patch_size")
+    if isinstance(size, int) and isinstance(patch, int) and (size % patch or size < 1 or patch < 1):
+        raise CheckpointError(
+            f"image size {size} is not a multiple of patch size {patch}.",
+            f"Try --img-size {max(size // patch, 1) * patch}",
+        )
+
+
+def create(
+    name: str, args: Mapping[str, Any], state: Mapping[str, Tensor] | None = None, pretrained: bool = False
+) -> VisionTransformer:
+    """timm's model: on a state dict, with the pretrained weights of its name, or random.
+
+    timm fits what differs: it resamples position and patch embeddings and leaves out a head of another
+    number of classes.
+    """
+    kwargs: dict[str, Any] = dict(args)
+    if state is not None:
+        classes = len(state["head.weight"]) if "head.weight" in state else 1000
+        kwargs.setdefault("num_classes", classes)
+        kwargs["pretrained_cfg_overlay"] = {"state_dict": dict(state), "num_classes": classes}
+    elif pretrained and name.startswith("local-dir:"):
+        read_weights(Path(name.removeprefix("local-dir:")) / WEIGHTS)
+    elif pretrained and not name.startswith("hf-hub:"):
+        if not timm.is_model_pretrained(name):
+            raise CheckpointError(f"timm has no pretrained weights for {name}.", NO_WEIGHTS)
+        fail_fast_offline()
+    try:
+        return refuse_unless_plain(timm.create_model(name, pretrained=pretrained, **kwargs))
+    except OSError as error:
+        raise unreachable(name, error) from None
+    except (RuntimeError, KeyError, AssertionError, TypeError, ValueError) as error:
+        key = re.search(r'(?:Missing|Unexpected) key[^"]*"[^"]+"|size mismatch for [^.]+[^,]+', str(error))
+        reason = key[0] if key else " ".join(str(error).split())
+        raise CheckpointError(
+            f"cannot build {name}: {reason}.",
+            "Name the architecture and sizes the weights were trained with.",
+        ) from None
+
+
+def read_foreign(file: Path) -> tuple[dict[str, Tensor], str]:
+    """The state dict in somebody else's weight file, and the architecture it names ("" if none).
+
+    Pickles are read for tensors and plain values only, so nothing in them runs; argparse.Namespace, in
+    which many training scripts keep their options, is the one class allowed.
+
+    Raises:
+        CheckpointError: missing, truncated, unknown or unsafe files.
+    """
+    if file.suffix == ".safetensors" or not file.is_file():
+        return read_weights(file), ""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # arbitrary bytes make the unpickler fail in arbitrary ways
+        unsafe = re.search(r"(?i)unsupported (?:global|class)s?:? *(?:global )?([\w.]+)", str(error))
+        what = (
+            f"pickles code ({unsafe[1]}), which is not run"
+            if unsafe
+            else "is truncated, or no file of tensors"
+        )
+        raise CheckpointError(
+            f"{file} {what}.", "Ask for a .safetensors file, or download it again."
+        ) from None
+    state = content.get("state_dict", content.get("model", content)) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise CheckpointError(f"{file} holds no state dict.", "Save model.state_dict() instead.")
+    named = content.get("arch") or getattr(content.get("args"), "model", "")
+    return clean_state_dict(state), named if isinstance(named, str) else ""

@@ -1,0 +1,197 @@
+"""timm's Vision Transformers: the only file that knows their internals."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import timm
+import torch
+from timm.layers import Mlp, PatchEmbed, set_fused_attn
+from timm.models import VisionTransformer, VisionTransformerDistilled, filter_pretrained_cfg
+from timm.models.vision_transformer import Attention, Block
+from torch import Tensor, nn
+
+from scala_cli.errors import CheckpointError
+from scala_cli.slicing.point import Point
+from scala_cli.slicing.rule import kept_count
+
+ALIASES = {
+    "deit_ti": "deit_tiny_patch16_224",
+    "deit_s": "deit_small_patch16_224",
+    "deit_b": "deit_base_patch16_224",
+    "deit_ti_distilled": "deit_tiny_distilled_patch16_224",
+    "deit_s_distilled": "deit_small_distilled_patch16_224",
+    "deit_b_distilled": "deit_base_distilled_patch16_224",
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything timm needs to build one ViT again, and the three widths that slicing narrows.
+
+    Args:
+        architecture: timm's name, without a tag.
+        model_args: arguments for `timm.create_model`, JSON-able.
+        pretrained_cfg: timm's input and label settings (mean, std, interpolation, label_names, ...).
+    """
+
+    architecture: str
+    model_args: Mapping[str, Any]
+    pretrained_cfg: Mapping[str, Any] = field(repr=False)
+    embed_dim: int
+    num_heads: int
+    hidden_dim: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+    @property
+    def num_classes(self) -> int:
+        return self.model_args["num_classes"]
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        names = self.pretrained_cfg.get("label_names")
+        return tuple(names) if names else None
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(channels, height, width)"""
+        height, width = self.model_args["img_size"]
+        return self.model_args["in_chans"], height, width
+
+    def at(self, point: Point) -> "Spec":
+        """The narrower ViT at `point`, as timm builds it. Raises PointError where it does not divide."""
+        if point.ratio == 1:
+            return self
+        head_dim = kept_count(self.head_dim, point)
+        dim, hidden = head_dim * self.num_heads, kept_count(self.hidden_dim, point)
+        # timm computes int(dim * mlp_ratio): half a channel more keeps the product above the integer
+        narrow = {"embed_dim": dim, "num_heads": self.num_heads, "mlp_ratio": (hidden + 0.5) / dim}
+        return replace(self, model_args={**self.model_args, **narrow}, embed_dim=dim, hidden_dim=hidden)
+
+    def naming(self, classes: Sequence[str]) -> "Spec":
+        """The same model with a class of its head for each name."""
+        cfg = {**self.pretrained_cfg, "num_classes": len(classes), "label_names": list(classes)}
+        return replace(self, model_args={**self.model_args, "num_classes": len(classes)}, pretrained_cfg=cfg)
+
+    def build(self, device: str = "meta") -> VisionTransformer:
+        """The model in evaluation mode; on the meta device a skeleton, without weights."""
+        with torch.device(device):
+            model = timm.create_model(
+                self.architecture, pretrained_cfg=dict(self.pretrained_cfg), **self.model_args
+            )
+        return refuse_unless_plain(model).eval()
+
+    def build_with(self, state: Mapping[str, Tensor]) -> VisionTransformer:
+        """The model on the given tensors, not copied. Raises CheckpointError naming the first misfit."""
+        model = self.build()
+        first_misfit(model, state)
+        model.load_state_dict(state, assign=True)
+        return model
+
+
+def first_misfit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError for the first key that is missing, unknown or of another shape."""
+    wanted = model.state_dict()
+    for name in [*wanted, *state]:
+        if name not in state:
+            raise CheckpointError(f"the weights have no {name!r}, which the architecture needs.")
+        if name not in wanted:
+            raise CheckpointError(f"the weights hold {name!r}, which the architecture does not have.")
+        if state[name].shape != wanted[name].shape:
+            found, need = tuple(state[name].shape), tuple(wanted[name].shape)
+            raise CheckpointError(f"{name!r} has shape {found}, the architecture needs {need}.")
+
+
+def describe(model: nn.Module, args: Mapping[str, Any] | None = None) -> Spec:
+    """The Spec of a timm model; `args` are the arguments it was created with.
+
+    Raises CheckpointError, with the reason, for a model that is not a plain VisionTransformer.
+    """
+    vit: Any = refuse_unless_plain(model)
+    cfg = filter_pretrained_cfg(vit.pretrained_cfg, remove_source=True)
+    cfg.pop("state_dict", None)
+    patch = vit.patch_embed.patch_size
+    model_args = {
+        **(args or {}),
+        "img_size": list(vit.patch_embed.img_size),
+        "patch_size": patch[0] if patch[0] == patch[1] else list(patch),
+        "in_chans": vit.patch_embed.proj.in_channels,
+        "num_classes": vit.num_classes,
+        "global_pool": vit.global_pool,
+    }
+    if cfg.get("num_classes") != vit.num_classes:
+        cfg.pop("label_names", None)
+    cfg["num_classes"] = vit.num_classes
+    block = vit.blocks[0]
+    return Spec(
+        architecture=cfg["architecture"],
+        model_args=model_args,
+        pretrained_cfg=cfg,
+        embed_dim=vit.embed_dim,
+        num_heads=block.attn.num_heads,
+        hidden_dim=block.mlp.fc1.out_features,
+    )
+
+
+def spec_of(config: Mapping[str, Any]) -> Spec:
+    """The Spec of timm's config.json. Raises CheckpointError, also for an architecture timm lacks."""
+    try:
+        name, args = config["architecture"], config["model_args"]
+        cfg = {**config["pretrained_cfg"], "architecture": name}
+    except KeyError as missing:
+        raise CheckpointError(f"config.json lacks {missing}.", "Convert or download it again.") from None
+    if config.get("label_names"):
+        cfg["label_names"] = config["label_names"]
+    if not timm.is_model(name):
+        raise CheckpointError(
+            f"this timm ({timm.__version__}) has no architecture {name!r}.", "Upgrade: pip install -U timm"
+        )
+    with torch.device("meta"):
+        return describe(timm.create_model(name, pretrained_cfg=cfg, **args), args)
+
+
+def refuse_unless_plain(model: nn.Module) -> VisionTransformer:
+    """The same model, if stock parts make it up; else CheckpointError with the first reason found.
+
+    Types are compared exactly: a subclass may use its parameters in another way.
+    """
+    if type(model) in (VisionTransformer, VisionTransformerDistilled):
+        assert isinstance(model, VisionTransformer)
+        reason = first_odd_part(model)
+        if not reason:
+            return model
+    else:
+        reason = f"it is a {type(model).__name__}, not a VisionTransformer"
+    raise CheckpointError(
+        f"this model cannot be sliced: {reason}.",
+        "DeiT, DeiT-III and plain vit_* models of timm can; for example: scala convert deit_s",
+    )
+
+
+def first_odd_part(vit: VisionTransformer) -> str:
+    """What of a VisionTransformer is not stock; empty for a plain one."""
+    if type(vit.patch_embed) is not PatchEmbed:
+        return f"its patch embedding is a {type(vit.patch_embed).__name__}"
+    if vit.attn_pool is not None:
+        return f"it pools by {type(vit.attn_pool).__name__}"
+    for block in vit.blocks:
+        if type(block) is not Block:
+            return f"it has a {type(block).__name__} where a plain Block is needed"
+        for part, plain in ((block.attn, Attention), (block.mlp, Mlp)):
+            if type(part) is not plain:
+                return f"it has a {type(part).__name__} where a plain {plain.__name__} is needed"
+        if block.attn.qkv.out_features != 3 * vit.embed_dim:
+            return "its heads do not add up to its embedding"
+    return ""
+
+
+def choose_attention(device: torch.device, bfloat16: bool) -> None:
+    """Which of timm's two implementations of attention the models built from here on use.
+
+    Fused attention, except in bfloat16 on a CPU, where the explicit one trains 1.9 times as fast (DeiT-Ti
+    widths, 65 tokens; docs/performance.md).
+    """
+    set_fused_attn(not (device.type == "cpu" and bfloat16))

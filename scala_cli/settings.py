@@ -1,0 +1,115 @@
+"""Every default of training, evaluation and measurement, each in one place.
+
+The command line makes one option of each field, named after it, with the help text given here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+DEFAULT_RATIOS = "0.25,0.5,0.75,1"
+
+
+def option(default: Any, help: str, *short: str, switch: bool = False) -> Any:
+    """A dataclass field with its help text and, where it has one, its short flag.
+
+    A truth value becomes the pair --name/--no-name, or as a `switch` --name alone.
+    """
+    return field(default=default, metadata={"help": help, "short": short, "switch": switch})
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """Which method trains, and which of its parts are on."""
+
+    method: Literal["scala", "usnet", "separate"] = option("scala", "Training method.")
+    isolated_activation: bool | None = option(
+        None, "Cut the widths between from the other end. Default: as the method or the checkpoint has it."
+    )
+    progressive_transfer: bool = option(True, "Each width is taught by the next larger, not by the largest.")
+    stable_sampling: bool = option(True, "Draw one width from each half of the range, not two from anywhere.")
+    noise_calibration: bool = option(True, "Labels teach every width, not only the teacher above it.")
+    teacher: bool = option(True, "The frozen starting model teaches the full width, if it fits the classes.")
+    smoothing: float = option(0.1, "Label smoothing.")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """How the weights move."""
+
+    epochs: int = option(10, "Passes over the training images.")
+    batch_size: int = option(128, "Images a step.", "-b")
+    lr: float = option(1e-3, "Peak learning rate; warm-up and cosine lead to and from it.")
+    min_lr: float = option(1e-6, "Learning rate at the end.")
+    warmup_epochs: float | None = option(None, "Epochs of warm-up. Default: a twentieth of the run.")
+    weight_decay: float = option(0.05, "Weight decay, not on biases, norms and embeddings.")
+    layer_decay: float | None = option(None, "Learning rate falls by this factor with each block downwards.")
+    clip_grad: float | None = option(1.0, "Clip the norm of the gradient.")
+    opt: str = option("adamw", "Optimizer, by timm's name.")
+    model_ema: bool = option(True, "Evaluate and save the moving average of the weights.")
+    model_ema_decay: float = option(0.9998, "Its decay, reached by a warm-up that suits short runs.")
+
+
+@dataclass(frozen=True)
+class AugmentSettings:
+    """How training images are varied."""
+
+    aa: str | None = option(None, "RandAugment or another timm policy, for example rand-m1-mstd0.5-inc1.")
+    scale: tuple[float, float] = option((0.5, 1.0), "Share of the image a random crop covers: min and max.")
+    hflip: float = option(0.5, "Probability of a horizontal flip; 0 for digits and letters.")
+    reprob: float = option(0.0, "Probability of random erasing.")
+    mixup: float = option(0.0, "Mixup alpha; the papers use 0.8 for hundreds of epochs.")
+    cutmix: float = option(0.0, "Cutmix alpha; the papers use 1.")
+
+
+@dataclass(frozen=True)
+class ReadSettings:
+    """How images are read."""
+
+    data_dir: str | None = option(None, "Where a timm data set such as torch/cifar10 lies.")
+    workers: int = option(2, "Processes that read images; 0 reads in the main one.", "-j")
+    on_corrupt: Literal["error", "skip"] = option("error", "An unreadable image: stop, or skip and count it.")
+
+
+@dataclass(frozen=True)
+class DeviceSettings:
+    """Where it runs."""
+
+    device: str | None = option(None, "cpu, cuda, cuda:1, mps. Default: a GPU where there is one.")
+    amp: bool | None = option(None, "bfloat16 autocast. Default: on a GPU, and on a CPU with AMX.")
+    threads: int | None = option(None, "CPU threads. Default: as torch chooses.")
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """How it is evaluated."""
+
+    batch_size: int = option(128, "Images a batch.", "-b")
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """How it is timed."""
+
+    batch_size: int = option(1, "Images a batch.", "-b")
+    runs: int = option(50, "How often each width is timed.")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One training run."""
+
+    data: str
+    method: MethodSettings = MethodSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    augment: AugmentSettings = AugmentSettings()
+    read: ReadSettings = ReadSettings()
+    device: DeviceSettings = DeviceSettings()
+    seed: int = 0
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "Settings":
+        """The settings that `dataclasses.asdict` turned into `values`."""
+        groups: dict[str, Any] = {f.name: type(f.default) for f in fields(cls) if is_dataclass(f.default)}
+        built: dict[str, Any] = {k: groups[k](**v) if k in groups else v for k, v in values.items()}
+        return cls(**built)

@@ -1,0 +1,111 @@
+"""The slicing rule: point -> channels, applied to a state dict."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from scala_cli.errors import PointError
+from scala_cli.slicing.point import Point
+from scala_cli.slicing.table import Axis, Layout, Table, axes_of, vit_table
+
+AttnScale = Literal["native", "fixed"]
+End = Literal["first", "last"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which channels every parameter of one full-width ViT keeps at each of its points.
+
+    Args:
+        points: the widths, narrowest first.
+        num_heads: heads of the full model; every width keeps all of them, thinner.
+        isolated: whether the widths between take their channels from the other end (`kept_end`).
+        layout: how qkv is cut (`vit_table`).
+        attn_scale: `native` is timm's own head_dim_r^-0.5 at each width; `fixed` the paper's, the full
+            width's head_dim^-0.5 at every width (`fold_fixed_scale`).
+    """
+
+    points: tuple[Point, ...]
+    num_heads: int
+    isolated: bool = False
+    layout: Layout = "aligned"
+    attn_scale: AttnScale = "native"
+
+    @cached_property
+    def table(self) -> Table:
+        return vit_table(self.num_heads, self.layout)
+
+    def slice_state(self, state: Mapping[str, Tensor], point: Point) -> dict[str, Tensor]:
+        """The parameters of the ViT at `point`, as views of the full ones wherever torch can.
+
+        Differentiable: gradients reach exactly the kept channels. Raises CheckpointError for a parameter
+        that the table does not know, PointError for an axis that does not divide.
+        """
+        end = kept_end(point, self.points, self.isolated)
+        sliced = {k: slice_tensor(t, axes_of(k, self.table), point, end) for k, t in state.items()}
+        return fold_fixed_scale(sliced, point) if self.attn_scale == "fixed" else sliced
+
+
+def kept_end(point: Point, points: Sequence[Point], isolated: bool) -> End:
+    """Isolated Activation (Scala, section 3.2): which end of every axis a width keeps.
+
+    The smallest and the largest width keep the first channels, the widths between the last, so that
+    always training the smallest does not drag the others. Not isolated, all widths nest at the first.
+    """
+    between = min(points) < point < max(points)
+    return "last" if isolated and between else "first"
+
+
+def kept_count(length: int, point: Point) -> int:
+    """How many of `length` channels a width keeps. Raises PointError unless it is a whole number."""
+    count = length * point.ratio
+    if count.denominator != 1:
+        below, above = math.floor(count) or 1, math.ceil(count)
+        near = " or ".join(dict.fromkeys(f"{n}/{length}" for n in (below, above)))
+        raise PointError(
+            f"ratio {point} leaves {float(count):.6g} of {length} channels: not a whole number.",
+            f"This model has {length} channels a head or layer; the nearest ratio is {near}.",
+        )
+    return count.numerator
+
+
+def slice_tensor(tensor: Tensor, axes: Sequence[Axis | None], point: Point, end: End) -> Tensor:
+    """The kept part of one parameter; `axes` has one entry per dimension.
+
+    Each narrowing axis is viewed as (blocks, run) and cut within the run.
+    """
+    shape: list[int] = []
+    for dim in reversed(range(tensor.ndim)):
+        axis = axes[dim]
+        if axis is None:
+            shape.insert(0, tensor.shape[dim])
+            continue
+        run = tensor.shape[dim] // axis.blocks
+        count = kept_count(run, point)
+        start = run - count if end == "last" else 0
+        tensor = tensor.unflatten(dim, (axis.blocks, run)).narrow(dim + 1, start, count)
+        shape.insert(0, axis.blocks * count)
+    return tensor.reshape(shape)
+
+
+def fold_fixed_scale(sliced: dict[str, Tensor], point: Point) -> dict[str, Tensor]:
+    """The sliced state whose attention logits carry the full width's scale, head_dim^-0.5.
+
+    timm scales by its own head_dim_r^-0.5, so q is multiplied by sqrt(head_dim_r / head_dim): its rows of
+    qkv, or, where q is normalised, the norm's affine. The full-width weights are never touched.
+    """
+    factor = math.sqrt(point.ratio)
+    folded = dict(sliced)
+    for name, tensor in sliced.items():
+        prefix = name.partition(".attn.")[0]
+        if ".attn.q_norm." in name:
+            folded[name] = tensor * factor
+        elif ".attn.qkv." in name and f"{prefix}.attn.q_norm.weight" not in sliced:
+            q, kv = tensor.tensor_split([len(tensor) // 3])
+            folded[name] = torch.cat([q * factor, kv])
+    return folded

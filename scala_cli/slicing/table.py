@@ -1,0 +1,76 @@
+"""The geometry as data: for every parameter of a ViT, the channel group that each axis belongs to."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from scala_cli.errors import CheckpointError
+
+Group = Literal["embed", "head", "hidden"]
+Layout = Literal["aligned", "fused"]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis that narrows with the width.
+
+    Args:
+        group: the channels it carries: the residual stream (embed), the channels within the attention
+            heads (head), or the hidden layer of a block's MLP (hidden).
+        blocks: the axis is this many equal runs, all cut alike.
+    """
+
+    group: Group
+    blocks: int = 1
+
+
+Table = dict[str, tuple[Axis | None, ...]]
+
+
+def vit_table(num_heads: int, layout: Layout) -> Table:
+    """Parameter name (block number as `*`) -> its axes; None is an axis that never narrows.
+
+    Layout `aligned` cuts q, k, v and every head separately, so that a channel plays the same role at
+    every width: qkv's rows are 3 x heads runs of head_dim. Layout `fused` cuts the (3C, C) weight as one
+    run, as the released Scala code does.
+    """
+    embed, hidden = Axis("embed"), Axis("hidden")
+    qkv = Axis("head", 3 * num_heads if layout == "aligned" else 1)
+    attended = Axis("head", num_heads if layout == "aligned" else 1)
+    within_head = Axis("head")
+    norms = ("norm_pre", "blocks.*.norm1", "blocks.*.norm2", "norm", "fc_norm")
+    return {
+        "cls_token": (None, None, embed),
+        "dist_token": (None, None, embed),
+        "reg_token": (None, None, embed),
+        "pos_embed": (None, None, embed),
+        "patch_embed.proj.weight": (embed, None, None, None),
+        "patch_embed.proj.bias": (embed,),
+        **{f"{norm}.{part}": (embed,) for norm in norms for part in ("weight", "bias")},
+        "blocks.*.attn.qkv.weight": (qkv, embed),
+        "blocks.*.attn.qkv.bias": (qkv,),
+        **{f"blocks.*.attn.{n}_norm.{p}": (within_head,) for n in "qk" for p in ("weight", "bias")},
+        "blocks.*.attn.proj.weight": (embed, attended),
+        "blocks.*.attn.proj.bias": (embed,),
+        "blocks.*.ls1.gamma": (embed,),
+        "blocks.*.mlp.fc1.weight": (hidden, embed),
+        "blocks.*.mlp.fc1.bias": (hidden,),
+        "blocks.*.mlp.fc2.weight": (embed, hidden),
+        "blocks.*.mlp.fc2.bias": (embed,),
+        "blocks.*.ls2.gamma": (embed,),
+        "head.weight": (None, embed),
+        "head.bias": (None,),
+        "head_dist.weight": (None, embed),
+        "head_dist.bias": (None,),
+    }
+
+
+def axes_of(name: str, table: Table) -> tuple[Axis | None, ...]:
+    """The axes of the parameter `name`. Raises CheckpointError where the table has no row for it."""
+    try:
+        return table[re.sub(r"^blocks\.\d+\.", "blocks.*.", name)]
+    except KeyError:
+        raise CheckpointError(
+            f"parameter {name!r} is unknown to the slicing table.",
+            "Only plain timm VisionTransformers can be sliced; see docs/architecture.md",
+        ) from None

@@ -1,0 +1,105 @@
+"""A run directory: everything one training run leaves behind, whole at every moment."""
+
+import json
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import yaml_dump
+
+from scala_cli.errors import TrainingError
+from scala_cli.files import refuse_occupied, whole_file
+from scala_cli.models.checkpoint import Record, save
+from scala_cli.models.locate import LAST_RUN
+from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.report import write_csv
+from scala_cli.settings import Settings
+
+Row = dict[str, Any]
+"""One epoch: {"epoch", "lr", "images_per_sec", "loss": {name: mean}, "points": [{"ratio", "top1", ...}]}"""
+
+STATE = "state.pt"
+FILES = {"start", "last", "best", STATE, "metrics.jsonl", "summary.csv", "args.yaml"}
+
+
+def mean_top1(row: Row) -> float:
+    """What the best epoch is best at: top-1, mean over the widths."""
+    return sum(point["top1"] for point in row["points"]) / len(row["points"])
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory.
+
+    `start/` holds the model training started from, `last/` and `best/` what it became (all checkpoint
+    directories); `state.pt` what resuming needs; `metrics.jsonl` and `summary.csv` the epochs so far.
+    """
+
+    path: Path
+
+    def begin(self, start: SlimmableViT, record: Record, settings: Settings, force: bool) -> None:
+        """Claims the directory. Raises ScalaError where it is occupied and `force` is not given."""
+        refuse_occupied(self.path, force, FILES)
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / STATE).unlink(missing_ok=True)
+        with whole_file(self.path / "args.yaml") as file:
+            file.write_text(yaml_dump(json.loads(json.dumps(asdict(settings)))))
+        save(start, record, self.path / "start")
+        self.write_state({"settings": asdict(settings), "rows": []})
+        self.make_newest()
+
+    def make_newest(self) -> None:
+        """Points runs/last here."""
+        LAST_RUN.parent.mkdir(exist_ok=True)
+        if LAST_RUN.is_symlink() or not LAST_RUN.exists():
+            with whole_file(LAST_RUN) as link:
+                link.symlink_to(os.path.relpath(self.path.resolve(), LAST_RUN.parent.resolve()))
+
+    def save_epoch(
+        self, net: SlimmableViT, record: Record, rows: Sequence[Row], state: Mapping[str, Any]
+    ) -> None:
+        """Saves the model, its metrics, and last of all the state to resume from."""
+        newest = rows[-1]
+        record = Record(True, record.method, newest["points"], record.provenance)
+        save(net, record, self.path / "last")
+        if newest is max(rows, key=mean_top1):
+            save(net, record, self.path / "best")
+        self.write_metrics(rows)
+        self.write_state({**state, "rows": list(rows)})
+
+    def write_metrics(self, rows: Sequence[Row]) -> None:
+        with whole_file(self.path / "metrics.jsonl") as file:
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_csv(self.path / "summary.csv", [flat(row) for row in rows])
+
+    def write_state(self, state: Mapping[str, Any]) -> None:
+        with whole_file(self.path / STATE) as file:
+            torch.save(dict(state), file)
+
+    def read_state(self) -> dict[str, Any]:
+        """What `write_state` wrote. Raises TrainingError where there is nothing to resume."""
+        file = self.path / STATE
+        if not file.is_file():
+            raise TrainingError(
+                f"{self.path} has no {STATE}: there is nothing to resume.",
+                "Start it: scala finetune MODEL --data DIR",
+            )
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError):
+            raise TrainingError(
+                f"{file} is damaged.", f"Go on from the weights: scala finetune {self.path}/last --data DIR"
+            ) from None
+
+
+def flat(row: Row) -> dict[str, Any]:
+    """A row as columns: loss_0.25, top1_0.25, top5_0.25, ..."""
+    line = {key: row[key] for key in ("epoch", "lr", "images_per_sec")}
+    line |= {f"loss_{name}": loss for name, loss in row["loss"].items()}
+    for measure in ("top1", "top5"):
+        line |= {f"{measure}_{point['ratio']:g}": point[measure] for point in row["points"]}
+    return line
