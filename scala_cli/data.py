@@ -12,14 +12,14 @@ from timm.data import (
     create_dataset,
     create_transform,
     get_img_extensions,
-    resolve_model_data_config,
+    resolve_data_config,
 )
 from timm.data.readers import create_reader
-from timm.models import VisionTransformer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from scala_cli.errors import DataError
+from scala_cli.models.vit import Spec
 from scala_cli.settings import AugmentSettings, ReadSettings
 from scala_cli.watch import Watcher
 
@@ -303,9 +303,9 @@ class Loader(Sized):
             watch.note(f"skipped {len(self.skipped)} unreadable images: {named}")
 
 
-def transform_for(vit: VisionTransformer, augment: AugmentSettings | None = None) -> Any:
+def transform_for(spec: Spec, augment: AugmentSettings | None = None) -> Any:
     """timm's transform with the model's size, mean and deviation; augmenting where told how."""
-    config = resolve_model_data_config(vit)
+    config = resolve_data_config(pretrained_cfg=dict(spec.pretrained_cfg))
     common: dict[str, Any] = {k: config[k] for k in ("input_size", "interpolation", "mean", "std")}
     if augment is None:
         return create_transform(**common, crop_pct=config["crop_pct"], crop_mode=config["crop_mode"])

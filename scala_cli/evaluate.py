@@ -25,7 +25,7 @@ def validation_loader(net: SlimmableViT, data: str, batch_size: int, read: ReadS
     misfit = class_misfit(split.classes, net.spec.num_classes, net.spec.label_names)
     if misfit:
         raise DataError(f"{misfit}.", f"Train a head for them: scala finetune CKPT --data {data}")
-    return Loader(split, transform_for(net.vit), batch_size, read)
+    return Loader(split, transform_for(net.spec), batch_size, read)
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ import typer
 from scala_cli.cli.console import Output
 from scala_cli.cli.options import Force, Ratios, Target, command
 from scala_cli.files import refuse_occupied
-from scala_cli.models.locate import FILES
+from scala_cli.models.locate import FILES, short_name
 from scala_cli.settings import DEFAULT_RATIOS
 from scala_cli.slicing.point import parse_points
 
@@ -47,7 +47,7 @@ def convert(
     Example: scala convert deit_s -o deit_s
     """
     points = parse_points(ratios or DEFAULT_RATIOS)
-    target = output or Path(f"{Path(model).name.rpartition(':')[2]}-slimmable")
+    target = output or Path(f"{short_name(model)}-slimmable")
     refuse_occupied(target, force, FILES)
 
     from scala_cli.measure import cost, largest_difference

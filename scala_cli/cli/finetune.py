@@ -6,6 +6,7 @@ import typer
 
 from scala_cli.cli.console import Output
 from scala_cli.cli.options import Force, Ratios, command
+from scala_cli.models.locate import short_name
 from scala_cli.settings import (
     AugmentSettings,
     DeviceSettings,
@@ -59,7 +60,8 @@ def finetune(
     from scala_cli.training.finetune import finetune, go_on
     from scala_cli.training.run import Run
 
-    run = Run(resume or output or Path("runs") / f"{Path(model or '').name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    moment = time.strftime("%Y%m%d-%H%M%S")
+    run = Run(resume or output or Path("runs") / f"{short_name(model or '')}-{moment}")
     with out.progress() as live:
         try:
             if resume is not None:

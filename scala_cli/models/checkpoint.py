@@ -124,7 +124,8 @@ def load_with_record(directory: Path) -> tuple[SlimmableViT, Record]:
         raise CheckpointError(
             f"{directory / CONFIG} lacks {missing}.", "Convert or download it again."
         ) from None
-    net = SlimmableViT(spec.build_with(read_weights(directory / WEIGHTS)), spec, rule)
+    file = directory / WEIGHTS
+    net = SlimmableViT(spec.build_with(read_weights(file), origin=file), spec, rule)
     return net.eval(), record
 
 

@@ -41,6 +41,11 @@ def resolve(checkpoint: str | Path | None) -> Path:
     raise CheckpointError(f"checkpoint {path} {what}.", "Make one: scala convert deit_s -o DIR")
 
 
+def short_name(model: str) -> str:
+    """What to call a directory made from MODEL: "vit" of local-dir:/models/vit."""
+    return Path(model.rpartition(":")[2]).name
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json as timm reads it. Raises CheckpointError where it is not JSON."""
     try:

@@ -84,25 +84,29 @@ class Spec:
             )
         return refuse_unless_plain(model).eval()
 
-    def build_with(self, state: Mapping[str, Tensor]) -> VisionTransformer:
-        """The model on the given tensors, not copied. Raises CheckpointError naming the first misfit."""
+    def build_with(self, state: Mapping[str, Tensor], origin: object = "the state") -> VisionTransformer:
+        """The model on the given tensors, not copied.
+
+        Raises CheckpointError, naming `origin` and the first key that does not fit.
+        """
         model = self.build()
-        first_misfit(model, state)
+        refuse_misfit(model, state, origin)
         model.load_state_dict(state, assign=True)
         return model
 
 
-def first_misfit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def refuse_misfit(model: nn.Module, state: Mapping[str, Tensor], origin: object) -> None:
     """Raises CheckpointError for the first key that is missing, unknown or of another shape."""
     wanted = model.state_dict()
+    hint = "Its config.json and its weights are not of one model; convert or download it again."
     for name in [*wanted, *state]:
         if name not in state:
-            raise CheckpointError(f"the weights have no {name!r}, which the architecture needs.")
+            raise CheckpointError(f"{origin} has no {name!r}, which the architecture needs.", hint)
         if name not in wanted:
-            raise CheckpointError(f"the weights hold {name!r}, which the architecture does not have.")
+            raise CheckpointError(f"{origin} holds {name!r}, which the architecture does not have.", hint)
         if state[name].shape != wanted[name].shape:
             found, need = tuple(state[name].shape), tuple(wanted[name].shape)
-            raise CheckpointError(f"{name!r} has shape {found}, the architecture needs {need}.")
+            raise CheckpointError(f"{origin}: {name!r} has shape {found}, not {need}.", hint)
 
 
 def describe(model: nn.Module, args: Mapping[str, Any] | None = None) -> Spec:
@@ -125,6 +129,7 @@ def describe(model: nn.Module, args: Mapping[str, Any] | None = None) -> Spec:
     if cfg.get("num_classes") != vit.num_classes:
         cfg.pop("label_names", None)
     cfg["num_classes"] = vit.num_classes
+    cfg["input_size"] = [model_args["in_chans"], *model_args["img_size"]]
     block = vit.blocks[0]
     return Spec(
         architecture=cfg["architecture"],

@@ -58,7 +58,7 @@ def go_on(run: Run, watch: Watcher) -> Row:
     batch_size = settings.optimizer.batch_size
     training = Loader(
         open_split(settings.data, True, settings.read.data_dir),
-        transform_for(net.vit, settings.augment),
+        transform_for(net.spec, settings.augment),
         batch_size,
         settings.read,
         training=True,

@@ -1,0 +1,112 @@
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.models import VisionTransformer
+from typer.testing import CliRunner
+
+from scala_cli.cli.app import app
+from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.models.vit import describe
+from scala_cli.slicing.point import parse_points
+from scala_cli.slicing.rule import Rule
+
+# One of each kind of plain ViT that timm has, brought to test size by the same overrides a user can give.
+TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+KINDS = {
+    "deit": ("deit_tiny_patch16_224", {}),
+    "distilled": ("deit_tiny_distilled_patch16_224", {}),
+    "vit": ("vit_tiny_patch16_224", {}),
+    "deit3, layer scale": ("deit3_small_patch16_224", {}),
+    "class token, registers": ("vit_small_patch14_reg4_dinov2", {}),
+    "no class token, registers": ("vit_medium_patch16_reg4_gap_256", {}),
+    "average pool, no fc_norm": ("vit_base_patch16_gap_224", {}),
+    "average pool, fc_norm": ("vit_tiny_patch16_224", {"global_pool": "avg"}),
+    "norm before the blocks": ("vit_xsmall_patch16_clip_224", {}),
+    "qk_norm": ("vit_tiny_patch16_224", {"qk_norm": True}),
+    "odd mlp ratio": ("vit_wee_patch16_reg1_gap_256", {"mlp_ratio": 2.5}),
+}
+
+
+def build(kind: str = "deit", **changes) -> tuple[VisionTransformer, dict]:
+    """A tiny timm model whose every parameter is random, also those that start as constants."""
+    torch.manual_seed(0)
+    name, special = KINDS[kind]
+    args = {**TINY, **special, **changes}
+    vit = timm.create_model(name, **args).eval()
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return vit, args
+
+
+def slimmable(kind: str = "deit", ratios: str = "0.25,0.5,0.75,1", **rule) -> SlimmableViT:
+    vit, args = build(kind)
+    spec = describe(vit, args)
+    return SlimmableViT(vit, spec, Rule(parse_points(ratios), spec.num_heads, **rule)).eval()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """An image folder: three classes of flat colours, 12 images to train on and 6 to validate."""
+    root = tmp_path_factory.mktemp("photos")
+    for part, count in (("train", 4), ("val", 2)):
+        for label, colour in (("blue", (0, 0, 200)), ("green", (0, 200, 0)), ("red", (200, 0, 0))):
+            folder = root / part / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (20, 20), colour).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """No test talks to anything: the Hub's name does not resolve."""
+
+    def refuse(*_args, **_kwargs):
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+
+
+@dataclass
+class Answer:
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> dict:
+        return json.loads(self.stdout)
+
+
+@pytest.fixture
+def scala(tmp_path, monkeypatch) -> Callable[..., Answer]:
+    """Runs a command as a user would, in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> Answer:
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        return Answer(result.exit_code, result.stdout, result.stderr)
+
+    return run
+
+
+@pytest.fixture
+def tiny(scala, tmp_path) -> Path:
+    """A converted checkpoint with random weights for the three classes of `photos`."""
+    vit, _ = build(num_classes=3)
+    folder = tmp_path / "tiny-timm"
+    timm.models.save_for_hf(vit, str(folder), safe_serialization=True)
+    assert scala("convert", folder, "-o", "tiny").code == 0
+    return tmp_path / "tiny"

@@ -1,0 +1,174 @@
+"""Checkpoint directories: what is written is what is read, or nothing is."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import KINDS, slimmable
+
+from scala_cli.errors import CheckpointError, ScalaError
+from scala_cli.export import export_slice
+from scala_cli.files import refuse_occupied, whole_directory, whole_file
+from scala_cli.models.checkpoint import Record, load, load_with_record, save
+from scala_cli.models.locate import resolve
+from scala_cli.slicing.point import Point
+
+RECORD = Record(True, "scala", [{"ratio": 0.5, "top1": 61.0, "top5": 95.5}], {"weights": "somewhere"})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_round_trip(kind, tmp_path, images):
+    net = slimmable(kind, isolated=True, attn_scale="fixed")
+    save(net, RECORD, tmp_path / "net")
+    again, record = load_with_record(tmp_path / "net")
+    assert again.rule == net.rule
+    assert (
+        record.method == "scala" and record.top1(Point.of("1/2")) == 61.0 and record.top1(Point.of(1)) is None
+    )
+    for point in net.points:
+        assert torch.equal(again(images, point), net(images, point))
+    plain = timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True).eval()
+    assert torch.equal(plain(images), net(images))
+
+
+def test_every_slice_loads_without_us(tmp_path, images):
+    """In a process that cannot import scala_cli at all."""
+    net = slimmable("distilled", isolated=True)
+    torch.save(images, tmp_path / "images.pt")
+    for point in net.points:
+        result = export_slice(net, RECORD, point, tmp_path / point.label)
+        assert result["max_abs_diff"] <= 1e-5
+    script = """
+import sys
+sys.modules["scala_cli"] = None
+import timm, torch
+images = torch.load("images.pt")
+out = {}
+for name in sys.argv[1:]:
+    model = timm.create_model(f"local-dir:{name}", pretrained=True).eval()
+    with torch.no_grad():
+        out[name] = model(images)
+torch.save(out, "logits.pt")
+"""
+    labels = [point.label for point in net.points]
+    subprocess.run([sys.executable, "-c", script, *labels], cwd=tmp_path, check=True)
+    with torch.no_grad():
+        for label, logits in torch.load(tmp_path / "logits.pt").items():
+            assert (net(images, label) - logits).abs().max() <= 1e-5
+
+
+def test_config_is_timms_with_one_key_of_ours(tmp_path):
+    save(slimmable(), RECORD, tmp_path / "net")
+    config = json.loads((tmp_path / "net/config.json").read_text())
+    assert config["architecture"] == "deit_tiny_patch16_224"
+    assert config["scala"]["ratios"] == ["0.25", "0.5", "0.75", "1"]
+    assert config["scala"]["dims"]["0.5"] == {"embed_dim": 16, "num_heads": 2, "hidden_dim": 64}
+    assert "scala" not in config["pretrained_cfg"]
+    assert sorted(path.name for path in (tmp_path / "net").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_slice_that_reads_back_wrong_is_not_left_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr("scala_cli.export.largest_difference", lambda *_: 1e-4)
+    with pytest.raises(CheckpointError, match="differs by 0.0001"):
+        export_slice(slimmable(), RECORD, Point.of(0.5), tmp_path / "half")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_slice_is_no_slimmable_checkpoint(tmp_path):
+    export_slice(slimmable(), RECORD, Point.of(0.5), tmp_path / "half")
+    assert "| 0.5 | 61.00 | 95.50 |" in (tmp_path / "half/README.md").read_text()
+    with pytest.raises(CheckpointError, match="one width only"):
+        load(tmp_path / "half")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: (d / "model.safetensors").write_bytes(b"x" * 400), "truncated"),
+        (lambda d: truncate(d / "model.safetensors"), "truncated"),
+        (lambda d: (d / "model.safetensors").unlink(), "does not exist"),
+        (lambda d: (d / "config.json").write_text("{"), "not JSON"),
+        (lambda d: (d / "config.json").write_text("[]"), "does not hold an object"),
+        (lambda d: edit(d, lambda c: c.pop("scala")), "not yet a slimmable one"),
+        (lambda d: edit(d, lambda c: c["scala"].pop("layout")), "lacks 'layout'"),
+        (lambda d: edit(d, lambda c: c.pop("architecture")), "lacks 'architecture'"),
+        (lambda d: edit(d, lambda c: c["scala"].update(format=99)), "format 99"),
+        (lambda d: edit(d, lambda c: c.update(architecture="vit_of_tomorrow")), "no architecture"),
+        (lambda d: edit(d, lambda c: c["model_args"].update(depth=3)), "has no 'blocks.2.norm1.weight'"),
+        (lambda d: edit(d, lambda c: c["model_args"].update(depth=1)), "holds 'blocks.1"),
+        (lambda d: edit(d, lambda c: c["model_args"].update(num_classes=9)), "'head.weight' has shape"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(tmp_path, spoil, message):
+    save(slimmable(), RECORD, tmp_path / "net")
+    spoil(tmp_path / "net")
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path / "net")
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def edit(directory: Path, change) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    change(config)
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def test_names_of_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="no run yet"):
+        resolve(None)
+    save(slimmable(), RECORD, tmp_path / "runs/one/best")
+    (tmp_path / "runs/last").symlink_to("one")
+    best = (tmp_path / "runs/one/best").resolve()
+    for name in (None, "runs/one", "runs/last", "runs/one/best", "local-dir:runs/one/best"):
+        assert resolve(name).resolve() == best
+    for name, message in (("nowhere", "does not exist"), ("runs", "has no config.json")):
+        with pytest.raises(CheckpointError, match=message):
+            resolve(name)
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    target = tmp_path / "net"
+    with whole_directory(target) as fresh:
+        (fresh / "file").write_text("first")
+    with pytest.raises(OSError), whole_directory(target) as fresh:
+        (fresh / "file").write_text("second")
+        raise OSError(28, "No space left on device")
+    assert (target / "file").read_text() == "first"
+    with whole_directory(target) as fresh:
+        (fresh / "other").write_text("third")
+    assert [path.name for path in target.iterdir()] == ["other"]
+    with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "state") as fresh:
+        fresh.write_text("half")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["net"]
+
+
+def test_force_never_removes_what_is_not_ours(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ScalaError, match="not empty"):
+        refuse_occupied(tmp_path, False, {"config.json"})
+    refuse_occupied(tmp_path, True, {"config.json"})
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ScalaError, match=r"thesis\.tex"):
+        refuse_occupied(tmp_path, True, {"config.json"})
+    with pytest.raises(ScalaError, match="not a directory"):
+        refuse_occupied(tmp_path / "thesis.tex", True, set())
+
+
+def test_public_names(tmp_path):
+    import scala_cli
+
+    save(slimmable(), RECORD, tmp_path / "net")
+    net = scala_cli.load(tmp_path / "net")
+    assert isinstance(net, scala_cli.SlimmableViT) and net.points[1] == scala_cli.Point.of("0.5")
+    with pytest.raises(AttributeError):
+        _ = scala_cli.nothing

@@ -1,0 +1,202 @@
+"""The commands as a user runs them."""
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import build
+
+from scala_cli.export import default_target
+from scala_cli.slicing.point import Point
+
+QUICK = ("--epochs", 1, "-b", 4, "-j", 0, "--no-amp", "--device", "cpu")
+
+
+def test_convert_tells_what_it_wrote(scala, tmp_path):
+    vit, _ = build(num_classes=3)
+    timm.models.save_for_hf(vit, str(tmp_path / "vit"), safe_serialization=True)
+    answer = scala("convert", "vit", "--ratios", "0.5,1", "--json")
+    assert answer.code == 0 and answer.stderr == ""
+    points = answer.json.pop("points")
+    assert answer.json["path"] == "vit-slimmable" and answer.json["max_abs_diff"] == 0
+    assert answer.json["arch"] == "deit_tiny_patch16_224"
+    assert [p["ratio"] for p in points] == [0.5, 1.0]
+    assert set(points[0]) == {"ratio", "embed_dim", "num_heads", "params", "gmacs"}
+    assert points[1]["params"] == sum(p.numel() for p in vit.parameters())
+
+
+def test_from_pretrained_weights_to_a_slice(scala, tiny, photos):
+    """finetune, then everything after it with no path given."""
+    answer = scala("finetune", tiny, "--data", photos, "-o", "runs/mine", *QUICK, "--json")
+    assert answer.code == 0
+    assert set(answer.json) == {"run", "best", "points", "images_per_sec"}
+    assert answer.json["best"] == "runs/mine/best"
+    assert [set(p) for p in answer.json["points"]] == [{"ratio", "top1", "top5"}] * 4
+
+    evaluated = scala("eval", "--data", photos, "-j", 0, "--no-amp", "--json").json
+    assert [p["top1"] for p in evaluated["points"]] == [p["top1"] for p in answer.json["points"]]
+    assert evaluated["points"][0]["images"] == 6 and evaluated["skipped"] == []
+
+    cut = scala("slice", "--ratio", "0.5", "--json").json
+    assert set(cut) == {"path", "ratio", "params", "gmacs", "max_abs_diff"}
+    assert cut["path"] == "mine-0.5" and cut["max_abs_diff"] <= 1e-5
+    assert timm.create_model("local-dir:mine-0.5", pretrained=True).embed_dim == 16
+
+    timed = scala("bench", "--runs", 3, "-b", 2, "--threads", 1, "--csv", "rows.csv", "--json").json
+    assert timed["threads"] == 1 and timed["batch_size"] == 2 and timed["device"]
+    row = timed["points"][1]
+    assert row["params"] == cut["params"] and row["top1"] == answer.json["points"][1]["top1"]
+    assert 0 < row["latency_ms"] <= row["latency_ms_p95"]
+    assert row["throughput"] == pytest.approx(2000 / row["latency_ms"], rel=0.01)
+    assert Path("rows.csv").read_text().startswith("ratio,params,gmacs,latency_ms")
+
+    known = scala("info", "--json").json
+    assert known["method"] == "scala" and known["isolated"] is True and known["classes"] == 3
+    assert known["points"][1]["top1"] == row["top1"]
+
+
+def test_bench_measures_accuracy_where_images_are_given(scala, tiny, photos):
+    answer = scala("bench", tiny, "--ratio", "0.5", "--runs", 1, "--data", photos, "-j", 0, "--json")
+    (row,) = answer.json["points"]
+    assert row["top1"] is not None
+    (alone,) = scala("eval", tiny, "--data", photos, "--ratio", "0.5", "-j", 0, "--no-amp", "--json").json[
+        "points"
+    ]
+    assert row["top1"] == alone["top1"]
+
+
+def test_bench_of_a_model_by_name(scala):
+    answer = scala("bench", "test_vit", "--ratio", "0.5", "--runs", 1)
+    assert answer.code == 0 and "random weights" in answer.stderr
+    assert "latency_ms" in answer.stdout
+
+
+def test_finetune_converts_a_model_first(scala, photos, tmp_path):
+    vit, _ = build(num_classes=3)
+    timm.models.save_for_hf(vit, str(tmp_path / "vit"), safe_serialization=True)
+    answer = scala("finetune", "local-dir:vit", "--data", photos, "--ratios", "0.5,1", *QUICK)
+    assert answer.code == 0
+    (run,) = [path for path in Path("runs").iterdir() if path.name != "last"]
+    assert run.name.startswith("vit-20")
+    assert "epoch 1" in answer.stderr and "next:" in answer.stderr
+
+
+def test_interrupted_and_resumed(scala, tiny, photos, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("scala_cli.training.loop.evaluate", interrupt)
+        answer = scala("finetune", tiny, "--data", photos, "-o", "run", *QUICK)
+    assert answer.code == 130
+    assert "scala finetune --resume run" in answer.stderr and "interrupted" in answer.stderr
+    assert scala("finetune", "--resume", "run", "--json").json["run"] == "run"
+
+
+def test_quiet_leaves_the_result_alone(scala, tiny, photos):
+    answer = scala("finetune", tiny, "--data", photos, *QUICK, "-q")
+    assert answer.stderr == "" and "images_per_sec" in answer.stdout
+
+
+def test_output_without_a_terminal_is_plain(scala, tiny):
+    answer = scala("info", tiny)
+    head, *rows = answer.stdout.splitlines()[:5]
+    assert head.split() == ["ratio", "embed_dim", "num_heads", "params", "gmacs", "top1"]
+    assert [row.split()[0] for row in rows] == ["0.25", "0.5", "0.75", "1"]
+    assert "\x1b" not in answer.stdout and "│" not in answer.stdout
+
+
+def test_env(scala):
+    facts = scala("env", "--json").json
+    assert facts["torch"] == torch.__version__.partition("+")[0] and facts["threads"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["slice", "tiny", "--ratio", "0.46875"], "nearest trained: 0.25, 0.5"),
+        (["slice", "tiny", "--ratio", "0"], "ratio 0 is not a width"),
+        (["slice", "tiny", "--ratio", "1.5"], "ratio 1.5 is not a width"),
+        (["slice", "tiny", "--ratio", "half"], "'half' is not a ratio"),
+        (["slice", "nowhere", "--ratio", "0.5"], "nowhere does not exist"),
+        (["slice", "--ratio", "0.5"], "no run yet"),
+        (["slice", "tiny", "--ratio", "0.5", "-o", "tiny"], "not empty"),
+        (["eval", "tiny", "--data", "nowhere"], "no such folder"),
+        (["eval", "tiny", "--data", "digits"], "3 classes, the data has 10"),
+        (["eval", "tiny", "--data", "digits", "--device", "tpu9"], "cannot be used here"),
+        (["convert", "deit_s", "--ratios", "0.3"], "not a whole number"),
+        (["convert", "deit_s"], "no network"),
+        (["convert", "deit_s", "-o", "tiny"], "not empty"),
+        (["finetune", "tiny", "--data", "nowhere"], "no such folder"),
+        (["finetune", "--resume", "nowhere"], "nothing to resume"),
+        (["finetune", "tiny"], "--data DIR"),
+        (["finetune", "tiny", "--data", "digits", "--method", "separate"], "one width a run"),
+        (["finetune", "tiny", "--data", "digits", "--lr", "fast"], "--lr"),
+        (["finetune", "tiny", "--data", "digits", "--method", "magic"], "magic"),
+        (["bench", "tiny", "--ratio", "0.3"], "not trained"),
+        (["info", "--nonsense"], "nonsense"),
+    ],
+)
+def test_mistakes_end_with_a_remedy_and_exit_code_2(scala, tiny, words, message):
+    answer = scala(*words)
+    assert answer.code == 2 and answer.stdout == ""
+    assert message in " ".join(answer.stderr.replace("│", " ").split())
+    assert "Traceback" not in answer.stderr
+    if answer.stderr.startswith("error:"):
+        assert len(answer.stderr.splitlines()) <= 2
+    assert not list(Path().glob(".*")), "half-written output"
+
+
+def test_a_full_disk(scala, tiny, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device", "half/model.safetensors")
+
+    monkeypatch.setattr("scala_cli.models.checkpoint.save_for_hf", full)
+    answer = scala("slice", tiny, "--ratio", "0.5", "-o", "half")
+    assert answer.code == 2 and "No space left" in answer.stderr and "Free some space" in answer.stderr
+    assert not Path("half").exists() and not list(Path().glob(".*"))
+
+
+def test_our_own_bugs_exit_with_1(scala, tiny, monkeypatch):
+    def bug(*_args, **_kwargs):
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr("scala_cli.measure.cost", bug)
+    answer = scala("info", tiny)
+    assert answer.code == 1 and "bug of scala: ZeroDivisionError: oops" in answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert "Traceback" in scala("info", tiny, "--debug").stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["finetune", "-h"], ["slice"], ["finetune"], ["slice", "--ratio", "7"], ["--version"]],
+)
+def test_help_and_argument_errors_do_not_wait_for_torch(words, tmp_path):
+    script = (
+        "import sys\nfrom scala_cli.cli.app import app\n"
+        "try: app(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'timm', 'huggingface_hub'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script, *words], check=True, cwd=tmp_path, capture_output=True)
+
+
+def test_python_m(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "scala_cli", "--version"], capture_output=True, text=True)
+    assert done.stdout.startswith("scala 0.")
+
+
+def test_where_a_slice_goes_by_default():
+    assert default_target(Path("/x/runs/mine/best"), Point.of(0.5)) == Path("mine-0.5")
+    assert default_target(Path("/x/deit"), Point.of("1/3")) == Path("deit-1_3")
+
+
+def test_json_is_one_document(scala, tiny):
+    answer = scala("info", tiny, "--json")
+    assert json.loads(answer.stdout)["path"] == str(tiny)

@@ -1,0 +1,58 @@
+"""Parameters and multiply-accumulates against the formulas written out by hand."""
+
+import pytest
+import timm
+import torch
+
+from scala_cli.measure import cost, timing
+from scala_cli.models.vit import describe
+from scala_cli.slicing.point import Point
+
+
+def deit_small(ratio: float) -> tuple[int, float]:
+    """Parameters and GMACs of DeiT-S at a width, derived from its shapes alone."""
+    depth, heads, classes, patches = 12, 6, 1000, 14 * 14
+    dim = int(384 * ratio)
+    hidden, tokens, pixels = 4 * dim, patches + 1, 3 * 16 * 16
+    params = (
+        pixels * dim + dim  # patch embedding
+        + dim + tokens * dim  # class token, positions
+        + depth * (
+            2 * 2 * dim  # two norms
+            + dim * 3 * dim + 3 * dim  # qkv
+            + dim * dim + dim  # proj
+            + dim * hidden + hidden + hidden * dim + dim  # mlp
+        )
+        + 2 * dim  # last norm
+        + dim * classes + classes
+    )  # fmt: skip
+    attention = heads * 2 * tokens * tokens * (dim // heads)  # q k^T, and the weights times v
+    macs = (
+        patches * pixels * dim
+        + depth * (tokens * (dim * 3 * dim + dim * dim + 2 * dim * hidden) + attention)
+        + dim * classes
+    )
+    return params, macs / 1e9
+
+
+@pytest.mark.parametrize(
+    ("ratio", "gmacs", "millions"),
+    [(0.25, 0.37, 1.5), (0.5, 1.25, 5.7), (0.75, 2.66, 12.6), (1.0, 4.60, 22.1)],
+)
+def test_deit_small(ratio, gmacs, millions):
+    with torch.device("meta"):
+        spec = describe(timm.create_model("deit_small_patch16_224"))
+    counted = cost(spec.at(Point.of(ratio)))
+    params, macs = deit_small(ratio)
+    assert counted["params"] == params
+    assert counted["gmacs"] == pytest.approx(macs, abs=1e-4)
+    assert macs == pytest.approx(gmacs, abs=0.01)
+    assert params / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_timing_is_the_median_and_the_nearest_rank():
+    timed = timing([float(n) for n in range(1, 101)], batch_size=4)
+    assert timed.latency_ms == 50.5
+    assert timed.latency_ms_p95 == 95
+    assert timed.throughput == pytest.approx(4 / 0.0505)
+    assert timing([7.0], 1).latency_ms_p95 == 7

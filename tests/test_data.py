@@ -1,0 +1,151 @@
+"""Reading images: strict, named and counted."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import slimmable
+from PIL import Image
+
+from scala_cli.data import Loader, class_misfit, open_split, transform_for
+from scala_cli.errors import DataError
+from scala_cli.settings import AugmentSettings, ReadSettings
+from scala_cli.watch import Watcher
+
+
+@pytest.fixture
+def folder(photos, tmp_path):
+    return shutil.copytree(photos, tmp_path / "photos")
+
+
+def loader(folder, training=False, **read) -> Loader:
+    net = slimmable()
+    augment = AugmentSettings() if training else None
+    settings = ReadSettings(**{"workers": 0, **read})
+    split = open_split(str(folder), training)
+    return Loader(split, transform_for(net.spec, augment), 4, settings, training=training)
+
+
+def test_parts_and_classes(folder):
+    train, val = open_split(str(folder), True), open_split(str(folder), False)
+    assert train.classes == val.classes == ("blue", "green", "red")
+    assert (len(train), len(val)) == (12, 6)
+    (folder / "val").rename(folder / "validation")
+    assert len(open_split(str(folder), False)) == 6
+
+
+def test_batches(folder):
+    batches = list(loader(folder))
+    assert [len(targets) for _, targets in batches] == [4, 2]
+    images, targets = batches[0]
+    assert images.shape == (4, 3, 16, 16) and targets.tolist() == [0, 0, 1, 1]
+    assert images[0, 2].mean() > images[0, 0].mean()  # class blue is blue
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_order_and_augmentation_depend_on_the_epoch_and_the_seed_alone(folder, workers):
+    batches = loader(folder, training=True, workers=workers)
+
+    def epoch(number):
+        torch.manual_seed(number)  # as the training loop does for workers = 0
+        batches.epoch = number
+        return torch.cat([targets for _, targets in batches])
+
+    first, second, again = epoch(0), epoch(1), epoch(0)
+    assert torch.equal(first, again) and not torch.equal(first, second)
+
+
+def test_classes_are_numbered_as_in_train(folder):
+    """A class that has no validation images must not shift the numbers of those after it."""
+    shutil.rmtree(folder / "val/blue")
+    targets = [target for _, batch in loader(folder) for target in batch.tolist()]
+    assert targets == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "training", "message"),
+    [
+        (lambda f: shutil.rmtree(f), True, "no such folder"),
+        (lambda f: shutil.rmtree(f / "train"), True, "has no train/"),
+        (lambda f: shutil.rmtree(f / "val"), False, "has no val/"),
+        (lambda f: [shutil.rmtree(d) for d in (f / "train").iterdir()], True, "no class folders"),
+        (lambda f: [p.unlink() for p in (f / "train/green").iterdir()], True, "class 'green' has no images"),
+        (lambda f: [p.unlink() for p in (f / "val/red").iterdir()], False, "class 'red' has no images"),
+        (lambda f: (f / "val/red").rename(f / "val/pink"), False, "'pink' that train/ does not have"),
+        (lambda f: Image.new("RGB", (9, 9)).save(f / "train/stray.png"), True, "in no class folder"),
+    ],
+)
+def test_malformed_folders(folder, spoil, training, message):
+    spoil(folder)
+    with pytest.raises(DataError, match=message) as error:
+        open_split(str(folder), training)
+    assert error.value.hint
+
+
+@pytest.mark.parametrize("name", ["wds/imagenet", "torch/cifar10", "torch/nonsense", "nowhere"])
+def test_named_data_that_is_not_there(name, tmp_path):
+    with pytest.raises(DataError):
+        open_split(name, True, str(tmp_path))
+
+
+def test_a_timm_data_set_name(folder):
+    split = open_split("torch/image_folder", True, str(folder))
+    assert len(split) == 12 and split.classes == ("blue", "green", "red")
+    assert split.samples[0][1] == 0 and "torch/image_folder[0]" in split.samples.name(0)
+
+
+def test_images_of_every_kind_are_read(folder):
+    for number, kind in enumerate(("webp", "bmp", "jpg")):
+        Image.new("L", (9, 9)).save(folder / f"val/red/new{number}.{kind}")
+    assert len(open_split(str(folder), False)) == 9
+    assert sum(len(targets) for _, targets in loader(folder)) == 9
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "content", [b"not an image", b"", b"\x89PNG\r\n\x1a\n" + b"\0" * 40], ids=["text", "empty", "broken"]
+)
+def test_an_unreadable_image_is_never_replaced(folder, content, workers):
+    (folder / "val/green/0.jpg").write_bytes(content)
+    with pytest.raises(DataError, match=r"green/0\.jpg cannot be read"):
+        list(loader(folder, workers=workers))
+
+    skipping = loader(folder, workers=workers, on_corrupt="skip")
+    for _ in range(2):  # counted once however often it is met
+        assert sum(len(targets) for _, targets in skipping) == 6
+    assert list(skipping.skipped) == [str(folder / "val/green/0.jpg")]
+
+    told = []
+    watch = Watcher()
+    watch.note = told.append
+    skipping.tell_skipped(watch)
+    assert "skipped 1 unreadable" in told[0] and "green/0.jpg" in told[0]
+
+
+def test_a_truncated_jpeg(folder):
+    Image.effect_noise((64, 64), 50).save(folder / "val/red/9.jpg")
+    whole = (folder / "val/red/9.jpg").read_bytes()
+    (folder / "val/red/9.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"red/9\.jpg"):
+        list(loader(folder))
+
+
+def test_digits():
+    train, val = open_split("digits", True), open_split("digits", False)
+    assert (len(train), len(val)) == (1437, 360) and len(train.classes) == 10
+    image, target = train.samples[0]
+    assert image.size == (8, 8) and 0 <= target < 10 and train.samples.name(3) == "digits[3]"
+
+
+def test_digits_without_scikit_learn(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+    with pytest.raises(DataError) as error:
+        open_split("digits", True)
+    assert "scala-vit[demo]" in error.value.hint
+
+
+def test_class_misfit():
+    data = ("cat", "dog")
+    assert class_misfit(data, 2, None) == class_misfit(data, 2, ["dog", "cat"]) == ""
+    assert "3 classes, the data has 2" in class_misfit(data, 3, None)
+    assert "are not the data's" in class_misfit(data, 2, ["car", "ship"])

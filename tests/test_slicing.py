@@ -1,0 +1,105 @@
+"""The slicing rule against the naive thing: lists of kept channels, built by hand."""
+
+import math
+
+import pytest
+import torch
+from conftest import KINDS, build, slimmable
+
+from scala_cli.errors import CheckpointError, PointError
+from scala_cli.slicing.point import Point, parse_points
+from scala_cli.slicing.rule import Rule, kept_end, slice_tensor
+from scala_cli.slicing.table import axes_of, vit_table
+
+WIDTHS = parse_points("0.25,0.5,0.75,1")
+HEADS, HEAD_DIM, DIM = 2, 16, 32
+
+
+def channels(length: int, ratio: float, end: str) -> list[int]:
+    count = int(length * ratio)
+    return list(range(count)) if end == "first" else list(range(length - count, length))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_has_a_row_that_fits_it(kind):
+    vit, _ = build(kind)
+    for layout in ("aligned", "fused"):
+        table = vit_table(HEADS, layout)
+        for name, parameter in vit.named_parameters():
+            axes = axes_of(name, table)
+            assert len(axes) == parameter.ndim, name
+            for axis, length in zip(axes, parameter.shape, strict=True):
+                assert axis is None or length % axis.blocks == 0, name
+
+
+@pytest.mark.parametrize(
+    "name", ["blocks.0.attn.gate.weight", "attn_pool.q.weight", "blocks.0.norm1.weight.x"]
+)
+def test_an_unknown_parameter_is_an_error(name):
+    rule = Rule(WIDTHS, HEADS)
+    with pytest.raises(CheckpointError, match=name):
+        rule.slice_state({name: torch.ones(4)}, WIDTHS[0])
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75, 1.0])
+def test_qkv_keeps_the_same_channels_of_every_head(ratio, isolated):
+    """Layout aligned: q, k, v and each head are cut alike."""
+    weight = torch.randn(3 * DIM, DIM)
+    end = "last" if isolated and ratio in (0.5, 0.75) else "first"
+    within = channels(HEAD_DIM, ratio, end)
+    rows = [(qkv * HEADS + head) * HEAD_DIM + c for qkv in range(3) for head in range(HEADS) for c in within]
+    expected = weight[rows][:, channels(DIM, ratio, end)]
+    sliced = Rule(WIDTHS, HEADS, isolated).slice_state({"blocks.7.attn.qkv.weight": weight}, Point.of(ratio))
+    assert torch.equal(sliced["blocks.7.attn.qkv.weight"], expected)
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75, 1.0])
+def test_fused_layout_is_the_authors_block_cut(ratio, isolated):
+    weight = torch.randn(3 * DIM, DIM)
+    proj = torch.randn(DIM, DIM)
+    end = "last" if isolated and ratio in (0.5, 0.75) else "first"
+    rule = Rule(WIDTHS, HEADS, isolated, layout="fused")
+    state = {"blocks.0.attn.qkv.weight": weight, "blocks.0.attn.proj.weight": proj}
+    sliced = rule.slice_state(state, Point.of(ratio))
+    kept = channels(DIM, ratio, end)
+    assert torch.equal(sliced["blocks.0.attn.qkv.weight"], weight[channels(3 * DIM, ratio, end)][:, kept])
+    assert torch.equal(sliced["blocks.0.attn.proj.weight"], proj[kept][:, kept])
+
+
+def test_isolated_activation_sends_only_the_widths_between_to_the_other_end():
+    assert [kept_end(p, WIDTHS, True) for p in WIDTHS] == ["first", "last", "last", "first"]
+    assert [kept_end(p, WIDTHS, False) for p in WIDTHS] == ["first"] * 4
+    two = parse_points("0.5,1")
+    assert [kept_end(p, two, True) for p in two] == ["first", "first"]
+
+
+def test_slices_are_views_wherever_torch_can():
+    weight = torch.randn(DIM, DIM)
+    embed = axes_of("blocks.0.mlp.fc1.weight", vit_table(HEADS, "aligned"))
+    view = slice_tensor(weight, embed, Point.of(0.5), "last")
+    assert view.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("kind", ["deit", "qk_norm"])
+def test_fixed_scale_is_attention_scaled_as_at_full_width(kind, images):
+    """Folding into q against the same slice run with its attention scale set by hand."""
+    net = slimmable(kind, attn_scale="fixed")
+    plain = slimmable(kind, attn_scale="native").slice(0.25)
+    for block in plain.blocks:
+        block.attn.fused_attn = False  # timm reads `scale` on this path only
+        block.attn.scale = HEAD_DIM**-0.5
+    assert not math.isclose(plain.blocks[0].attn.scale, (HEAD_DIM / 4) ** -0.5)
+    with torch.no_grad():
+        torch.testing.assert_close(net(images, 0.25), plain(images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_width_that_does_not_divide_names_one_that_does():
+    with pytest.raises(PointError, match=r"4\.8 of 16 channels"):
+        slimmable(ratios="0.3,1")
+    try:
+        slimmable(ratios="0.3,1")
+    except PointError as error:
+        assert "4/16 or 5/16" in error.hint
+    slimmable(ratios="5/16,1")

@@ -1,0 +1,100 @@
+"""The slimmable forward against the exported slice, on one of each kind of model."""
+
+from itertools import product
+
+import pytest
+import timm
+import torch
+from conftest import KINDS, build, slimmable
+
+from scala_cli.errors import CheckpointError, PointError
+from scala_cli.models.vit import describe
+
+RULES = [
+    {"layout": layout, "isolated": isolated, "attn_scale": scale}
+    for layout, isolated, scale in product(("aligned", "fused"), (False, True), ("native", "fixed"))
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: "-".join(map(str, rule.values())))
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_forward_at_a_width_is_the_slice_of_that_width(kind, rule, images):
+    net = slimmable(kind, **rule)
+    for point in net.points:
+        piece = net.slice(point)
+        assert piece.embed_dim == int(32 * point.ratio)
+        assert (net(images, point) - piece(images)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_full_width_is_the_timm_model_bit_for_bit(kind, images):
+    original, _ = build(kind)
+    net = slimmable(kind, isolated=True)
+    assert torch.equal(net(images), original(images))
+    assert torch.equal(net.slice(1)(images), original(images))
+
+
+def test_gradients_reach_exactly_the_kept_channels(images):
+    net = slimmable("deit")
+    net(images, 0.5).sum().backward()
+    gradient = net.vit.blocks[1].mlp.fc1.weight.grad  # (hidden, embed), cut to the first halves
+    hidden, embed = gradient.shape
+    assert gradient[: hidden // 2, : embed // 2].abs().sum() > 0
+    assert gradient[hidden // 2 :].abs().sum() == 0
+    assert gradient[:, embed // 2 :].abs().sum() == 0
+
+
+def test_gradients_equal_those_of_the_slice(images):
+    net = slimmable("distilled", isolated=True)
+    piece = net.slice(0.5)
+    net(images, 0.5).square().mean().backward()
+    piece(images).square().mean().backward()
+    kept = net.rule.slice_state({k: p.grad for k, p in net.vit.named_parameters()}, net.points[1])
+    for name, parameter in piece.named_parameters():
+        torch.testing.assert_close(kept[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_training_mode_reaches_every_width(images):
+    vit, args = build("deit", drop_rate=0.5)
+    net = slimmable()
+    net = type(net)(vit, describe(vit, args), net.rule)
+    with torch.no_grad():
+        assert not torch.equal(net.train()(images, 0.5), net(images, 0.5))
+        assert torch.equal(net.eval()(images, 0.5), net(images, 0.5))
+
+
+def test_a_slice_owns_its_weights(images):
+    net = slimmable()
+    piece = net.slice(0.5)
+    with torch.no_grad():
+        before = piece(images)
+        net.vit.blocks[0].mlp.fc1.weight.zero_()
+        assert torch.equal(piece(images), before)
+
+
+def test_an_untrained_width_is_refused(images):
+    net = slimmable(ratios="0.25,0.5,1")
+    with pytest.raises(PointError, match="not trained"):
+        net(images, 0.75)
+    with pytest.raises(PointError, match="not trained"):
+        net.slice(0.75)
+    assert net(images).shape == net(images, "0.5").shape == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "reason"),
+    [
+        ("resnet18", {}, "ResNet"),
+        ("vit_base_patch16_siglip_224", {"depth": 1}, "AttentionPoolLatent"),
+        ("vit_base_patch16_rope_224", {"depth": 1}, "Eva"),
+        ("vit_small_r26_s32_224", {"depth": 1}, "HybridEmbed"),
+        ("vit_giant_patch14_dinov2", {"depth": 1}, "a GluMlp"),
+    ],
+)
+def test_what_is_not_plain_is_refused_with_the_reason(name, args, reason):
+    with torch.device("meta"):
+        model = timm.create_model(name, **args)
+    with pytest.raises(CheckpointError, match=reason):
+        describe(model)

@@ -1,0 +1,178 @@
+"""From every way to name a model to a slimmable one, and every way that can go wrong."""
+
+import argparse
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import TINY, build
+from safetensors.torch import save_file
+
+from scala_cli.errors import CheckpointError, PointError
+from scala_cli.models.checkpoint import save
+from scala_cli.models.source import Changes, open_model, open_slimmable
+from scala_cli.slicing.point import parse_points
+
+FOUR = parse_points("0.25,0.5,0.75,1")
+
+
+@pytest.fixture
+def timm_directory(tmp_path) -> Path:
+    vit, _ = build("deit")
+    timm.models.save_for_hf(vit, str(tmp_path / "vit"), safe_serialization=True)
+    return tmp_path / "vit"
+
+
+@pytest.fixture
+def released(tmp_path) -> Path:
+    """A training checkpoint as DeiT releases them: a pickle with the options beside the weights."""
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=48)
+    options = argparse.Namespace(model="deit_tiny_patch16_224", lr=1e-3)
+    torch.save(
+        {"model": timm.create_model("deit_tiny_patch16_224").state_dict(), "args": options},
+        tmp_path / "r.pth",
+    )
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in vit.state_dict().items()}}, tmp_path / "other.pth"
+    )
+    return tmp_path / "r.pth"
+
+
+@torch.no_grad()
+def test_a_timm_directory(timm_directory, images):
+    for name in (f"local-dir:{timm_directory}", str(timm_directory)):
+        net, record = open_model(name, FOUR)
+        assert torch.equal(net(images), build("deit")[0](images))
+        assert record.trained and record.method is None
+        assert net.spec.model_args["depth"] == TINY["depth"]
+
+
+@torch.no_grad()
+def test_a_weight_file_that_names_its_architecture(released):
+    net, record = open_model(str(released), FOUR)
+    reference = timm.create_model("deit_tiny_patch16_224").eval()
+    reference.load_state_dict(torch.load(released, weights_only=False)["model"])
+    x = torch.randn(1, 3, 224, 224)
+    assert torch.equal(net(x), reference(x))
+    assert record.provenance == {"model": "deit_tiny_patch16_224", "weights": "r.pth"}
+
+
+@torch.no_grad()
+def test_weights_for_a_named_architecture(tmp_path, released):
+    state = torch.load(released, weights_only=False)["model"]
+    save_file(state, tmp_path / "w.safetensors")
+    x = torch.randn(1, 3, 224, 224)
+    one, _ = open_model("deit_ti", FOUR, weights=tmp_path / "w.safetensors")
+    other, _ = open_model("deit_ti", FOUR, weights=released)
+    assert torch.equal(one(x), other(x))
+
+
+def test_another_number_of_classes_gets_a_new_head(released):
+    net, _ = open_model("deit_ti", FOUR, Changes(num_classes=7), weights=released)
+    state = torch.load(released, weights_only=False)["model"]
+    assert net.vit.head.out_features == net.spec.num_classes == 7
+    assert torch.equal(net.vit.blocks[3].mlp.fc1.weight, state["blocks.3.mlp.fc1.weight"])
+
+
+@torch.no_grad()
+def test_image_and_patch_size_are_resampled_by_timm(timm_directory):
+    net, _ = open_model(str(timm_directory), FOUR, Changes(img_size=24, patch_size=8))
+    expected = timm.create_model(
+        f"local-dir:{timm_directory}", pretrained=True, img_size=24, patch_size=8
+    ).eval()
+    x = torch.randn(2, 3, 24, 24)
+    assert torch.equal(net(x), expected(x))
+    assert net.spec.input_size == (3, 24, 24) == tuple(net.spec.pretrained_cfg["input_size"])
+
+
+def test_scratch_is_not_trained():
+    net, record = open_model("test_vit", FOUR, Changes(num_classes=4), scratch=True)
+    assert not record.trained and record.provenance["weights"] == "random"
+    assert net.spec.num_classes == 4
+
+
+def test_a_checkpoint_keeps_its_widths_unless_told(timm_directory, tmp_path):
+    net, record = open_model(str(timm_directory), FOUR)
+    save(net, record, tmp_path / "net")
+    assert open_slimmable(str(tmp_path / "net"), None)[0].points == FOUR
+    assert open_slimmable(str(tmp_path / "net"), "0.5,1")[0].points == parse_points("0.5,1")
+    assert open_slimmable(str(timm_directory), None)[0].points == FOUR
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("deit_s", "no network"),
+        ("hf-hub:org/repo", "no network"),
+        ("vit_giant_patch14_224", "no pretrained weights"),
+        ("deit_huge", "no model 'deit_huge'"),
+        ("resnet18", "ResNet"),
+        ("local-dir:nowhere", "no config.json"),
+        ("", "does not say which architecture"),
+    ],
+)
+def test_what_cannot_be_opened_is_said_with_a_remedy(model, message):
+    with pytest.raises(CheckpointError, match=message) as error:
+        open_model(model, FOUR)
+    assert error.value.hint
+
+
+def test_no_network_names_both_ways_out():
+    with pytest.raises(CheckpointError) as error:
+        open_model("deit_s", FOUR)
+    assert "--weights" in error.value.hint and "--scratch" in error.value.hint
+
+
+def test_widths_are_checked_before_anything_is_downloaded():
+    with pytest.raises(PointError, match="of 64 channels"):
+        open_model("deit_s", parse_points("0.3,1"))
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda f: torch.save({"model": Bomb()}, f), r"pickles code \(posix.mkdir\)"),
+        (lambda f: f.write_bytes(pickle.dumps({"model": Bomb()})), "truncated|pickles code"),
+        (lambda f: f.write_bytes(b"hello"), "truncated"),
+        (lambda f: f.write_bytes(b""), "truncated"),
+        (lambda f: torch.save([1, 2], f), "no state dict"),
+        (lambda f: torch.save({"model": {"head.weight": 3}}, f), "no state dict"),
+        (lambda f: None, "does not exist"),
+    ],
+)
+def test_unsafe_and_damaged_pickles(tmp_path, monkeypatch, write, message):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "weights.pth"
+    write(file)
+    with pytest.raises(CheckpointError, match=message):
+        open_model("deit_ti", FOUR, weights=file)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_half_a_download(tmp_path, released):
+    half = tmp_path / "half.pth"
+    half.write_bytes(released.read_bytes()[:2_000_000])
+    with pytest.raises(CheckpointError, match="truncated"):
+        open_model(str(half), FOUR)
+
+
+def test_weights_of_another_model_name_the_first_key(tmp_path, released):
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.norm1\.weight"):
+        open_model("deit_ti", FOUR, weights=tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="does not say which architecture"):
+        open_model(str(tmp_path / "other.pth"), FOUR)
+
+
+def test_an_image_size_that_is_no_multiple_of_the_patch(timm_directory):
+    with pytest.raises(CheckpointError, match="not a multiple") as error:
+        open_model(str(timm_directory), FOUR, Changes(img_size=30))
+    assert "28" in error.value.hint

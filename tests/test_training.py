@@ -1,0 +1,271 @@
+"""Training runs, whole, on real digits and a tiny folder."""
+
+import csv
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build, slimmable
+from safetensors.torch import load_file
+
+from scala_cli.errors import DataError, ScalaError, TrainingError
+from scala_cli.models.checkpoint import Record, load, load_with_record
+from scala_cli.models.source import Changes, open_model
+from scala_cli.settings import (
+    AugmentSettings,
+    DeviceSettings,
+    MethodSettings,
+    OptimizerSettings,
+    ReadSettings,
+    Settings,
+)
+from scala_cli.slicing.point import parse_points
+from scala_cli.training.finetune import finetune, go_on
+from scala_cli.training.run import Run
+from scala_cli.watch import Watcher
+
+FULL = DeviceSettings(device="cpu", amp=False)
+
+
+class Listener(Watcher):
+    """Remembers all it is told; at a chosen step it pulls the plug."""
+
+    def __init__(self, stop_at: int | None = None):
+        self.notes, self.losses, self.rows, self.stop_at = [], [], [], stop_at
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def step(self, count, losses=None):
+        if losses:
+            self.losses.append(losses)
+            if len(self.losses) == self.stop_at:
+                raise KeyboardInterrupt
+
+    def epoch(self, row):
+        self.rows.append(row)
+
+
+def settings(data, epochs=2, **groups) -> Settings:
+    base = Settings(
+        str(data),
+        optimizer=OptimizerSettings(epochs=epochs, batch_size=4),
+        read=ReadSettings(workers=0),
+        device=FULL,
+    )
+    return replace(base, **groups)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def start(classes=("blue", "green", "red"), **changes):
+    net = slimmable(**changes)
+    net.vit.reset_classifier(len(classes))
+    return type(net)(net.vit, net.spec.naming(classes), net.rule)
+
+
+def test_what_a_run_leaves_behind(photos):
+    run, listener = Run(Path("runs/one")), Listener()
+    best = finetune(start(), Record(), settings(photos), run, listener)
+
+    assert [row["epoch"] for row in listener.rows] == [1, 2]
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == listener.rows and best in lines
+    assert set(lines[0]["loss"]) == {"0.25", "0.5", "0.75", "1"}
+    assert [p["ratio"] for p in lines[0]["points"]] == [0.25, 0.5, 0.75, 1.0]
+    assert all(p["images"] == 6 for p in lines[0]["points"])
+    table = list(csv.DictReader((run.path / "summary.csv").open()))
+    assert float(table[1]["top1_0.25"]) == lines[1]["points"][0]["top1"]
+    assert float(table[1]["loss_1"]) == lines[1]["loss"]["1"]
+
+    net, record = load_with_record(run.path / "best")
+    assert record.method == "scala" and list(record.metrics) == best["points"]
+    assert net.rule.isolated and net.spec.label_names == ("blue", "green", "red")
+    assert Path("runs/last").resolve() == run.path.resolve()
+    assert "method: scala" in (run.path / "args.yaml").read_text()
+    assert len(listener.losses) == 2 * 3
+
+
+def test_training_learns_real_digits():
+    """From random weights, 6 epochs at .5 and 1: chance is 10 %."""
+    net, record = open_model(
+        "test_vit", parse_points("0.5,1"), Changes(num_classes=10, img_size=8, patch_size=4), scratch=True
+    )
+    chosen = Settings(
+        "digits",
+        optimizer=OptimizerSettings(epochs=6, batch_size=64, lr=3e-3),
+        augment=AugmentSettings(hflip=0, scale=(0.9, 1.0)),
+        read=ReadSettings(workers=0),
+        device=FULL,
+    )
+    best = finetune(net, record, chosen, Run(Path("digits")), Listener())
+    assert all(point["top1"] > 60 for point in best["points"])
+
+
+def test_resuming_gives_the_run_that_was_never_stopped(photos):
+    chosen = settings(photos, epochs=3, augment=AugmentSettings(mixup=0.5, cutmix=0.5))
+    finetune(start(), Record(), chosen, Run(Path("whole")), Listener())
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(start(), Record(), chosen, Run(Path("cut")), Listener(stop_at=5))
+    assert len(Path("cut/metrics.jsonl").read_text().splitlines()) == 1
+    go_on(Run(Path("cut")), Listener())
+
+    for checkpoint in ("last", "best"):
+        one, other = (load_file(f"{run}/{checkpoint}/model.safetensors") for run in ("whole", "cut"))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    losses = [[json.loads(line)["loss"] for line in open(f"{run}/metrics.jsonl")] for run in ("whole", "cut")]
+    assert losses[0] == losses[1]
+
+
+def test_resuming_a_run_stopped_in_its_first_epoch(photos):
+    with pytest.raises(KeyboardInterrupt):
+        finetune(start(), Record(), settings(photos, epochs=1), Run(Path("cut")), Listener(stop_at=1))
+    assert go_on(Run(Path("cut")), Listener())["epoch"] == 1
+
+
+def test_resuming_what_is_no_run(photos):
+    with pytest.raises(TrainingError, match="nothing to resume"):
+        go_on(Run(Path("nowhere")), Listener())
+    finetune(start(), Record(), settings(photos, epochs=1), Run(Path("one")), Listener())
+    state = Path("one/state.pt")
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(TrainingError, match="damaged") as error:
+        go_on(Run(Path("one")), Listener())
+    assert "one/last" in error.value.hint
+
+
+def test_a_loss_that_is_not_finite_names_width_and_step(photos):
+    net = start()
+    chosen = settings(photos, epochs=3)
+    run = Run(Path("one"))
+    finetune(net, Record(), replace(chosen, optimizer=replace(chosen.optimizer, epochs=1)), run, Listener())
+    before = (run.path / "last/model.safetensors").read_bytes()
+    state = run.read_state()
+    state["weights"]["blocks.0.mlp.fc1.bias"][0] = math.nan
+    state["settings"]["optimizer"]["epochs"] = 3
+    run.write_state(state)
+    with pytest.raises(TrainingError, match=r"loss of width 1 is nan at step 4 \(epoch 2\)"):
+        go_on(run, Listener())
+    assert (run.path / "last/model.safetensors").read_bytes() == before
+
+
+def test_other_classes_get_a_new_head_and_no_teacher(photos):
+    listener, run = Listener(), Run(Path("one"))
+    net = slimmable()  # five classes without names
+    finetune(net, Record(), settings(photos, epochs=1), run, listener)
+    assert "knows 5 classes, the data has 3" in listener.notes[0]
+    again, record = load_with_record(run.path / "last")
+    assert again.spec.num_classes == 3 and record.provenance["teacher"] is False
+
+
+@pytest.mark.parametrize(
+    ("record", "method", "taught"),
+    [
+        (Record(), MethodSettings(), True),
+        (Record(), MethodSettings(teacher=False), False),
+        (Record(trained=False), MethodSettings(), False),
+    ],
+)
+def test_who_has_a_teacher(photos, record, method, taught):
+    finetune(start(), record, settings(photos, 1, method=method), Run(Path("one")), Listener())
+    assert load_with_record(Path("one/last"))[1].provenance["teacher"] is taught
+
+
+@pytest.mark.parametrize(
+    ("method", "told", "record", "isolated"),
+    [
+        ("scala", None, Record(), True),
+        ("usnet", None, Record(), False),
+        ("scala", False, Record(), False),
+        ("usnet", True, Record(), True),
+        ("scala", None, Record(method="usnet"), False),
+    ],
+)
+def test_who_isolates(photos, method, told, record, isolated):
+    chosen = settings(photos, 1, method=MethodSettings(method=method, isolated_activation=told))
+    finetune(start(), record, chosen, Run(Path("one")), Listener())
+    assert load("one/last").rule.isolated is isolated
+
+
+def test_separate_training_leaves_the_other_channels_alone(photos):
+    net = start(ratios="0.5")
+    chosen = settings(photos, 1, method=MethodSettings(method="separate"))
+    finetune(net, Record(), chosen, Run(Path("one")), Listener())
+    before, after = load("one/start"), load("one/last")
+    assert [p.label for p in after.points] == ["0.5"]
+    one, other = before.vit.blocks[0].mlp.fc2.weight, after.vit.blocks[0].mlp.fc2.weight
+    assert not torch.equal(one[:16, :64], other[:16, :64])
+    decay = 1 - other[16:, 64:] / one[16:, 64:]  # nothing but weight decay and the average reach them
+    assert decay.abs().max() < 1e-3
+
+
+def test_the_average_is_what_is_saved(photos):
+    chosen = settings(photos, epochs=1)
+    run = Run(Path("one"))
+    finetune(start(), Record(), chosen, run, Listener())
+    state, saved = run.read_state(), load_file("one/last/model.safetensors")
+    name = "blocks.0.mlp.fc1.weight"
+    assert torch.equal(saved[name], state["average"][name])
+    assert not torch.equal(saved[name], state["weights"][name])
+
+    plain = replace(chosen, optimizer=replace(chosen.optimizer, model_ema=False))
+    finetune(start(), Record(), plain, Run(Path("two")), Listener())
+    state = Run(Path("two")).read_state()
+    assert torch.equal(load_file("two/last/model.safetensors")[name], state["weights"][name])
+
+
+def test_weight_decay_spares_biases_norms_and_embeddings():
+    from timm.optim import create_optimizer_v2
+
+    vit, _ = build("distilled")
+    groups = create_optimizer_v2(vit, opt="adamw", lr=1e-3, weight_decay=0.05).param_groups
+    names = {id(p): n for n, p in vit.named_parameters()}
+    decayed = {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
+    assert all(name.endswith(".weight") and "norm" not in name for name in decayed)
+    assert "blocks.0.attn.qkv.weight" in decayed and "dist_token" not in decayed
+
+
+def test_bad_input_is_found_before_anything_is_written(photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "copy")
+    shutil.rmtree(folder / "val")
+    with pytest.raises(DataError, match="has no val/"):
+        finetune(start(), Record(), settings(folder), Run(Path("one")), Listener())
+    assert not Path("one").exists()
+
+
+def test_an_occupied_run_directory(photos):
+    Path("one").mkdir()
+    Path("one/notes.txt").write_text("mine")
+    for force in (False, True):
+        with pytest.raises(ScalaError):
+            finetune(start(), Record(), settings(photos, 1), Run(Path("one")), Listener(), force)
+    assert Path("one/notes.txt").read_text() == "mine"
+    finetune(start(), Record(), settings(photos, 1), Run(Path("two")), Listener())
+    finetune(start(), Record(), settings(photos, 1), Run(Path("two")), Listener(), force=True)
+    assert len(Path("two/metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_settings_survive_being_saved():
+    chosen = Settings("x", MethodSettings(method="usnet"), augment=AugmentSettings(scale=(0.3, 0.9)), seed=4)
+    from dataclasses import asdict
+
+    assert Settings.of(asdict(chosen)) == chosen
+
+
+def test_corrupt_training_images_are_skipped_and_told(photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "copy")
+    (folder / "train/red/9.png").write_text("no image")
+    listener = Listener()
+    with pytest.raises(DataError, match=r"9\.png cannot be read"):
+        finetune(start(), Record(), settings(folder, 1), Run(Path("one")), listener)
+    read = ReadSettings(workers=0, on_corrupt="skip")
+    finetune(start(), Record(), settings(folder, 1, read=read), Run(Path("two")), listener)
+    assert any("skipped 1 unreadable" in note for note in listener.notes)
