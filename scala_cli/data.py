@@ -1,6 +1,6 @@
 """Images and labels, read through timm and strictly: nothing unreadable is replaced in silence."""
 
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -241,7 +241,7 @@ def collate(items: Sequence[tuple[Tensor, int] | Corrupt]) -> Batch:
     )
 
 
-class Loader(Sized):
+class Loader:
     """Batches of one split. What could not be read is in `skipped`, once each.
 
     Args:

@@ -13,8 +13,6 @@ from scala_cli.settings import DeviceSettings, ReadSettings
 from scala_cli.slicing.point import Point
 from scala_cli.watch import Watcher
 
-Row = dict[str, float]
-
 
 def validation_loader(net: SlimmableViT, data: str, batch_size: int, read: ReadSettings) -> Loader:
     """The validation images of a data set as `net` wants them.
@@ -31,7 +29,7 @@ def validation_loader(net: SlimmableViT, data: str, batch_size: int, read: ReadS
 @torch.inference_mode()
 def evaluate(
     net: SlimmableViT, loader: Loader, points: Sequence[Point], settings: DeviceSettings, watch: Watcher
-) -> list[Row]:
+) -> list[dict[str, float]]:
     """Top-1 and top-5 in percent of every point, over the images that could be read.
 
     Returns:

@@ -1,17 +1,17 @@
 """One width as files that stand alone."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 
 from scala_cli.errors import CheckpointError
 from scala_cli.files import refuse_occupied, whole_directory
-from scala_cli.measure import cost, largest_difference
-from scala_cli.models.checkpoint import Record, versions, write_timm
-from scala_cli.models.locate import CARD, FILES
-from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.measure import cost, random_images
+from scala_cli.models.checkpoint import TensorByTensor, read_about, versions, write_timm
+from scala_cli.models.locate import CARD, FILES, WEIGHTS
+from scala_cli.models.slimmable import Ratio
 from scala_cli.report import model_card
 from scala_cli.slicing.point import Point, find_point
 
@@ -19,10 +19,12 @@ TOLERANCE = 1e-5
 """Largest difference of logits in fp32 between the supernet at a width and the slice read back."""
 
 
-def export_slice(
-    net: SlimmableViT, record: Record, point: Point, target: Path, force: bool = False
-) -> dict[str, Any]:
-    """Writes one width as a directory that timm loads by itself, after reading it back and comparing.
+@torch.inference_mode()
+def export_slice(checkpoint: Path, ratio: Ratio, target: Path, force: bool = False) -> dict[str, Any]:
+    """Writes one width of a checkpoint as a directory that timm loads by itself.
+
+    Before it takes its place it is read back by timm and compared with the family's own forward at that
+    width. The full weights are never in memory as a whole.
 
     Returns:
         {"path", "ratio", "params", "gmacs", "max_abs_diff"}
@@ -31,9 +33,10 @@ def export_slice(
         PointError: a width that was not trained.
         CheckpointError: where the slice read back by timm differs; nothing is left behind then.
     """
-    point = find_point(point, net.points)
+    full, rule, record = read_about(checkpoint)
+    point = find_point(ratio, rule.points)
     refuse_occupied(target, force, FILES)
-    spec = net.spec.at(point)
+    spec = full.at(point)
     size = cost(spec)
     result = {
         "path": str(target),
@@ -48,18 +51,22 @@ def export_slice(
         "metrics": [m for m in record.metrics if Point.of(m["ratio"]) == point],
         "versions": versions(),
     }
+    probe = random_images(spec, 2)
     with whole_directory(target) as fresh:
-        write_timm(net.slice(point), spec, about, fresh)
+        piece = spec.build_with(rule.slice_state(TensorByTensor(checkpoint / WEIGHTS), point, copy=True))
+        expected = piece(probe)
+        write_timm(piece, spec, about, fresh)
+        del piece
         (fresh / CARD).write_text(model_card(target.name, spec, record, result))
         again = timm.create_model(f"local-dir:{fresh}", pretrained=True).eval()
-        result["max_abs_diff"] = largest_difference(again, partial(net, ratio=point), spec)
-        if not result["max_abs_diff"] <= TOLERANCE:
+        difference = (again(probe) - expected).abs().max().item()
+        if not difference <= TOLERANCE:
             raise CheckpointError(
-                f"the slice read back by timm differs by {result['max_abs_diff']:.2g}, "
+                f"the slice read back by timm differs by {difference:.2g}, "
                 f"more than {TOLERANCE:g}; nothing was written.",
                 "Please report this with the output of: scala env",
             )
-    return result
+    return {**result, "max_abs_diff": difference}
 
 
 def default_target(checkpoint: Path, point: Point) -> Path:

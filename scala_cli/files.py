@@ -22,8 +22,10 @@ def whole_directory(target: Path) -> Iterator[Path]:
     try:
         yield fresh
         fresh.chmod(0o755)
-        for path in [*fresh.iterdir(), fresh]:
+        for path in fresh.iterdir():
+            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes for the owner alone
             flush(path)
+        flush(fresh)
         former = fresh.with_name(f"{fresh.name}.former")
         if target.exists():
             target.rename(former)

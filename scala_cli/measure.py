@@ -85,10 +85,15 @@ def timing(series: list[float], batch_size: int) -> Timing:
     return Timing(median, p95, batch_size / median * 1000)
 
 
+def random_images(spec: Spec, count: int) -> Tensor:
+    """(count, C, H, W), the same on every call."""
+    return torch.randn(count, *spec.input_size, generator=torch.Generator().manual_seed(0))
+
+
 @torch.inference_mode()
 def largest_difference(one: Predictor, other: Predictor, spec: Spec) -> float:
     """The largest absolute difference between the logits of two models on the same two random images."""
-    probe = torch.randn(2, *spec.input_size, generator=torch.Generator().manual_seed(0))
+    probe = random_images(spec, 2)
     return (one(probe) - other(probe)).abs().max().item()
 
 
@@ -108,7 +113,7 @@ def bench(
     """
     device = choose_device(where)
     net.to(device)
-    images = torch.randn(settings.batch_size, *net.spec.input_size, device=device)
+    images = random_images(net.spec, settings.batch_size).to(device)
     models = {point: net.slice(point).to(device) for point in points}
     with autocast(device, where) if where.amp else nullcontext():
         timings = time_models(models, images, settings.runs, watch)

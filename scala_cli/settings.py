@@ -10,12 +10,12 @@ from typing import Any, Literal
 DEFAULT_RATIOS = "0.25,0.5,0.75,1"
 
 
-def option(default: Any, help: str, *short: str, switch: bool = False) -> Any:
+def option(default: Any, help: str, *short: str, only: Literal["on", "off", ""] = "") -> Any:
     """A dataclass field with its help text and, where it has one, its short flag.
 
-    A truth value becomes the pair --name/--no-name, or as a `switch` --name alone.
+    A truth value becomes the pair --name/--no-name, or `only` the one that switches it on or off.
     """
-    return field(default=default, metadata={"help": help, "short": short, "switch": switch})
+    return field(default=default, metadata={"help": help, "short": short, "only": only})
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,21 @@ class MethodSettings:
     """Which method trains, and which of its parts are on."""
 
     method: Literal["scala", "usnet", "separate"] = option("scala", "Training method.")
-    isolated_activation: bool | None = option(
-        None, "Cut the widths between from the other end. Default: as the method or the checkpoint has it."
+    isolation: bool | None = option(
+        None, "Cut the widths between from the other end. Default: as the checkpoint or the method has it."
     )
-    progressive_transfer: bool = option(True, "Each width is taught by the next larger, not by the largest.")
-    stable_sampling: bool = option(True, "Draw one width from each half of the range, not two from anywhere.")
-    noise_calibration: bool = option(True, "Labels teach every width, not only the teacher above it.")
-    teacher: bool = option(True, "The frozen starting model teaches the full width, if it fits the classes.")
+    progressive_transfer: bool = option(
+        True, "The largest width teaches all, instead of each the next smaller.", only="off"
+    )
+    stable_sampling: bool = option(
+        True, "Draw the widths between from anywhere, instead of one from each half.", only="off"
+    )
+    noise_calibration: bool = option(
+        True, "Labels teach the largest width only, instead of every one.", only="off"
+    )
+    teacher: bool = option(
+        True, "Do without the frozen starting model as teacher of the full width.", only="off"
+    )
     smoothing: float = option(0.1, "Label smoothing.")
 
 

@@ -13,7 +13,7 @@ from conftest import KINDS, slimmable
 from scala_cli.errors import CheckpointError, ScalaError
 from scala_cli.export import export_slice
 from scala_cli.files import refuse_occupied, whole_directory, whole_file
-from scala_cli.models.checkpoint import Record, load, load_with_record, save
+from scala_cli.models.checkpoint import Record, TensorByTensor, load, load_with_record, save, write_timm
 from scala_cli.models.locate import resolve
 from scala_cli.slicing.point import Point
 
@@ -36,12 +36,27 @@ def test_round_trip(kind, tmp_path, images):
     assert torch.equal(plain(images), net(images))
 
 
+@pytest.mark.parametrize("scale", ["native", "fixed"])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_cutting_tensor_by_tensor_is_cutting_the_whole_state(kind, scale, tmp_path):
+    net = slimmable(kind, isolated=True, attn_scale=scale)
+    save(net, RECORD, tmp_path / "net")
+    weights = TensorByTensor(tmp_path / "net/model.safetensors")
+    assert len(weights) == len(net.vit.state_dict())
+    for point in net.points:
+        cut, whole = net.rule.slice_state(weights, point, copy=True), net.slice(point).state_dict()
+        assert cut.keys() == whole.keys()
+        assert all(torch.equal(cut[name], whole[name]) and cut[name].is_contiguous() for name in whole)
+
+
 def test_every_slice_loads_without_us(tmp_path, images):
     """In a process that cannot import scala_cli at all."""
     net = slimmable("distilled", isolated=True)
     torch.save(images, tmp_path / "images.pt")
+    save(net, RECORD, tmp_path / "net")
     for point in net.points:
-        result = export_slice(net, RECORD, point, tmp_path / point.label)
+        result = export_slice(tmp_path / "net", point, tmp_path / point.label)
         assert result["max_abs_diff"] <= 1e-5
     script = """
 import sys
@@ -73,14 +88,21 @@ def test_config_is_timms_with_one_key_of_ours(tmp_path):
 
 
 def test_a_slice_that_reads_back_wrong_is_not_left_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr("scala_cli.export.largest_difference", lambda *_: 1e-4)
-    with pytest.raises(CheckpointError, match="differs by 0.0001"):
-        export_slice(slimmable(), RECORD, Point.of(0.5), tmp_path / "half")
-    assert not list(tmp_path.iterdir())
+    save(slimmable(), RECORD, tmp_path / "net")
+
+    def write_badly(vit, *rest):
+        vit.head.bias.add_(1e-3)
+        write_timm(vit, *rest)
+
+    monkeypatch.setattr("scala_cli.export.write_timm", write_badly)
+    with pytest.raises(CheckpointError, match=r"differs by 0\.001"):
+        export_slice(tmp_path / "net", 0.5, tmp_path / "half")
+    assert [path.name for path in tmp_path.iterdir()] == ["net"]
 
 
 def test_a_slice_is_no_slimmable_checkpoint(tmp_path):
-    export_slice(slimmable(), RECORD, Point.of(0.5), tmp_path / "half")
+    save(slimmable(), RECORD, tmp_path / "net")
+    export_slice(tmp_path / "net", 0.5, tmp_path / "half")
     assert "| 0.5 | 61.00 | 95.50 |" in (tmp_path / "half/README.md").read_text()
     with pytest.raises(CheckpointError, match="one width only"):
         load(tmp_path / "half")

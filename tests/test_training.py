@@ -121,7 +121,10 @@ def test_resuming_gives_the_run_that_was_never_stopped(photos):
     for checkpoint in ("last", "best"):
         one, other = (load_file(f"{run}/{checkpoint}/model.safetensors") for run in ("whole", "cut"))
         assert all(torch.equal(one[name], other[name]) for name in one)
-    losses = [[json.loads(line)["loss"] for line in open(f"{run}/metrics.jsonl")] for run in ("whole", "cut")]
+    losses = [
+        [json.loads(line)["loss"] for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+        for run in ("whole", "cut")
+    ]
     assert losses[0] == losses[1]
 
 
@@ -190,7 +193,7 @@ def test_who_has_a_teacher(photos, record, method, taught):
     ],
 )
 def test_who_isolates(photos, method, told, record, isolated):
-    chosen = settings(photos, 1, method=MethodSettings(method=method, isolated_activation=told))
+    chosen = settings(photos, 1, method=MethodSettings(method=method, isolation=told))
     finetune(start(), record, chosen, Run(Path("one")), Listener())
     assert load("one/last").rule.isolated is isolated
 

@@ -4,14 +4,10 @@ from typing import Annotated
 import typer
 
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import Some, command
+from scala_cli.cli.options import Some
 from scala_cli.models.locate import resolve
 from scala_cli.settings import BenchSettings, DeviceSettings, EvalSettings, ReadSettings
 from scala_cli.slicing.point import find_point
-
-
-def register(app: typer.Typer) -> None:
-    command(app, "bench")(bench)
 
 
 def bench(

@@ -24,9 +24,9 @@ from scala_cli.watch import Watcher
 class Output:
     """How results are shown."""
 
-    json: bool = option(False, "Print the result as one JSON document.", switch=True)
-    quiet: bool = option(False, "Print the result alone.", "-q", switch=True)
-    debug: bool = option(False, "Show the traceback of an error.", switch=True)
+    json: bool = option(False, "Print the result as one JSON document.", only="on")
+    quiet: bool = option(False, "Print the result alone.", "-q", only="on")
+    debug: bool = option(False, "Show the traceback of an error.", only="on")
 
     def note(self, text: str) -> None:
         """One line about what is being done."""
@@ -43,7 +43,7 @@ class Output:
             return
         print_table(Console(), rows, title)
         for key, value in document.items():
-            if isinstance(value, str | int | float) and not isinstance(value, bool):
+            if isinstance(value, str | int | float):
                 sys.stdout.write(f"{key}: {shown(value)}\n")
 
     def error(self, message: str, hint: str = "") -> None:
@@ -124,9 +124,11 @@ def print_table(console: Console, rows: Sequence[Mapping[str, Any]], title: str 
 
 
 def shown(value: Any) -> str:
-    """A value as a person reads it: four digits, thousands as 1.2 M, a dash for what is not known."""
+    """A value as a person reads it: four digits, millions as 1.2 M, a dash for what is not known."""
     if value is None:
         return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, int) and value >= 1_000_000:

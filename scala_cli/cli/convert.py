@@ -4,15 +4,11 @@ from typing import Annotated, Literal
 import typer
 
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import Force, Ratios, Target, command
+from scala_cli.cli.options import Force, Ratios, Target
 from scala_cli.files import refuse_occupied
 from scala_cli.models.locate import FILES, short_name
 from scala_cli.settings import DEFAULT_RATIOS
 from scala_cli.slicing.point import parse_points
-
-
-def register(app: typer.Typer) -> None:
-    command(app, "convert")(convert)
 
 
 def convert(

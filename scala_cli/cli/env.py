@@ -1,11 +1,4 @@
-import typer
-
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import command
-
-
-def register(app: typer.Typer) -> None:
-    command(app, "env")(env)
 
 
 def env(*, out: Output) -> None:

@@ -1,14 +1,8 @@
-import typer
-
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import Checkpoint, Data, Some, command
+from scala_cli.cli.options import Checkpoint, Data, Some
 from scala_cli.models.locate import resolve
 from scala_cli.settings import DeviceSettings, EvalSettings, ReadSettings
 from scala_cli.slicing.point import find_point
-
-
-def register(app: typer.Typer) -> None:
-    command(app, "eval")(evaluate)
 
 
 def evaluate(

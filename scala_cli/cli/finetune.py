@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import Force, Ratios, command
+from scala_cli.cli.options import DATA_HELP, Force, Ratios
 from scala_cli.models.locate import short_name
 from scala_cli.settings import (
     AugmentSettings,
@@ -17,21 +17,12 @@ from scala_cli.settings import (
 )
 
 
-def register(app: typer.Typer) -> None:
-    command(app, "finetune")(finetune)
-
-
 def finetune(
     model: Annotated[
         str | None,
         typer.Argument(metavar="MODEL|CKPT", help="What to start from: see scala convert; or a checkpoint."),
     ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            "--data", help="A folder with train/ and val/ of class folders, torch/cifar10, or digits."
-        ),
-    ] = None,
+    data: Annotated[str | None, typer.Option("--data", help=DATA_HELP)] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Run directory. Default: runs/NAME-TIME.")
     ] = None,

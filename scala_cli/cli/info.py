@@ -1,12 +1,6 @@
-import typer
-
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import Checkpoint, command
+from scala_cli.cli.options import Checkpoint
 from scala_cli.models.locate import resolve
-
-
-def register(app: typer.Typer) -> None:
-    command(app, "info")(info)
 
 
 def info(checkpoint: Checkpoint = None, *, out: Output) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from scala_cli.cli.console import Output, reporting_errors
+from scala_cli.settings import DEFAULT_RATIOS
 
 Checkpoint = Annotated[
     str | None,
@@ -20,12 +21,11 @@ Checkpoint = Annotated[
         metavar="[CKPT]", help="A checkpoint or run directory, or hf-hub:org/repo. Default: the newest run."
     ),
 ]
-Data = Annotated[
-    str,
-    typer.Option("--data", help="A folder with train/ and val/ of class folders, torch/cifar10, or digits."),
-]
+DATA_HELP = "A folder with train/ and val/ of class folders, a timm name like torch/cifar10, or digits."
+Data = Annotated[str, typer.Option("--data", help=DATA_HELP)]
 Ratios = Annotated[
-    str | None, typer.Option("--ratios", help="Widths, as shares of the full one. [default: 0.25,0.5,0.75,1]")
+    str | None,
+    typer.Option("--ratios", help=f"Widths, as shares of the full one. Default: {DEFAULT_RATIOS}."),
 ]
 Some = Annotated[
     list[str] | None,
@@ -35,38 +35,32 @@ Target = Annotated[Path | None, typer.Option("--output", "-o", help="Directory t
 Force = Annotated[bool, typer.Option("--force", help="Replace what the output directory holds.")]
 
 
-def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Registers a function as a command; see the module's own words.
+def add_command(app: typer.Typer, name: str, function: Callable[..., None]) -> None:
+    """Registers a function as a command.
 
-    The function's `out: Output` gives every command --json, --quiet and --debug, and mistakes are
-    reported through it.
+    Its `out: Output` gives every command --json, --quiet and --debug; mistakes are reported through it.
     """
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, type] = {}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(function).parameters.values():
+        kind = hints[parameter.name]
+        if is_dataclass(kind) and isinstance(kind, type):
+            groups[parameter.name] = kind
+            parameters += [parameter_of(field, kind) for field in fields(kind)]
+        else:
+            parameters.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
 
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        hints = get_type_hints(function, include_extras=True)
-        groups: dict[str, type] = {}
-        parameters: list[inspect.Parameter] = []
-        for parameter in inspect.signature(function).parameters.values():
-            kind = hints[parameter.name]
-            if is_dataclass(kind) and isinstance(kind, type):
-                groups[parameter.name] = kind
-                parameters += [parameter_of(field, kind) for field in fields(kind)]
-            else:
-                parameters.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
+    def run(**values: Any) -> None:
+        for group, kind in groups.items():
+            values[group] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+        with reporting_errors(values["out"]):
+            function(**values)
 
-        def run(**values: Any) -> None:
-            for group, kind in groups.items():
-                values[group] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
-            with reporting_errors(values["out"]):
-                function(**values)
-
-        run.__name__, run.__doc__ = function.__name__, function.__doc__
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        app.command(name, no_args_is_help=False)(run)
-        return function
-
-    return register
+    run.__doc__ = function.__doc__
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    app.command(name)(run)
 
 
 def parameter_of(field: Field, group: type) -> inspect.Parameter:
@@ -74,12 +68,14 @@ def parameter_of(field: Field, group: type) -> inspect.Parameter:
     hints = get_type_hints(group)
     flag = "--" + field.name.replace("_", "-")
     flags = [flag, *field.metadata["short"]]
-    if field.metadata.get("switch"):
-        flags[0] = flag
-    elif hints[field.name] in (bool, bool | None):
-        flags[0] = f"{flag}/--no-{flag[2:]}"
+    if hints[field.name] in (bool, bool | None):
+        off = f"--no-{flag[2:]}"
+        flags[0] = {"on": flag, "off": f" /{off}", "": f"{flag}/{off}"}[field.metadata["only"]]
     panel = None if group is Output else (group.__doc__ or "").rstrip(".")
-    info = typer.Option(*flags, help=field.metadata["help"], rich_help_panel=panel)
+    shows_default = hints[field.name] is not bool
+    info = typer.Option(
+        *flags, help=field.metadata["help"], rich_help_panel=panel, show_default=shows_default
+    )
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,

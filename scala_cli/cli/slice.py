@@ -3,13 +3,9 @@ from typing import Annotated
 import typer
 
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import Checkpoint, Force, Target, command
+from scala_cli.cli.options import Checkpoint, Force, Target
 from scala_cli.models.locate import resolve
 from scala_cli.slicing.point import Point
-
-
-def register(app: typer.Typer) -> None:
-    command(app, "slice")(slice)
 
 
 def slice(
@@ -30,9 +26,7 @@ def slice(
     directory = resolve(checkpoint)
 
     from scala_cli.export import default_target, export_slice
-    from scala_cli.models.checkpoint import load_with_record
 
-    net, record = load_with_record(directory)
-    result = export_slice(net, record, point, output or default_target(directory, point), force)
+    result = export_slice(directory, point, output or default_target(directory, point), force)
     out.result(result, [])
     out.note(f"load it: timm.create_model('local-dir:{result['path']}', pretrained=True)")

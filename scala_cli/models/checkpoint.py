@@ -4,13 +4,14 @@ Everything of ours is one top-level "scala" object in config.json, which timm ig
 and every slice load with `timm.create_model("local-dir:DIR", pretrained=True)`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import safetensors
+from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.models import VisionTransformer, save_for_hf
 from torch import Tensor
@@ -93,6 +94,14 @@ def load(checkpoint: str | Path | None = None) -> SlimmableViT:
 
 def load_with_record(directory: Path) -> tuple[SlimmableViT, Record]:
     """The model of a resolved checkpoint directory, and what its config.json records."""
+    spec, rule, record = read_about(directory)
+    file = directory / WEIGHTS
+    net = SlimmableViT(spec.build_with(read_weights(file), origin=file), spec, rule)
+    return net.eval(), record
+
+
+def read_about(directory: Path) -> tuple[Spec, Rule, Record]:
+    """All that config.json tells. Raises CheckpointError where it is not a slimmable checkpoint's."""
     config = read_config(directory)
     about = config.get("scala")
     if about is None:
@@ -124,9 +133,7 @@ def load_with_record(directory: Path) -> tuple[SlimmableViT, Record]:
         raise CheckpointError(
             f"{directory / CONFIG} lacks {missing}.", "Convert or download it again."
         ) from None
-    file = directory / WEIGHTS
-    net = SlimmableViT(spec.build_with(read_weights(file), origin=file), spec, rule)
-    return net.eval(), record
+    return spec, rule, record
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -139,3 +146,26 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{file} is truncated or is no safetensors file ({error}).", "Convert or download it again."
         ) from None
+
+
+class TensorByTensor(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each mapped by itself and let go with its last reference.
+
+    Cutting one width from it keeps only that width in memory, not the full weights beside it.
+    """
+
+    def __init__(self, file: Path) -> None:
+        read_weights(file)  # refuses a damaged file as a whole
+        self.file = file
+        with safe_open(file, "pt") as tensors:
+            self.names = list(tensors.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.file, "pt") as tensors:
+            return tensors.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)

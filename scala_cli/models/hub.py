@@ -2,12 +2,13 @@
 
 import os
 import socket
+import sys
 from pathlib import Path
 from urllib.parse import urlparse
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.utils import logging
+from huggingface_hub.utils import disable_progress_bars, logging
 
 from scala_cli.errors import CheckpointError
 
@@ -31,6 +32,8 @@ def fetch(repo: str, names: list[str]) -> Path:
 def fail_fast_offline() -> None:
     """Where the Hub's name does not resolve, use only what is cached, without retrying for a minute."""
     logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     if any(key.upper() in ("HTTPS_PROXY", "ALL_PROXY") for key in os.environ):
         return
     try:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 
+import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -69,16 +70,14 @@ class SlimmableViT(nn.Module):
         point = self.widest if ratio is None else find_point(ratio, self.points)
         if point.ratio == 1:
             return self.vit(images)
-        return functional_call(self._skeleton(point), self.sliced_state(point), (images,), strict=True)
+        state = self.rule.slice_state(dict(self.vit.named_parameters()), point)
+        return functional_call(self._skeleton(point), state, (images,), strict=True)
 
-    def sliced_state(self, point: Point) -> dict[str, Tensor]:
-        """The parameters at a width, as views of the full ones: gradients flow back."""
-        return self.rule.slice_state(dict(self.vit.named_parameters()), point)
-
+    @torch.no_grad()
     def slice(self, ratio: Ratio) -> VisionTransformer:
         """A plain timm model of one width with its own copy of the weights, in evaluation mode."""
         point = find_point(ratio, self.points)
-        state = {k: t.detach().clone().contiguous() for k, t in self.sliced_state(point).items()}
+        state = self.rule.slice_state(dict(self.vit.named_parameters()), point, copy=True)
         return self.spec.at(point).build_with(state)
 
     def _skeleton(self, point: Point) -> VisionTransformer:

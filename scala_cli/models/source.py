@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,7 +195,8 @@ def read_foreign(file: Path) -> tuple[dict[str, Tensor], str]:
     if file.suffix == ".safetensors" or not file.is_file():
         return read_weights(file), ""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # arbitrary bytes make the unpickler fail in arbitrary ways
         unsafe = re.search(r"(?i)unsupported (?:global|class)s?:? *(?:global )?([\w.]+)", str(error))

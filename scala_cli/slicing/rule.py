@@ -40,14 +40,21 @@ class Rule:
     def table(self) -> Table:
         return vit_table(self.num_heads, self.layout)
 
-    def slice_state(self, state: Mapping[str, Tensor], point: Point) -> dict[str, Tensor]:
+    def slice_state(self, state: Mapping[str, Tensor], point: Point, copy: bool = False) -> dict[str, Tensor]:
         """The parameters of the ViT at `point`, as views of the full ones wherever torch can.
 
-        Differentiable: gradients reach exactly the kept channels. Raises CheckpointError for a parameter
-        that the table does not know, PointError for an axis that does not divide.
+        Differentiable: gradients reach exactly the kept channels. With `copy` each is a contiguous copy,
+        made as it is cut, so that a `state` which reads its tensors one by one is never whole in memory.
+
+        Raises:
+            CheckpointError: a parameter that the table does not know.
+            PointError: an axis that does not divide.
         """
         end = kept_end(point, self.points, self.isolated)
-        sliced = {k: slice_tensor(t, axes_of(k, self.table), point, end) for k, t in state.items()}
+        sliced = {}
+        for name, tensor in state.items():
+            part = slice_tensor(tensor, axes_of(name, self.table), point, end)
+            sliced[name] = part.clone(memory_format=torch.contiguous_format) if copy else part
         return fold_fixed_scale(sliced, point) if self.attn_scale == "fixed" else sliced
 
 

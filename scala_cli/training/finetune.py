@@ -74,6 +74,6 @@ def go_on(run: Run, watch: Watcher) -> Row:
 
 def isolation(start: SlimmableViT, record: Record, settings: Settings) -> bool:
     """Whether to isolate: as told, else as the checkpoint was trained, else as the method does."""
-    if settings.method.isolated_activation is not None:
-        return settings.method.isolated_activation
+    if settings.method.isolation is not None:
+        return settings.method.isolation
     return start.rule.isolated if record.method else METHODS[settings.method.method].isolated

@@ -1,0 +1,44 @@
+"""Prints docs/cli.md, from the commands themselves. Run by `make docs`; a test compares."""
+
+from typing import Any
+
+import typer
+
+from scala_cli.cli.app import app
+
+
+def reference() -> str:
+    root: Any = typer.main.get_command(app)
+    parts = [f"# The commands\n\n{root.help}\n\nEvery command takes `--json`, `-q`, `--debug` and `-h`."]
+    parts += [section(name, command) for name, command in root.commands.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def section(name: str, command: Any) -> str:
+    text, _, example = command.help.partition("Example: ")
+    rows = [row(p) for p in command.params if p.name not in ("json", "quiet", "debug", "help")]
+    return "\n".join(
+        [
+            f"## scala {name}\n",
+            f"{text.strip()}\n",
+            f"```\n{example.strip()}\n```\n",
+            "| option | what it is | default |",
+            "|---|---|---|",
+            *rows,
+        ]
+    )
+
+
+def row(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        names = parameter.metavar or parameter.name.upper()
+    else:
+        names = ", ".join(opt for opt in [*parameter.opts, *parameter.secondary_opts] if opt.strip())
+    names = names.replace("|", "\\|")
+    default = parameter.default
+    shown = "" if default is None or isinstance(default, bool) else str(default)
+    return f"| `{names}` | {parameter.help} | {shown} |"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
