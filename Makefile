@@ -13,13 +13,13 @@ $(VENV)/.installed: pyproject.toml
 
 # The main job on real data: a ViT trained on handwritten digits becomes a family of four widths.
 # The first run stands in for the pretrained weights that a user brings.
-DIGITS := --data digits --hflip 0 --scale 0.8 1 --batch-size 64 --lr 2e-3 --workers 0
+DIGITS := --data digits --hflip 0 --scale 0.9 1 --batch-size 64 --lr 2e-3 --workers 0
 demo: $(VENV)/.installed
 	rm -rf $(DEMO) && mkdir $(DEMO)
 	cd $(DEMO) && S=../$(BIN)/scala && set -x && \
 	$$S convert test_vit --scratch --num-classes 10 --img-size 8 --patch-size 2 -o random -q && \
-	$$S finetune random $(DIGITS) --ratios 1 --method separate --epochs 20 -o pretrained -q && \
-	$$S finetune pretrained $(DIGITS) --ratios 0.25,0.5,0.75,1 --epochs 18 -o runs/digits -q && \
+	$$S finetune random $(DIGITS) --ratios 1 --method separate --epochs 30 -o pretrained -q && \
+	$$S finetune pretrained $(DIGITS) --ratios 0.25,0.5,0.75,1 --epochs 20 -o runs/digits -q && \
 	$$S slice --ratio 0.5 && \
 	$$S bench
 
