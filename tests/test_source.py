@@ -93,6 +93,8 @@ def test_scratch_is_not_trained():
     net, record = open_model("test_vit", FOUR, Changes(num_classes=4), scratch=True)
     assert not record.trained and record.provenance["weights"] == "random"
     assert net.spec.num_classes == 4
+    again, _ = open_model("test_vit", FOUR, Changes(num_classes=4), scratch=True)
+    assert torch.equal(net.vit.head.weight, again.vit.head.weight)
 
 
 def test_a_checkpoint_keeps_its_widths_unless_told(timm_directory, tmp_path):

@@ -77,6 +77,7 @@ def open_model(
         skeleton_spec = describe(create(name, args))
     for point in points:
         skeleton_spec.at(point)
+    torch.manual_seed(0)  # random weights, or a new head, are the same on every call
     vit = create(name, args, state, pretrained=not scratch)
     spec = describe(vit, args)
     net = SlimmableViT(vit.eval(), spec, Rule(tuple(sorted(points)), spec.num_heads, layout=layout))

@@ -4,6 +4,8 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from scala_cli.data import Loader, class_misfit, open_split, transform_for
 from scala_cli.device import choose_device, uses_bfloat16
 from scala_cli.evaluate import validation_loader
@@ -35,6 +37,7 @@ def finetune(
     misfit = class_misfit(classes, start.spec.num_classes, start.spec.label_names)
     if misfit:
         watch.note(f"{misfit}: the head is new, and there is no teacher.")
+        torch.manual_seed(settings.seed)
         start.vit.reset_classifier(len(classes))
     isolated = isolation(start, record, settings)
     start = SlimmableViT(start.vit, start.spec.naming(classes), replace(start.rule, isolated=isolated))
