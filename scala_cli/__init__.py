@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from scala_cli.export import slice_model
     from scala_cli.models.checkpoint import load
     from scala_cli.models.slimmable import SlimmableViT
     from scala_cli.slicing.point import Point
-    from scala_cli.slicing.rule import Rule
 
-__all__ = ["Point", "Rule", "SlimmableViT", "__version__", "load"]
+__all__ = ["Point", "SlimmableViT", "__version__", "load", "slice_model"]
 
 _HOMES = {
     "load": "scala_cli.models.checkpoint",
     "SlimmableViT": "scala_cli.models.slimmable",
     "Point": "scala_cli.slicing.point",
-    "Rule": "scala_cli.slicing.rule",
+    "slice_model": "scala_cli.export",
 }
 
 

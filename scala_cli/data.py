@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data import (
     add_img_extensions,
     create_dataset,
@@ -120,6 +120,12 @@ def read_folder(folder: Path, classes: Sequence[str] | None = None) -> Split:
     found = tuple(reader.class_to_idx)
     if "" in found:
         raise DataError(f"{folder} holds images that are in no class folder.", "Move them to their classes.")
+    odd = set(found) - {directory.name for directory in directories}
+    if odd:
+        raise DataError(
+            f"{folder} has images deeper than its class folders, in {sorted(odd)[0]!r}.",
+            "Put the images of a class right into its folder.",
+        )
     if classes is None or found == tuple(classes):
         return Split(FromReader(reader), found)
     unknown = sorted(set(found) - set(classes))
@@ -137,7 +143,7 @@ def open_named(name: str, training: bool, data_dir: str | None) -> Split:
     split = "train" if training else "validation"
     try:
         dataset = create_dataset(name, data_dir, split=split, is_training=training)
-    except (AssertionError, RuntimeError, OSError, ImportError, ValueError) as error:
+    except (AssertionError, RuntimeError, OSError, ImportError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:160] or "not found"
         raise DataError(
             f"{name} in {data_dir or 'no --data-dir'}: {reason}.", "Name its place: --data-dir DIR"
@@ -158,7 +164,7 @@ def digits(training: bool) -> Split:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise DataError("digits needs scikit-learn.", "pip install 'scala-vit[demo]'") from None
+        raise DataError("digits needs scikit-learn.", "pip install scikit-learn") from None
     bunch = load_digits()
     chosen = [i for i in range(len(bunch.target)) if (i % 5 != 0) == training]
     pixels = (bunch.images[chosen] * (255 / 16)).astype("uint8")
@@ -228,7 +234,8 @@ class Strict(Dataset):
             image, target = self.samples[index]
             image = image.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return Corrupt(self.samples.name(index), str(error).split(":")[0])
+            why = "no image" if isinstance(error, UnidentifiedImageError) else str(error).partition(":")[0]
+            return Corrupt(self.samples.name(index), why)
         return self.transform(image), target
 
 
@@ -305,6 +312,11 @@ class Loader:
 
 def transform_for(spec: Spec, augment: AugmentSettings | None = None) -> Any:
     """timm's transform with the model's size, mean and deviation; augmenting where told how."""
+    if spec.input_size[0] != 3:
+        raise DataError(
+            f"the model takes images of {spec.input_size[0]} channels; only RGB images are read.",
+            "Convert it from a model for RGB images.",
+        )
     config = resolve_data_config(pretrained_cfg=dict(spec.pretrained_cfg))
     common: dict[str, Any] = {k: config[k] for k in ("input_size", "interpolation", "mean", "std")}
     if augment is None:
@@ -324,6 +336,7 @@ def class_misfit(data: Sequence[str], num_classes: int, names: Sequence[str] | N
     """Why a model's classes cannot be the data's; empty where they can."""
     if len(data) != num_classes:
         return f"the model knows {num_classes} classes, the data has {len(data)}"
-    if names and not set(names) & set(data):
-        return f"the model's classes ({names[0]}, ...) are not the data's ({data[0]}, ...)"
+    if names and tuple(names) != tuple(data):
+        theirs, ours = next((a, b) for a, b in zip(names, data, strict=True) if a != b)
+        return f"the model's class {theirs!r} is {ours!r} in the data"
     return ""

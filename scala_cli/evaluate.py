@@ -48,6 +48,8 @@ def evaluate(
             top1.update(first.item(), len(targets))
             top5.update(fifth.item(), len(targets))
         watch.step(len(targets))
+    if not any(top1.count for top1, _ in meters.values()):
+        raise DataError("not one of the images could be read.", "Check the validation images.")
     return [
         {
             "ratio": float(point.ratio),

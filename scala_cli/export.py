@@ -9,7 +9,7 @@ import torch
 from scala_cli.errors import CheckpointError
 from scala_cli.files import refuse_occupied, whole_directory
 from scala_cli.measure import cost, random_images
-from scala_cli.models.checkpoint import TensorByTensor, read_about, versions, write_timm
+from scala_cli.models.checkpoint import TensorByTensor, load, read_about, versions, write_timm
 from scala_cli.models.locate import CARD, FILES, WEIGHTS
 from scala_cli.models.slimmable import Ratio
 from scala_cli.report import model_card
@@ -20,11 +20,11 @@ TOLERANCE = 1e-5
 
 
 @torch.inference_mode()
-def export_slice(checkpoint: Path, ratio: Ratio, target: Path, force: bool = False) -> dict[str, Any]:
+def slice_model(checkpoint: Path, ratio: Ratio, target: Path, force: bool = False) -> dict[str, Any]:
     """Writes one width of a checkpoint as a directory that timm loads by itself.
 
-    Before it takes its place it is read back by timm and compared with the family's own forward at that
-    width. The full weights are never in memory as a whole.
+    Before it takes its place it is read back by timm and compared with the whole family's forward at that
+    width. The family and the slice are never in memory together.
 
     Returns:
         {"path", "ratio", "params", "gmacs", "max_abs_diff"}
@@ -51,10 +51,10 @@ def export_slice(checkpoint: Path, ratio: Ratio, target: Path, force: bool = Fal
         "metrics": [m for m in record.metrics if Point.of(m["ratio"]) == point],
         "versions": versions(),
     }
-    probe = random_images(spec, 2)
+    probe = random_images(spec, 1)
+    expected = load(checkpoint)(probe, point)
     with whole_directory(target) as fresh:
         piece = spec.build_with(rule.slice_state(TensorByTensor(checkpoint / WEIGHTS), point, copy=True))
-        expected = piece(probe)
         write_timm(piece, spec, about, fresh)
         del piece
         (fresh / CARD).write_text(model_card(target.name, spec, record, result))

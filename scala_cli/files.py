@@ -27,9 +27,13 @@ def whole_directory(target: Path) -> Iterator[Path]:
             flush(path)
         flush(fresh)
         former = fresh.with_name(f"{fresh.name}.former")
-        if target.exists():
-            target.rename(former)
-        fresh.rename(target)
+        try:
+            if target.exists():
+                target.rename(former)
+            fresh.rename(target)
+        finally:
+            if former.exists() and not target.exists():
+                former.rename(target)
         flush(target.parent)
         shutil.rmtree(former, ignore_errors=True)
     finally:
@@ -67,6 +71,7 @@ def refuse_occupied(target: Path, force: bool, ours: set[str]) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ScalaError(f"{target} is not a directory.", "Choose another one: -o DIR")
     held = {path.name for path in target.iterdir()} if target.exists() else set()
+    held -= {name for name in held if any(name.startswith(f".{own}.") for own in ours)}  # of a killed run
     if held and not force:
         raise ScalaError(f"{target} is not empty.", "Choose another one with -o DIR, or replace it: --force")
     if held - ours:

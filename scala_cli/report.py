@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from scala_cli.files import whole_file
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.vit import Spec
+from scala_cli.slicing.point import Point
 
 CARD = """---
 {metadata}
@@ -18,7 +19,7 @@ CARD = """---
 # {name}
 
 {architecture} at {ratio:g} of its width: {params:.1f} M parameters, {gmacs:.2f} GMACs
-at {height} x {width} pixels. Cut from a slimmable Vision Transformer{how} with [scala-vit](https://pypi.org/project/scala-vit/).
+at {height} x {width} pixels. Cut from a slimmable Vision Transformer{how} with scala-vit.
 
 | ratio | top-1 % | top-5 % |
 |---|---|---|
@@ -50,7 +51,7 @@ def model_card(name: str, spec: Spec, record: Record, slice: Mapping[str, Any]) 
     rows = [
         f"| {m['ratio']:g} | {m['top1']:.2f} | {m['top5']:.2f} |"
         for m in record.metrics
-        if m["ratio"] == slice["ratio"]
+        if Point.of(m["ratio"]) == Point.of(slice["ratio"])
     ]
     _, height, width = spec.input_size
     card = ModelCard(

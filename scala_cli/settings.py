@@ -10,12 +10,21 @@ from typing import Any, Literal
 DEFAULT_RATIOS = "0.25,0.5,0.75,1"
 
 
-def option(default: Any, help: str, *short: str, only: Literal["on", "off", ""] = "") -> Any:
-    """A dataclass field with its help text and, where it has one, its short flag.
+def option(
+    default: Any,
+    help: str,
+    *short: str,
+    only: Literal["on", "off", ""] = "",
+    min: float | None = None,
+    max: float | None = None,
+) -> Any:
+    """A dataclass field with its help text, its bounds and, where it has one, its short flag.
 
     A truth value becomes the pair --name/--no-name, or `only` the one that switches it on or off.
     """
-    return field(default=default, metadata={"help": help, "short": short, "only": only})
+    return field(
+        default=default, metadata={"help": help, "short": short, "only": only, "min": min, "max": max}
+    )
 
 
 @dataclass(frozen=True)
@@ -38,24 +47,28 @@ class MethodSettings:
     teacher: bool = option(
         True, "Do without the frozen starting model as teacher of the full width.", only="off"
     )
-    smoothing: float = option(0.1, "Label smoothing.")
+    smoothing: float = option(0.1, "Label smoothing.", min=0, max=1)
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
     """How the weights move."""
 
-    epochs: int = option(10, "Passes over the training images.")
-    batch_size: int = option(128, "Images a step.", "-b")
-    lr: float = option(1e-3, "Peak learning rate; warm-up and cosine lead to and from it.")
-    min_lr: float = option(1e-6, "Learning rate at the end.")
-    warmup_epochs: float | None = option(None, "Epochs of warm-up. Default: a twentieth of the run.")
-    weight_decay: float = option(0.05, "Weight decay, not on biases, norms and embeddings.")
-    layer_decay: float | None = option(None, "Learning rate falls by this factor with each block downwards.")
-    clip_grad: float | None = option(1.0, "Clip the norm of the gradient.")
+    epochs: int = option(10, "Passes over the training images.", min=1)
+    batch_size: int = option(128, "Images a step.", "-b", min=1)
+    lr: float = option(1e-3, "Peak learning rate; warm-up and cosine lead to and from it.", min=0)
+    min_lr: float = option(1e-6, "Learning rate at the end.", min=0)
+    warmup_epochs: float | None = option(None, "Epochs of warm-up. Default: a twentieth of the run.", min=0)
+    weight_decay: float = option(0.05, "Weight decay, not on biases, norms and embeddings.", min=0)
+    layer_decay: float | None = option(
+        None, "Learning rate falls by this factor with each block downwards.", min=0, max=1
+    )
+    clip_grad: float | None = option(1.0, "Clip the norm of the gradient.", min=0)
     opt: str = option("adamw", "Optimizer, by timm's name.")
-    model_ema: bool = option(True, "Evaluate and save the moving average of the weights.")
-    model_ema_decay: float = option(0.9998, "Its decay, reached by a warm-up that suits short runs.")
+    model_ema: bool = option(True, "Evaluate and save the moving average of the weights. Default: on.")
+    model_ema_decay: float = option(
+        0.9998, "Its decay, reached by a warm-up that suits short runs.", min=0, max=1
+    )
 
 
 @dataclass(frozen=True)
@@ -64,10 +77,10 @@ class AugmentSettings:
 
     aa: str | None = option(None, "RandAugment or another timm policy, for example rand-m1-mstd0.5-inc1.")
     scale: tuple[float, float] = option((0.5, 1.0), "Share of the image a random crop covers: min and max.")
-    hflip: float = option(0.5, "Probability of a horizontal flip; 0 for digits and letters.")
-    reprob: float = option(0.0, "Probability of random erasing.")
-    mixup: float = option(0.0, "Mixup alpha; the papers use 0.8 for hundreds of epochs.")
-    cutmix: float = option(0.0, "Cutmix alpha; the papers use 1.")
+    hflip: float = option(0.5, "Probability of a horizontal flip; 0 for digits and letters.", min=0, max=1)
+    reprob: float = option(0.0, "Probability of random erasing.", min=0, max=1)
+    mixup: float = option(0.0, "Mixup alpha; the papers use 0.8 for hundreds of epochs.", min=0)
+    cutmix: float = option(0.0, "Cutmix alpha; the papers use 1.", min=0)
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,7 @@ class ReadSettings:
     """How images are read."""
 
     data_dir: str | None = option(None, "Where a timm data set such as torch/cifar10 lies.")
-    workers: int = option(2, "Processes that read images; 0 reads in the main one.", "-j")
+    workers: int = option(2, "Processes that read images; 0 reads in the main one.", "-j", min=0)
     on_corrupt: Literal["error", "skip"] = option("error", "An unreadable image: stop, or skip and count it.")
 
 
@@ -84,23 +97,23 @@ class DeviceSettings:
     """Where it runs."""
 
     device: str | None = option(None, "cpu, cuda, cuda:1, mps. Default: a GPU where there is one.")
-    amp: bool | None = option(None, "bfloat16 autocast. Default: on a GPU, and on a CPU with AMX.")
-    threads: int | None = option(None, "CPU threads. Default: as torch chooses.")
+    amp: bool | None = option(None, "bfloat16 autocast. Default: on a GPU or a CPU with AMX; in bench off.")
+    threads: int | None = option(None, "CPU threads. Default: as torch chooses.", min=1)
 
 
 @dataclass(frozen=True)
 class EvalSettings:
     """How it is evaluated."""
 
-    batch_size: int = option(128, "Images a batch.", "-b")
+    batch_size: int = option(128, "Images a batch.", "-b", min=1)
 
 
 @dataclass(frozen=True)
 class BenchSettings:
     """How it is timed."""
 
-    batch_size: int = option(1, "Images a batch.", "-b")
-    runs: int = option(50, "How often each width is timed.")
+    batch_size: int = option(1, "Images a batch.", "-b", min=1)
+    runs: int = option(50, "How often each width is timed.", min=1)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ import torch
 from conftest import KINDS, slimmable
 
 from scala_cli.errors import CheckpointError, ScalaError
-from scala_cli.export import export_slice
+from scala_cli.export import slice_model
 from scala_cli.files import refuse_occupied, whole_directory, whole_file
 from scala_cli.models.checkpoint import Record, TensorByTensor, load, load_with_record, save, write_timm
 from scala_cli.models.locate import resolve
-from scala_cli.slicing.point import Point
+from scala_cli.slicing.point import Point, parse_points
+from scala_cli.slicing.rule import Rule
 
 RECORD = Record(True, "scala", [{"ratio": 0.5, "top1": 61.0, "top5": 95.5}], {"weights": "somewhere"})
 
@@ -56,7 +58,7 @@ def test_every_slice_loads_without_us(tmp_path, images):
     torch.save(images, tmp_path / "images.pt")
     save(net, RECORD, tmp_path / "net")
     for point in net.points:
-        result = export_slice(tmp_path / "net", point, tmp_path / point.label)
+        result = slice_model(tmp_path / "net", point, tmp_path / point.label)
         assert result["max_abs_diff"] <= 1e-5
     script = """
 import sys
@@ -96,13 +98,13 @@ def test_a_slice_that_reads_back_wrong_is_not_left_behind(tmp_path, monkeypatch)
 
     monkeypatch.setattr("scala_cli.export.write_timm", write_badly)
     with pytest.raises(CheckpointError, match=r"differs by 0\.001"):
-        export_slice(tmp_path / "net", 0.5, tmp_path / "half")
+        slice_model(tmp_path / "net", 0.5, tmp_path / "half")
     assert [path.name for path in tmp_path.iterdir()] == ["net"]
 
 
 def test_a_slice_is_no_slimmable_checkpoint(tmp_path):
     save(slimmable(), RECORD, tmp_path / "net")
-    export_slice(tmp_path / "net", 0.5, tmp_path / "half")
+    slice_model(tmp_path / "net", 0.5, tmp_path / "half")
     assert "| 0.5 | 61.00 | 95.50 |" in (tmp_path / "half/README.md").read_text()
     with pytest.raises(CheckpointError, match="one width only"):
         load(tmp_path / "half")
@@ -120,6 +122,12 @@ def test_a_slice_is_no_slimmable_checkpoint(tmp_path):
         (lambda d: edit(d, lambda c: c["scala"].pop("layout")), "lacks 'layout'"),
         (lambda d: edit(d, lambda c: c.pop("architecture")), "lacks 'architecture'"),
         (lambda d: edit(d, lambda c: c["scala"].update(format=99)), "format 99"),
+        (lambda d: edit(d, lambda c: c.update(scala="x")), "not yet a slimmable one"),
+        (lambda d: edit(d, lambda c: c["scala"].update(layout="later")), "layout 'later'"),
+        (lambda d: edit(d, lambda c: c["scala"].update(ratios=[0.5])), "damaged"),
+        (lambda d: edit(d, lambda c: c["scala"].update(metrics=[{"ratio": 1.0}])), "lacks 'top1'"),
+        (lambda d: edit(d, lambda c: c["model_args"].update(num_heads=5)), "damaged"),
+        (lambda d: edit(d, lambda c: c["model_args"].update(colour="red")), "damaged"),
         (lambda d: edit(d, lambda c: c.update(architecture="vit_of_tomorrow")), "no architecture"),
         (lambda d: edit(d, lambda c: c["model_args"].update(depth=3)), "has no 'blocks.2.norm1.weight'"),
         (lambda d: edit(d, lambda c: c["model_args"].update(depth=1)), "holds 'blocks.1"),
@@ -178,12 +186,54 @@ def test_force_never_removes_what_is_not_ours(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ScalaError, match="not empty"):
         refuse_occupied(tmp_path, False, {"config.json"})
+    (tmp_path / ".config.json.123").write_text("left by a killed process")
     refuse_occupied(tmp_path, True, {"config.json"})
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(ScalaError, match=r"thesis\.tex"):
         refuse_occupied(tmp_path, True, {"config.json"})
     with pytest.raises(ScalaError, match="not a directory"):
         refuse_occupied(tmp_path / "thesis.tex", True, set())
+
+
+def test_a_cut_that_disagrees_with_the_family_is_not_left_behind(tmp_path, monkeypatch):
+    """The comparison is with the family's own forward, so a wrong cut shows, not only a wrong file."""
+    save(slimmable(), RECORD, tmp_path / "net")
+    right = Rule.slice_state
+
+    def from_the_wrong_end(rule, state, point, copy=False):
+        isolated = replace(rule, isolated=True, points=parse_points("0.25,0.5,1"))
+        return right(isolated if copy else rule, state, point, copy)
+
+    monkeypatch.setattr(Rule, "slice_state", from_the_wrong_end)
+    with pytest.raises(CheckpointError, match="differs by"):
+        slice_model(tmp_path / "net", 0.5, tmp_path / "half")
+    assert [path.name for path in tmp_path.iterdir()] == ["net"]
+
+
+def test_an_interrupted_swap_leaves_the_former(tmp_path, monkeypatch):
+    target = tmp_path / "net"
+    with whole_directory(target) as fresh:
+        (fresh / "file").write_text("first")
+    rename = Path.rename
+
+    def interrupted(path, to):
+        if to == target and not path.name.endswith(".former"):
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), whole_directory(target) as fresh:
+        (fresh / "file").write_text("second")
+    assert (target / "file").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["net"]
+
+
+def test_ratios_without_an_end_in_decimals(tmp_path):
+    net = slimmable("deit", ratios="5/16,1")
+    metrics = [{"ratio": float(Point.of("5/16").ratio), "top1": 50.0, "top5": 90.0}]
+    save(net, Record(True, "scala", metrics), tmp_path / "net")
+    assert load_with_record(tmp_path / "net")[1].top1(Point.of("5/16")) == 50.0
+    assert Record(metrics=[{"ratio": 1 / 3, "top1": 1.0}]).top1(Point.of("1/3")) == 1.0
 
 
 def test_public_names(tmp_path):

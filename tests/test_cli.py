@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,13 @@ def test_env(scala):
         (["finetune", "tiny", "--data", "digits", "--lr", "fast"], "--lr"),
         (["finetune", "tiny", "--data", "digits", "--method", "magic"], "magic"),
         (["bench", "tiny", "--ratio", "0.3"], "not trained"),
+        (["bench", "tiny", "--runs", "0"], "--runs"),
+        (["bench", "tiny", "--csv", "nowhere/rows.csv"], "there is no directory nowhere"),
+        (["eval", "tiny", "--data", "torch/cifar10"], "--data-dir"),
+        (["eval", "tiny", "--data", "digits", "-b", "0"], "--batch-size"),
+        (["finetune", "tiny", "--resume", "run"], "give --resume alone"),
+        (["finetune", "tiny", "--data", "digits", "--seed", "-1"], "--seed"),
+        (["finetune", "tiny", "--data", "digits", "--opt", "magic", "-j", "0"], "timm refuses"),
         (["info", "--nonsense"], "nonsense"),
     ],
 )
@@ -150,6 +158,22 @@ def test_mistakes_end_with_a_remedy_and_exit_code_2(scala, tiny, words, message)
     if answer.stderr.startswith("error:"):
         assert len(answer.stderr.splitlines()) <= 2
     assert not list(Path().glob(".*")), "half-written output"
+
+
+def test_slicing_what_was_not_trained_says_so(scala, tiny):
+    assert "has been trained yet" in scala("slice", tiny, "--ratio", "0.5").stderr
+
+
+def test_a_large_seed(scala, tiny, photos):
+    assert scala("finetune", tiny, "--data", photos, *QUICK, "--seed", 123456789).code == 0
+
+
+def test_bench_names_the_images_it_skipped(scala, tiny, photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "copy")
+    (folder / "val/red/0.png").write_text("no image")
+    words = ("bench", tiny, "--ratio", ".5", "--ratio", "0.50", "--runs", 1, "--data", folder, "-j", 0)
+    answer = scala(*words, "--on-corrupt", "skip")
+    assert answer.code == 0 and "skipped 1 unreadable" in answer.stderr
 
 
 def test_a_full_disk(scala, tiny, monkeypatch):

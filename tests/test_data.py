@@ -4,12 +4,14 @@ import shutil
 
 import pytest
 import torch
-from conftest import slimmable
+from conftest import build, slimmable
 from PIL import Image
 
 from scala_cli.data import Loader, class_misfit, open_split, transform_for
 from scala_cli.errors import DataError
-from scala_cli.settings import AugmentSettings, ReadSettings
+from scala_cli.evaluate import evaluate
+from scala_cli.models.vit import describe
+from scala_cli.settings import AugmentSettings, DeviceSettings, ReadSettings
 from scala_cli.watch import Watcher
 
 
@@ -49,10 +51,41 @@ def test_order_and_augmentation_depend_on_the_epoch_and_the_seed_alone(folder, w
     def epoch(number):
         torch.manual_seed(number)  # as the training loop does for workers = 0
         batches.epoch = number
-        return torch.cat([targets for _, targets in batches])
+        return torch.cat([images for images, _ in batches])
 
     first, second, again = epoch(0), epoch(1), epoch(0)
     assert torch.equal(first, again) and not torch.equal(first, second)
+
+
+def test_training_images_are_augmented_and_others_are_not(folder):
+    """On textured images, in a fixed order: the same image twice, cropped and mirrored differently."""
+    for file in (folder / "train").rglob("*.png"):
+        Image.effect_noise((20, 20), 80).convert("RGB").save(file)
+    net, split = slimmable(), open_split(str(folder), True)
+    once = [transform_for(net.spec)(split.samples[0][0].convert("RGB")) for _ in range(2)]
+    varied = [
+        transform_for(net.spec, AugmentSettings())(split.samples[0][0].convert("RGB")) for _ in range(2)
+    ]
+    assert torch.equal(*once) and not torch.equal(*varied)
+
+
+def test_not_one_image_that_can_be_read(folder):
+    for file in (folder / "val").rglob("*.png"):
+        file.write_text("no image")
+    with pytest.raises(DataError, match="not one of the images"):
+        evaluate(
+            slimmable(),
+            loader(folder, on_corrupt="skip"),
+            slimmable().points,
+            DeviceSettings(amp=False),
+            Watcher(),
+        )
+
+
+def test_a_model_for_grey_images_is_refused():
+    vit, args = build(in_chans=1)
+    with pytest.raises(DataError, match="images of 1 channels"):
+        transform_for(describe(vit, args))
 
 
 def test_classes_are_numbered_as_in_train(folder):
@@ -73,6 +106,7 @@ def test_classes_are_numbered_as_in_train(folder):
         (lambda f: [p.unlink() for p in (f / "val/red").iterdir()], False, "class 'red' has no images"),
         (lambda f: (f / "val/red").rename(f / "val/pink"), False, "'pink' that train/ does not have"),
         (lambda f: Image.new("RGB", (9, 9)).save(f / "train/stray.png"), True, "in no class folder"),
+        (lambda f: shutil.copytree(f / "train/red", f / "train/red/.cache"), True, r"deeper .* '\.cache'"),
     ],
 )
 def test_malformed_folders(folder, spoil, training, message):
@@ -141,11 +175,11 @@ def test_digits_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
     with pytest.raises(DataError) as error:
         open_split("digits", True)
-    assert "scala-vit[demo]" in error.value.hint
+    assert "pip install scikit-learn" in error.value.hint
 
 
 def test_class_misfit():
     data = ("cat", "dog")
-    assert class_misfit(data, 2, None) == class_misfit(data, 2, ["dog", "cat"]) == ""
+    assert class_misfit(data, 2, None) == class_misfit(data, 2, ["cat", "dog"]) == ""
     assert "3 classes, the data has 2" in class_misfit(data, 3, None)
-    assert "are not the data's" in class_misfit(data, 2, ["car", "ship"])
+    assert "class 'dog' is 'cat' in the data" in class_misfit(data, 2, ["dog", "cat"])

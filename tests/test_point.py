@@ -7,7 +7,7 @@ from scala_cli.slicing.point import Point, find_point, parse_points
 
 
 def test_one_width_is_one_key_however_it_is_written():
-    written = ["0.1", ".1", "1/10", 0.1, Fraction(1, 10), "10e-2"]
+    written = ["0.1", ".1", "1/10", 0.1, Fraction(1, 10), "10e-2", 1 - 0.9]
     assert {Point.of(text) for text in written} == {Point(Fraction(1, 10))}
 
 

@@ -9,6 +9,7 @@ from conftest import KINDS, build, slimmable
 
 from scala_cli.errors import CheckpointError, PointError
 from scala_cli.models.vit import describe
+from scala_cli.slicing.point import parse_points
 
 RULES = [
     {"layout": layout, "isolated": isolated, "attn_scale": scale}
@@ -72,6 +73,14 @@ def test_a_slice_owns_its_weights(images):
         before = piece(images)
         net.vit.blocks[0].mlp.fc1.weight.zero_()
         assert torch.equal(piece(images), before)
+
+
+def test_other_widths_must_not_turn_trained_ones_round():
+    isolated, nested = slimmable(isolated=True), slimmable()
+    with pytest.raises(PointError, match=r"width 0\.5 would be cut from the other end"):
+        isolated.with_points(parse_points("0.5,1"))
+    assert isolated.with_points(parse_points("0.25,0.5,1")).points == parse_points("0.25,0.5,1")
+    assert len(nested.with_points(parse_points("0.5,1")).points) == 2
 
 
 def test_an_untrained_width_is_refused(images):

@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,7 +175,32 @@ def test_weights_of_another_model_name_the_first_key(tmp_path, released):
         open_model(str(tmp_path / "other.pth"), FOUR)
 
 
+def test_a_trained_family_is_not_converted_again(timm_directory, tmp_path):
+    net, record = open_model(str(timm_directory), FOUR)
+    save(net, record, tmp_path / "untrained")
+    open_model(str(tmp_path / "untrained"), parse_points("0.5,1"))
+    save(net, replace(record, method="scala"), tmp_path / "trained")
+    with pytest.raises(CheckpointError, match="trained family"):
+        open_model(str(tmp_path / "trained"), FOUR)
+
+
+def test_two_sources_of_weights(released):
+    for source in ({"scratch": True}, {}):
+        with pytest.raises(CheckpointError, match="two sources"):
+            open_model("deit_ti" if source else str(released), FOUR, weights=released, **source)
+
+
+def test_an_alias_is_not_shadowed_by_a_directory(timm_directory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    timm_directory.rename(tmp_path / "deit_s")
+    with pytest.raises(CheckpointError, match="no network"):
+        open_slimmable("deit_s", None)
+    assert open_slimmable("./deit_s", None)[0].spec.embed_dim == TINY["embed_dim"]
+
+
 def test_an_image_size_that_is_no_multiple_of_the_patch(timm_directory):
     with pytest.raises(CheckpointError, match="not a multiple") as error:
         open_model(str(timm_directory), FOUR, Changes(img_size=30))
     assert "28" in error.value.hint
+    with pytest.raises(CheckpointError, match="100 is not a multiple of patch size 16"):
+        open_model("test_vit", FOUR, Changes(img_size=100), scratch=True)

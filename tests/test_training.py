@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build, slimmable
+from conftest import slimmable
 from safetensors.torch import load_file
 
 from scala_cli.errors import DataError, ScalaError, TrainingError
@@ -24,7 +24,8 @@ from scala_cli.settings import (
     Settings,
 )
 from scala_cli.slicing.point import parse_points
-from scala_cli.training.finetune import finetune, go_on
+from scala_cli.training.finetune import finetune, go_on, open_splits
+from scala_cli.training.loop import Trainer
 from scala_cli.training.run import Run
 from scala_cli.watch import Watcher
 
@@ -155,7 +156,7 @@ def test_a_loss_that_is_not_finite_names_width_and_step(photos):
     state["weights"]["blocks.0.mlp.fc1.bias"][0] = math.nan
     state["settings"]["optimizer"]["epochs"] = 3
     run.write_state(state)
-    with pytest.raises(TrainingError, match=r"loss of width 1 is nan at step 4 \(epoch 2\)"):
+    with pytest.raises(TrainingError, match=r"loss of width 1 is nan at step 4 \(epoch 2/3\)"):
         go_on(run, Listener())
     assert (run.path / "last/model.safetensors").read_bytes() == before
 
@@ -189,13 +190,24 @@ def test_who_has_a_teacher(photos, record, method, taught):
         ("usnet", None, Record(), False),
         ("scala", False, Record(), False),
         ("usnet", True, Record(), True),
-        ("scala", None, Record(method="usnet"), False),
+        ("scala", None, Record(method="usnet", metrics=[{"ratio": r} for r in (0.25, 0.5, 1.0)]), False),
     ],
 )
 def test_who_isolates(photos, method, told, record, isolated):
     chosen = settings(photos, 1, method=MethodSettings(method=method, isolation=told))
     finetune(start(), record, chosen, Run(Path("one")), Listener())
     assert load("one/last").rule.isolated is isolated
+
+
+def test_pretraining_one_width_does_not_decide_isolation(photos):
+    """What `make demo` does: the full width alone first, then every width."""
+    chosen = settings(photos, 1, method=MethodSettings(method="separate"))
+    finetune(start(ratios="1"), Record(), chosen, Run(Path("one")), Listener())
+    net, record = load_with_record(Path("one/last"))
+    finetune(
+        net.with_points(parse_points("0.25,0.5,1")), record, settings(photos, 1), Run(Path("two")), Listener()
+    )
+    assert load("two/last").rule.isolated is True
 
 
 def test_separate_training_leaves_the_other_channels_alone(photos):
@@ -225,15 +237,100 @@ def test_the_average_is_what_is_saved(photos):
     assert torch.equal(load_file("two/last/model.safetensors")[name], state["weights"][name])
 
 
-def test_weight_decay_spares_biases_norms_and_embeddings():
-    from timm.optim import create_optimizer_v2
+def trainer(photos, **groups) -> Trainer:
+    chosen = settings(photos, **groups)
+    return Trainer(start(), True, chosen, open_splits(chosen))
 
-    vit, _ = build("distilled")
-    groups = create_optimizer_v2(vit, opt="adamw", lr=1e-3, weight_decay=0.05).param_groups
-    names = {id(p): n for n, p in vit.named_parameters()}
+
+def test_weight_decay_spares_biases_norms_and_embeddings(photos):
+    ready = trainer(photos)
+    names = {id(p): n for n, p in ready.net.vit.named_parameters()}
+    groups = ready.optimizer.param_groups
     decayed = {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
+    spared = {names[id(p)] for g in groups if not g["weight_decay"] for p in g["params"]}
+    assert {g["weight_decay"] for g in groups} == {0.0, 0.05}
     assert all(name.endswith(".weight") and "norm" not in name for name in decayed)
-    assert "blocks.0.attn.qkv.weight" in decayed and "dist_token" not in decayed
+    assert {"pos_embed", "cls_token", "norm.weight", "blocks.0.mlp.fc1.bias"} <= spared
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine(photos):
+    chosen = OptimizerSettings(epochs=4, batch_size=4, lr=1e-2, min_lr=0, warmup_epochs=1)
+    ready = trainer(photos, optimizer=chosen)
+    rates = []
+    ready.train_step = lambda *_: rates.append(ready.optimizer.param_groups[0]["lr"]) or {"1": 1.0}
+    for epoch in range(4):
+        ready.train_epoch(epoch, Watcher())
+    cosine = [1e-2 * (1 + math.cos(math.pi * step / 12)) / 2 for step in range(12)]
+    assert rates[:3] == pytest.approx([0, 1e-2 / 3, 2e-2 / 3])
+    assert rates[3:] == pytest.approx(cosine[3:])
+
+
+def test_layer_decay_slows_the_lower_blocks(photos):
+    ready = trainer(photos, optimizer=OptimizerSettings(epochs=1, batch_size=4, layer_decay=0.5))
+    ready.scheduler.step_update(0)
+    names = {id(p): n for n, p in ready.net.vit.named_parameters()}
+    rates = {names[id(p)]: g["lr_scale"] for g in ready.optimizer.param_groups for p in g["params"]}
+    assert rates["head.weight"] > rates["blocks.1.mlp.fc1.weight"] > rates["blocks.0.mlp.fc1.weight"]
+
+
+@pytest.mark.parametrize(("limit", "reached"), [(1e-3, 1e-3), (None, None)])
+def test_the_gradient_is_clipped(photos, limit, reached):
+    ready = trainer(photos, optimizer=OptimizerSettings(epochs=1, batch_size=4, clip_grad=limit))
+    norms = []
+
+    def step():
+        grads = [p.grad for p in ready.net.vit.parameters()]
+        norms.append(torch.nn.utils.get_total_norm(grads).item())
+
+    ready.optimizer.step = step
+    ready.train_step(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]), 0)
+    assert norms[0] == pytest.approx(reached, rel=1e-3) if reached else norms[0] > 0.1
+
+
+def test_bfloat16_training_is_close_to_float32(photos):
+    losses = {}
+    for amp in (False, True):
+        ready = trainer(photos, device=DeviceSettings(device="cpu", amp=amp))
+        images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        losses[amp] = ready.train_step(images, torch.tensor([0, 1, 2, 0]), 0)
+        fused = {m.fused_attn for m in ready.net.vit.modules() if hasattr(m, "fused_attn")}
+        assert fused == {not amp}
+    assert losses[True] != losses[False]
+    assert losses[True] == pytest.approx(losses[False], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {"device": DeviceSettings(device="tpu9")},
+        {"optimizer": OptimizerSettings(opt="nonsense")},
+        {"augment": AugmentSettings(aa="nonsense")},
+    ],
+)
+def test_bad_settings_leave_a_finished_run_alone(photos, groups):
+    finetune(start(), Record(), settings(photos, 1), Run(Path("one")), Listener())
+    before = Path("one/state.pt").read_bytes()
+    with pytest.raises(ScalaError):
+        finetune(start(), Record(), settings(photos, **groups), Run(Path("one")), Listener(), force=True)
+    assert Path("one/state.pt").read_bytes() == before
+    with pytest.raises(ScalaError):
+        finetune(start(), Record(), settings(photos, **groups), Run(Path("two")), Listener())
+    assert not Path("two").exists()
+
+
+def test_usnet_has_no_teacher(photos):
+    chosen = settings(photos, 1, method=MethodSettings(method="usnet"))
+    finetune(start(), Record(), chosen, Run(Path("one")), Listener())
+    assert load_with_record(Path("one/last"))[1].provenance["teacher"] is False
+    assert load_with_record(Path("one/start"))[1].method is None
+
+
+def test_mixup_of_a_single_image_is_that_image(photos):
+    ready = trainer(photos, augment=AugmentSettings(mixup=0.5))
+    one, label = torch.randn(1, 3, 16, 16), torch.tensor([1])
+    assert ready.mix(one, label) == (one, label)
+    three, soft = ready.mix(torch.randn(3, 3, 16, 16), torch.tensor([0, 1, 2]))
+    assert len(three) == 2 and soft.shape == (2, 3)
 
 
 def test_bad_input_is_found_before_anything_is_written(photos, tmp_path):

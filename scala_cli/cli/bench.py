@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -7,7 +8,7 @@ from scala_cli.cli.console import Output
 from scala_cli.cli.options import Some
 from scala_cli.models.locate import resolve
 from scala_cli.settings import BenchSettings, DeviceSettings, EvalSettings, ReadSettings
-from scala_cli.slicing.point import find_point
+from scala_cli.slicing.point import choose_points
 
 
 def bench(
@@ -31,6 +32,9 @@ def bench(
 
     Example: scala bench runs/last -b 8 --threads 1
     """
+    if csv is not None and not csv.parent.is_dir():
+        raise typer.BadParameter(f"--csv: there is no directory {csv.parent}.")
+
     import scala_cli.measure
     from scala_cli.evaluate import evaluate, validation_loader
     from scala_cli.models.checkpoint import load_with_record
@@ -40,9 +44,11 @@ def bench(
     if checkpoint is None or is_checkpoint(checkpoint):
         net, record = load_with_record(resolve(checkpoint))
     else:
-        net, record = open_slimmable(checkpoint, None, scratch=True)
-        out.note("random weights: they take as long as trained ones.")
-    points = [find_point(r, net.points) for r in ratio] if ratio else net.points
+        net, record = open_slimmable(checkpoint, None, scratch=data is None)
+        if data is None:
+            out.note("random weights: they take as long as trained ones.")
+    points = choose_points(ratio, net.points)
+    device = replace(device, amp=bool(device.amp))
     with out.progress() as live:
         document = scala_cli.measure.bench(net, record, points, settings, device, live)
         if data is not None:
@@ -51,6 +57,7 @@ def bench(
                 document["points"], evaluate(net, loader, points, device, live), strict=True
             ):
                 row["top1"] = found["top1"]
+            loader.tell_skipped(live)
+    out.result(document, document["points"])
     if csv is not None:
         write_csv(csv, document["points"])
-    out.result(document, document["points"])

@@ -30,7 +30,7 @@ def convert(
     patch_size: Annotated[int | None, typer.Option(min=1, help="Pixels a side of a patch.")] = None,
     layout: Annotated[
         Literal["aligned", "fused"],
-        typer.Option(help="Cut every head of q, k and v alike, or qkv as one block as the Scala authors do."),
+        typer.Option(help="Cut every head of q, k and v alike, or qkv as one block (only for comparison)."),
     ] = "aligned",
     force: Force = False,
     *,
@@ -40,7 +40,7 @@ def convert(
 
     The full width computes what the pretrained model does; timm loads the result as it is.
 
-    Example: scala convert deit_s -o deit_s
+    Example: scala convert deit_s -o deit_s-slimmable
     """
     points = parse_points(ratios or DEFAULT_RATIOS)
     target = output or Path(f"{short_name(model)}-slimmable")
@@ -52,8 +52,8 @@ def convert(
 
     changes = Changes(num_classes, img_size, patch_size)
     net, record = open_model(model, points, changes, weights=weights, scratch=scratch, layout=layout)
-    save(net, record, target)
     rows = [{"ratio": float(point.ratio), **cost(net.spec.at(point))} for point in points]
+    save(net, record, target)
     difference = largest_difference(load(target).vit, net.vit, net.spec)
     out.result(
         {

@@ -2,7 +2,7 @@ from scala_cli.cli.console import Output
 from scala_cli.cli.options import Checkpoint, Data, Some
 from scala_cli.models.locate import resolve
 from scala_cli.settings import DeviceSettings, EvalSettings, ReadSettings
-from scala_cli.slicing.point import find_point
+from scala_cli.slicing.point import choose_points
 
 
 def evaluate(
@@ -27,9 +27,9 @@ def evaluate(
     from scala_cli.models.vit import choose_attention
 
     place = choose_device(device)
-    choose_attention(place, uses_bfloat16(place, device))
     net, _ = load_with_record(directory)
-    points = [find_point(r, net.points) for r in ratio] if ratio else net.points
+    choose_attention(net.vit, place, uses_bfloat16(place, device))
+    points = choose_points(ratio, net.points)
     loader = validation_loader(net, data, settings.batch_size, read)
     with out.progress() as live:
         rows = evaluate(net.to(place), loader, points, device, live)

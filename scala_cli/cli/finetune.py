@@ -30,7 +30,7 @@ def finetune(
     resume: Annotated[
         Path | None, typer.Option("--resume", help="Go on with this run, with its own settings.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
     force: Force = False,
     *,
     method: MethodSettings,
@@ -46,6 +46,8 @@ def finetune(
     """
     if resume is None and (model is None or data is None):
         raise typer.BadParameter("Give a model and its images: scala finetune deit_s --data DIR")
+    if resume is not None and (model or data or output):
+        raise typer.BadParameter("A resumed run keeps its model, images and settings: give --resume alone.")
 
     from scala_cli.models.source import open_slimmable
     from scala_cli.training.finetune import finetune, go_on
@@ -71,7 +73,8 @@ def finetune(
                 )
                 best = finetune(*open_slimmable(model, ratios), settings, run, live, force)
         except KeyboardInterrupt:
-            out.note(f"go on with: scala finetune --resume {run.path}")
+            if run.holds_state():
+                out.note(f"go on with: scala finetune --resume {run.path}")
             raise
     rows = [{key: point[key] for key in ("ratio", "top1", "top5")} for point in best["points"]]
     out.result(
@@ -84,4 +87,4 @@ def finetune(
         rows,
         title=f"best epoch: {best['epoch']}",
     )
-    out.note("next: scala slice --ratio 0.5, scala bench")
+    out.note(f"next: scala slice --ratio {best['points'][0]['ratio']:g}, scala bench")

@@ -74,7 +74,12 @@ def parameter_of(field: Field, group: type) -> inspect.Parameter:
     panel = None if group is Output else (group.__doc__ or "").rstrip(".")
     shows_default = hints[field.name] is not bool
     info = typer.Option(
-        *flags, help=field.metadata["help"], rich_help_panel=panel, show_default=shows_default
+        *flags,
+        help=field.metadata["help"],
+        rich_help_panel=panel,
+        show_default=shows_default,
+        min=field.metadata["min"],
+        max=field.metadata["max"],
     )
     return inspect.Parameter(
         field.name,

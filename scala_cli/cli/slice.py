@@ -25,8 +25,11 @@ def slice(
     point = Point.of(ratio)
     directory = resolve(checkpoint)
 
-    from scala_cli.export import default_target, export_slice
+    from scala_cli.export import default_target, slice_model
+    from scala_cli.models.checkpoint import read_about
 
-    result = export_slice(directory, point, output or default_target(directory, point), force)
+    result = slice_model(directory, point, output or default_target(directory, point), force)
+    if read_about(directory)[2].method is None and point.ratio < 1:
+        out.note("no width but the full one has been trained yet: scala finetune CKPT --data DIR")
     out.result(result, [])
     out.note(f"load it: timm.create_model('local-dir:{result['path']}', pretrained=True)")

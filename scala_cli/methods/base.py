@@ -27,6 +27,9 @@ class Method(ABC):
     isolated = False
     """Whether the method trains with Isolated Activation unless the user says otherwise."""
 
+    taught = True
+    """Whether the frozen starting model has a part in the method."""
+
     def __init__(self, points: Sequence[Point], settings: MethodSettings) -> None:
         self.points, self.settings = tuple(sorted(points)), settings
 

@@ -13,6 +13,8 @@ from scala_cli.methods.scala import uniform_sample
 class USNet(Method):
     """The sandwich rule, with the full width learning from the labels and teaching all others in place."""
 
+    taught = False
+
     def passes(
         self, net: Student, images: Tensor, targets: Tensor, teacher: Teacher | None, random: Random
     ) -> Iterator[tuple[str, Tensor]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import safetensors
 from safetensors import safe_open
@@ -23,7 +23,8 @@ from scala_cli.models.locate import CONFIG, WEIGHTS, read_config, resolve
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.vit import Spec, spec_of
 from scala_cli.slicing.point import Point, parse_points
-from scala_cli.slicing.rule import Rule
+from scala_cli.slicing.rule import AttnScale, Rule
+from scala_cli.slicing.table import Layout
 
 FORMAT = 1
 
@@ -104,7 +105,7 @@ def read_about(directory: Path) -> tuple[Spec, Rule, Record]:
     """All that config.json tells. Raises CheckpointError where it is not a slimmable checkpoint's."""
     config = read_config(directory)
     about = config.get("scala")
-    if about is None:
+    if not isinstance(about, dict):
         raise CheckpointError(
             f"{directory} is a timm checkpoint, not yet a slimmable one.",
             f"Convert it first: scala convert local-dir:{directory}",
@@ -121,6 +122,8 @@ def read_about(directory: Path) -> tuple[Spec, Rule, Record]:
         )
     spec = spec_of(config)
     try:
+        if about["layout"] not in get_args(Layout) or about["attn_scale"] not in get_args(AttnScale):
+            raise ValueError(f"layout {about['layout']!r}, attn_scale {about['attn_scale']!r}")
         rule = Rule(
             points=parse_points(",".join(about["ratios"])),
             num_heads=spec.num_heads,
@@ -129,10 +132,12 @@ def read_about(directory: Path) -> tuple[Spec, Rule, Record]:
             attn_scale=about["attn_scale"],
         )
         record = Record(about["trained"], about["method"], about["metrics"], about["provenance"])
+        for point in rule.points:
+            record.top1(point)
     except KeyError as missing:
-        raise CheckpointError(
-            f"{directory / CONFIG} lacks {missing}.", "Convert or download it again."
-        ) from None
+        raise CheckpointError(f"{directory / CONFIG} lacks {missing}.", "Convert it again.") from None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory / CONFIG} is damaged: {error}.", "Convert it again.") from None
     return spec, rule, record
 
 

@@ -18,7 +18,7 @@ from scala_cli.models.checkpoint import Record, load_with_record, read_weights
 from scala_cli.models.hub import NO_WEIGHTS, fail_fast_offline, fetch, unreachable
 from scala_cli.models.locate import CONFIG, WEIGHTS, read_config, resolve
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.models.vit import ALIASES, describe, refuse_unless_plain
+from scala_cli.models.vit import ALIASES, Spec, describe, refuse_unless_plain
 from scala_cli.settings import DEFAULT_RATIOS
 from scala_cli.slicing.point import Point, parse_points
 from scala_cli.slicing.rule import Rule
@@ -64,6 +64,8 @@ def open_model(
         CheckpointError: unknown name, no network, unreadable or unfitting weights, unsupported model.
         PointError: a width that does not divide the model's channels.
     """
+    if weights is not None and (scratch or Path(model).is_file()):
+        raise CheckpointError("two sources of weights are given.", "Leave out --weights, or the other one.")
     state = None
     if Path(model).is_file():
         model, weights = "", Path(model)
@@ -72,9 +74,9 @@ def open_model(
         model = model or named
     name, args = locate(model)
     args |= (changes or Changes()).given()
-    check_patches(args)
     with torch.device("meta"):  # what cannot be sliced is refused before any download
         skeleton_spec = describe(create(name, args))
+    check_patches(skeleton_spec)
     for point in points:
         skeleton_spec.at(point)
     torch.manual_seed(0)  # random weights, or a new head, are the same on every call
@@ -92,7 +94,7 @@ def open_slimmable(name: str, ratios: str | None, scratch: bool = False) -> tupl
         ratios: "0.25,0.5,..."; None keeps a checkpoint's own, and gives a MODEL the default ones.
         scratch: a MODEL gets random weights.
     """
-    if is_checkpoint(name):
+    if name not in ALIASES and is_checkpoint(name):
         net, record = load_with_record(resolve(name))
         return (net.with_points(parse_points(ratios)) if ratios else net), record
     return open_model(name, parse_points(ratios or DEFAULT_RATIOS), scratch=scratch)
@@ -117,13 +119,19 @@ def locate(model: str) -> tuple[str, dict[str, Any]]:
             "the weight file does not say which architecture it holds.",
             "Name it: scala convert deit_s --weights FILE",
         )
-    if (Path(model) / CONFIG).is_file():
+    if model not in ALIASES and (Path(model).expanduser() / CONFIG).is_file():
         model = f"local-dir:{model}"
     if model.startswith("local-dir:"):
         directory = Path(model.removeprefix("local-dir:")).expanduser()
         if not (directory / CONFIG).is_file():
             raise CheckpointError(f"{directory} has no config.json.", "Name a directory in timm's format.")
-        return f"local-dir:{directory}", dict(read_config(directory).get("model_args", {}))
+        config = read_config(directory)
+        if config.get("scala", {}).get("method") and is_checkpoint(model):
+            raise CheckpointError(
+                f"{directory} is a trained family of widths; converting it again would mix them up.",
+                f"Use it as it is: scala finetune {directory} --data DIR",
+            )
+        return f"local-dir:{directory}", dict(config.get("model_args", {}))
     if model.startswith("hf-hub:"):
         fail_fast_offline()
         try:
@@ -142,13 +150,14 @@ def locate(model: str) -> tuple[str, dict[str, Any]]:
     return name, {}
 
 
-def check_patches(args: Mapping[str, Any]) -> None:
-    """Raises CheckpointError where the image size asked for is no multiple of the patch size."""
-    size, patch = args.get("img_size"), args.get("patch_size")
-    if isinstance(size, int) and isinstance(patch, int) and (size % patch or size < 1 or patch < 1):
+def check_patches(spec: Spec) -> None:
+    """Raises CheckpointError where the image is no multiple of the patch."""
+    _, height, width = spec.input_size
+    patch = spec.model_args["patch_size"]
+    if isinstance(patch, int) and (height % patch or width % patch):
         raise CheckpointError(
-            f"image size {size} is not a multiple of patch size {patch}.",
-            f"Try --img-size {max(size // patch, 1) * patch}",
+            f"image size {height} is not a multiple of patch size {patch}.",
+            f"Try --img-size {max(height // patch, 1) * patch}, or another --patch-size.",
         )
 
 

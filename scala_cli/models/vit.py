@@ -154,8 +154,14 @@ def spec_of(config: Mapping[str, Any]) -> Spec:
         raise CheckpointError(
             f"this timm ({timm.__version__}) has no architecture {name!r}.", "Upgrade: pip install -U timm"
         )
-    with torch.device("meta"):
-        return describe(timm.create_model(name, pretrained_cfg=cfg, **args), args)
+    try:
+        with torch.device("meta"):
+            return describe(timm.create_model(name, pretrained_cfg=cfg, **args), args)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"config.json is damaged: timm cannot build {name}: {reason}.", "Convert or download it again."
+        ) from None
 
 
 def refuse_unless_plain(model: nn.Module) -> VisionTransformer:
@@ -193,10 +199,14 @@ def first_odd_part(vit: VisionTransformer) -> str:
     return ""
 
 
-def choose_attention(device: torch.device, bfloat16: bool) -> None:
-    """Which of timm's two implementations of attention the models built from here on use.
+def choose_attention(vit: VisionTransformer, device: torch.device, bfloat16: bool) -> None:
+    """Which of timm's two implementations of attention this model, and those built from here on, use.
 
     Fused attention, except in bfloat16 on a CPU, where the explicit one trains 1.9 times as fast (DeiT-Ti
     widths, 65 tokens; docs/performance.md).
     """
-    set_fused_attn(not (device.type == "cpu" and bfloat16))
+    fused = not (device.type == "cpu" and bfloat16)
+    set_fused_attn(fused)
+    for module in vit.modules():
+        if isinstance(module, Attention):
+            module.fused_attn = fused  # type: ignore[misc]  # Final for TorchScript only

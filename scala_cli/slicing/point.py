@@ -1,6 +1,6 @@
 """A point: one member of the family that a slimmable ViT holds."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -25,12 +25,17 @@ class Point:
 
     @classmethod
     def of(cls, ratio: "str | float | Fraction | Point") -> "Point":
-        """The point of "0.5", "1/3", 0.5 or a Fraction. Raises PointError for anything else."""
+        """The point of "0.5", "1/3", 0.5 or a Fraction. Raises PointError for anything else.
+
+        A float, as JSON holds it, is the simplest fraction next to it.
+        """
         if isinstance(ratio, Point):
             return ratio
         try:
+            if isinstance(ratio, float):
+                return cls(Fraction(ratio).limit_denominator(1 << 14))
             return cls(Fraction(str(ratio).strip()))
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, OverflowError, ZeroDivisionError):
             raise PointError(
                 f"{str(ratio)!r} is not a ratio.", "Write 0.5 or 1/2; several as 0.25,0.5,0.75,1"
             ) from None
@@ -67,3 +72,8 @@ def find_point(wanted: "str | float | Fraction | Point", trained: Iterable[Point
         f"ratio {point} was not trained; the nearest trained: {', '.join(p.label for p in sorted(near))}.",
         f"Try --ratio {near[0]}, or train it: scala finetune ... --ratios {point},...",
     )
+
+
+def choose_points(wanted: Iterable[str] | None, trained: Sequence[Point]) -> list[Point]:
+    """The trained points asked for, each once; all where none is."""
+    return list(dict.fromkeys(find_point(ratio, trained) for ratio in wanted or trained))

@@ -1,20 +1,16 @@
 """One-shot training: a pretrained ViT becomes a family of every width."""
 
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from scala_cli.data import Loader, class_misfit, open_split, transform_for
-from scala_cli.device import choose_device, uses_bfloat16
-from scala_cli.evaluate import validation_loader
+from scala_cli.data import Split, class_misfit, open_split
 from scala_cli.methods import METHODS
 from scala_cli.models.checkpoint import Record, load_with_record
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.models.vit import choose_attention
 from scala_cli.settings import Settings
-from scala_cli.training.loop import frozen, train
+from scala_cli.training.loop import Trainer
 from scala_cli.training.run import Row, Run
 from scala_cli.watch import Watcher
 
@@ -31,20 +27,20 @@ def finetune(
         ScalaError: its kinds for data, points, checkpoints and training; nothing is written before all
             of the input has been checked.
     """
-    classes = open_split(settings.data, True, settings.read.data_dir).classes
-    open_split(settings.data, False, settings.read.data_dir)
-    METHODS[settings.method.method](start.points, settings.method)
+    splits = open_splits(settings)
+    classes = splits[0].classes
     misfit = class_misfit(classes, start.spec.num_classes, start.spec.label_names)
     if misfit:
         watch.note(f"{misfit}: the head is new, and there is no teacher.")
         torch.manual_seed(settings.seed)
         start.vit.reset_classifier(len(classes))
-    isolated = isolation(start, record, settings)
-    start = SlimmableViT(start.vit, start.spec.naming(classes), replace(start.rule, isolated=isolated))
-    taught = settings.method.teacher and record.trained and not misfit
-    origin = {**record.provenance, "data": Path(settings.data).name, "teacher": taught}
-    run.begin(start, Record(record.trained, settings.method.method, (), origin), settings, force)
-    return go_on(run, watch)
+    rule = replace(start.rule, isolated=isolation(start, record, settings))
+    start = SlimmableViT(start.vit, start.spec.naming(classes), rule)
+    method = METHODS[settings.method.method]
+    taught = settings.method.teacher and method.taught and record.trained and not misfit
+    trainer = Trainer(start, taught, settings, splits)
+    run.begin(start, record, trainer.state(), settings, force)
+    return trainer.train(run, trained_by(record, settings, taught), watch)
 
 
 def go_on(run: Run, watch: Watcher) -> Row:
@@ -52,31 +48,31 @@ def go_on(run: Run, watch: Watcher) -> Row:
 
     Raises TrainingError where the directory holds no run.
     """
-    settings = Settings.of(run.read_state()["settings"])
-    device = choose_device(settings.device)
-    choose_attention(device, uses_bfloat16(device, settings.device))
+    state = run.read_state()
+    settings, taught = Settings.of(state["settings"]), state["taught"]
     start, record = load_with_record(run.path / "start")
-    net = deepcopy(start).to(device)  # the weights of `start` are mapped from its file
-    teacher = frozen(start.to(device), settings.device) if record.provenance["teacher"] else None
-    batch_size = settings.optimizer.batch_size
-    training = Loader(
-        open_split(settings.data, True, settings.read.data_dir),
-        transform_for(net.spec, settings.augment),
-        batch_size,
-        settings.read,
-        training=True,
-        seed=settings.seed,
-    )
-    validation = validation_loader(net, settings.data, batch_size, settings.read)
-    method = METHODS[settings.method.method](net.points, settings.method)
-    best = train(net, teacher, method, (training, validation), settings, run, record, watch)
-    for loader in (training, validation):
-        loader.tell_skipped(watch)
-    return best
+    trainer = Trainer(start, taught, settings, open_splits(settings))
+    trainer.restore(state)
+    return trainer.train(run, trained_by(record, settings, taught), watch)
+
+
+def open_splits(settings: Settings) -> tuple[Split, Split]:
+    """The training and the validation images."""
+    data, place = settings.data, settings.read.data_dir
+    return open_split(data, True, place), open_split(data, False, place)
 
 
 def isolation(start: SlimmableViT, record: Record, settings: Settings) -> bool:
-    """Whether to isolate: as told, else as the checkpoint was trained, else as the method does."""
+    """Whether to isolate: as told, else as the checkpoint was trained, else as the method does.
+
+    Only training with a width between the smallest and the largest leaves a mark.
+    """
     if settings.method.isolation is not None:
         return settings.method.isolation
-    return start.rule.isolated if record.method else METHODS[settings.method.method].isolated
+    return start.rule.isolated if len(record.metrics) > 2 else METHODS[settings.method.method].isolated
+
+
+def trained_by(record: Record, settings: Settings, taught: bool) -> Record:
+    """The record of the model that comes of training: of the one it came from, and how."""
+    origin = {**record.provenance, "data": Path(settings.data).name, "teacher": taught}
+    return Record(True, settings.method.method, (), origin)

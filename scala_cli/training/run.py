@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from scala_cli.models.locate import LAST_RUN
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.report import write_csv
 from scala_cli.settings import Settings
+from scala_cli.slicing.point import Point
 
 Row = dict[str, Any]
 """One epoch: {"epoch", "lr", "images_per_sec", "loss": {name: mean}, "points": [{"ratio", "top1", ...}]}"""
@@ -41,16 +43,21 @@ class Run:
 
     path: Path
 
-    def begin(self, start: SlimmableViT, record: Record, settings: Settings, force: bool) -> None:
-        """Claims the directory. Raises ScalaError where it is occupied and `force` is not given."""
+    def begin(
+        self, start: SlimmableViT, record: Record, state: Mapping[str, Any], settings: Settings, force: bool
+    ) -> None:
+        """Claims the directory, with `force` from a former run of which nothing is kept.
+
+        Raises ScalaError where it is occupied.
+        """
         refuse_occupied(self.path, force, FILES)
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / STATE).unlink(missing_ok=True)
+        for path in self.path.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         with whole_file(self.path / "args.yaml") as file:
             file.write_text(yaml_dump(json.loads(json.dumps(asdict(settings)))))
         save(start, record, self.path / "start")
-        self.write_state({"settings": asdict(settings), "rows": []})
-        self.make_newest()
+        self.write_state(state)
 
     def make_newest(self) -> None:
         """Points runs/last here."""
@@ -69,7 +76,8 @@ class Run:
         if newest is max(rows, key=mean_top1):
             save(net, record, self.path / "best")
         self.write_metrics(rows)
-        self.write_state({**state, "rows": list(rows)})
+        self.write_state(state)
+        self.make_newest()
 
     def write_metrics(self, rows: Sequence[Row]) -> None:
         with whole_file(self.path / "metrics.jsonl") as file:
@@ -80,10 +88,13 @@ class Run:
         with whole_file(self.path / STATE) as file:
             torch.save(dict(state), file)
 
+    def holds_state(self) -> bool:
+        return (self.path / STATE).is_file()
+
     def read_state(self) -> dict[str, Any]:
         """What `write_state` wrote. Raises TrainingError where there is nothing to resume."""
         file = self.path / STATE
-        if not file.is_file():
+        if not self.holds_state():
             raise TrainingError(
                 f"{self.path} has no {STATE}: there is nothing to resume.",
                 "Start it: scala finetune MODEL --data DIR",
@@ -101,5 +112,5 @@ def flat(row: Row) -> dict[str, Any]:
     line = {key: row[key] for key in ("epoch", "lr", "images_per_sec")}
     line |= {f"loss_{name}": loss for name, loss in row["loss"].items()}
     for measure in ("top1", "top5"):
-        line |= {f"{measure}_{point['ratio']:g}": point[measure] for point in row["points"]}
+        line |= {f"{measure}_{Point.of(point['ratio'])}": point[measure] for point in row["points"]}
     return line
