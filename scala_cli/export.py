@@ -9,18 +9,21 @@ import torch
 from scala_cli.errors import CheckpointError
 from scala_cli.files import refuse_occupied, whole_directory
 from scala_cli.measure import cost, random_images
-from scala_cli.models.checkpoint import TensorByTensor, load, read_about, versions, write_timm
+from scala_cli.models.checkpoint import TensorByTensor, load_with_record, versions, write_timm
 from scala_cli.models.locate import CARD, FILES, WEIGHTS
 from scala_cli.models.slimmable import Ratio
 from scala_cli.report import model_card
 from scala_cli.slicing.point import Point, find_point
+from scala_cli.watch import QUIET, Watcher
 
 TOLERANCE = 1e-5
-"""Largest difference of logits in fp32 between the supernet at a width and the slice read back."""
+"""Largest difference of logits in fp32 between the family at a width and the slice read back."""
 
 
 @torch.inference_mode()
-def slice_model(checkpoint: Path, ratio: Ratio, target: Path, force: bool = False) -> dict[str, Any]:
+def slice_model(
+    checkpoint: Path, ratio: Ratio, target: Path, force: bool = False, watch: Watcher = QUIET
+) -> dict[str, Any]:
     """Writes one width of a checkpoint as a directory that timm loads by itself.
 
     Before it takes its place it is read back by timm and compared with the whole family's forward at that
@@ -33,10 +36,12 @@ def slice_model(checkpoint: Path, ratio: Ratio, target: Path, force: bool = Fals
         PointError: a width that was not trained.
         CheckpointError: where the slice read back by timm differs; nothing is left behind then.
     """
-    full, rule, record = read_about(checkpoint)
-    point = find_point(ratio, rule.points)
+    net, record = load_with_record(checkpoint)
+    point, rule = find_point(ratio, net.points), net.rule
     refuse_occupied(target, force, FILES)
-    spec = full.at(point)
+    if record.method is None and point.ratio < 1:
+        watch.note("no width but the full one has been trained yet: scala finetune CKPT --data DIR")
+    spec = net.spec.at(point)
     size = cost(spec)
     result = {
         "path": str(target),
@@ -52,7 +57,8 @@ def slice_model(checkpoint: Path, ratio: Ratio, target: Path, force: bool = Fals
         "versions": versions(),
     }
     probe = random_images(spec, 1)
-    expected = load(checkpoint)(probe, point)
+    expected = net(probe, point)
+    del net  # and with it the full weights
     with whole_directory(target) as fresh:
         piece = spec.build_with(rule.slice_state(TensorByTensor(checkpoint / WEIGHTS), point, copy=True))
         write_timm(piece, spec, about, fresh)

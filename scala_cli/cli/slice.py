@@ -26,10 +26,9 @@ def slice(
     directory = resolve(checkpoint)
 
     from scala_cli.export import default_target, slice_model
-    from scala_cli.models.checkpoint import read_about
 
-    result = slice_model(directory, point, output or default_target(directory, point), force)
-    if read_about(directory)[2].method is None and point.ratio < 1:
-        out.note("no width but the full one has been trained yet: scala finetune CKPT --data DIR")
+    target = output or default_target(directory, point)
+    with out.progress() as live:
+        result = slice_model(directory, point, target, force, live)
     out.result(result, [])
     out.note(f"load it: timm.create_model('local-dir:{result['path']}', pretrained=True)")
