@@ -6,10 +6,16 @@ import typer
 
 from scala_cli.cli.app import app
 
+COMMON = """Every command takes `-h` (help), `--json` (the result as one JSON document on stdout),
+`-q` (the result alone) and `--debug` (the traceback of an error). Progress and notes go to stderr.
+
+Exit codes: 0 done, 2 something the user can mend (one or two lines say what), 130 interrupted,
+1 a bug of ours."""
+
 
 def reference() -> str:
     root: Any = typer.main.get_command(app)
-    parts = [f"# The commands\n\n{root.help}\n\nEvery command takes `--json`, `-q`, `--debug` and `-h`."]
+    parts = [f"# The commands\n\n{root.help}\n\n{COMMON}"]
     parts += [section(name, command) for name, command in root.commands.items()]
     return "\n\n".join(parts) + "\n"
 

@@ -1,6 +1,8 @@
 """Images and labels, read through timm and strictly: nothing unreadable is replaced in silence."""
 
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -141,8 +143,11 @@ def read_folder(folder: Path, classes: Sequence[str] | None = None) -> Split:
 def open_named(name: str, training: bool, data_dir: str | None) -> Split:
     """A data set timm knows by name. Raises DataError where it does not lie in `data_dir`."""
     split = "train" if training else "validation"
+    if name.startswith("torch/") and data_dir is None:
+        raise DataError(f"{name} needs to know where its files lie.", "Name the place: --data-dir DIR")
     try:
-        dataset = create_dataset(name, data_dir, split=split, is_training=training)
+        with redirect_stdout(sys.stderr):  # timm prints there what is not installed
+            dataset = create_dataset(name, data_dir, split=split, is_training=training)
     except (AssertionError, RuntimeError, OSError, ImportError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:160] or "not found"
         raise DataError(
@@ -307,7 +312,7 @@ class Loader:
         """Notes how many images were skipped, and each by name as far as the first ten."""
         if self.skipped:
             named = ", ".join(f"{name} ({why})" for name, why in list(self.skipped.items())[:10])
-            watch.note(f"skipped {len(self.skipped)} unreadable images: {named}")
+            watch.note(f"unreadable and skipped: {len(self.skipped)}: {named}")
 
 
 def transform_for(spec: Spec, augment: AugmentSettings | None = None) -> Any:
@@ -340,3 +345,26 @@ def class_misfit(data: Sequence[str], num_classes: int, names: Sequence[str] | N
         theirs, ours = next((a, b) for a, b in zip(names, data, strict=True) if a != b)
         return f"the model's class {theirs!r} is {ours!r} in the data"
     return ""
+
+
+class Every:
+    """Every n-th of some samples."""
+
+    def __init__(self, samples: Samples, step: int) -> None:
+        self.samples, self.step = samples, step
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // self.step)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.samples[index * self.step]
+
+    def name(self, index: int) -> str:
+        return self.samples.name(index * self.step)
+
+
+def calibration_images(split: Split, spec: Spec, read: ReadSettings, count: int = 512) -> Iterator[Tensor]:
+    """About `count` images spread evenly over a split, in batches (B, C, H, W)."""
+    some = Split(Every(split.samples, max(1, len(split) // count)), split.classes)
+    for images, _ in Loader(some, transform_for(spec), 64, read):
+        yield images

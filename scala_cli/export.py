@@ -38,7 +38,7 @@ def slice_model(
     """
     net, record = load_with_record(checkpoint)
     point, rule = find_point(ratio, net.points), net.rule
-    refuse_occupied(target, force, FILES)
+    refuse_occupied(target, force, FILES, source=checkpoint)
     if record.method is None and point.ratio < 1:
         watch.note("no width but the full one has been trained yet: scala finetune CKPT --data DIR")
     spec = net.spec.at(point)

@@ -7,7 +7,6 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from scala_cli.files import whole_file
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.vit import Spec
 from scala_cli.slicing.point import Point
@@ -74,7 +73,7 @@ def model_card(name: str, spec: Spec, record: Record, slice: Mapping[str, Any]) 
 
 def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows as CSV, with every column that any of them has."""
-    with whole_file(file) as fresh, fresh.open("w", newline="") as handle:
+    with file.open("w", newline="") as handle:
         writer = csv.DictWriter(handle, list(dict.fromkeys(column for row in rows for column in row)))
         writer.writeheader()
         writer.writerows(rows)

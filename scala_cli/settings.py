@@ -32,8 +32,11 @@ class MethodSettings:
     """Which method trains, and which of its parts are on."""
 
     method: Literal["scala", "usnet", "separate"] = option("scala", "Training method.")
+    order: Literal["importance", "none"] = option(
+        "importance", "How to put the channels of pretrained weights in order first; see scala convert."
+    )
     isolation: bool | None = option(
-        None, "Cut the widths between from the other end. Default: as the checkpoint or the method has it."
+        None, "Cut the widths between from the other end. Default: not where channels are in order, see docs."
     )
     progressive_transfer: bool = option(
         True, "The largest width teaches all, instead of each the next smaller.", only="off"

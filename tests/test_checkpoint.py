@@ -19,7 +19,7 @@ from scala_cli.models.locate import resolve
 from scala_cli.slicing.point import Point, parse_points
 from scala_cli.slicing.rule import Rule
 
-RECORD = Record(True, "scala", [{"ratio": 0.5, "top1": 61.0, "top5": 95.5}], {"weights": "somewhere"})
+RECORD = Record(True, "scala", None, [{"ratio": 0.5, "top1": 61.0, "top5": 95.5}], {"weights": "somewhere"})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -231,7 +231,7 @@ def test_an_interrupted_swap_leaves_the_former(tmp_path, monkeypatch):
 def test_ratios_without_an_end_in_decimals(tmp_path):
     net = slimmable("deit", ratios="5/16,1")
     metrics = [{"ratio": float(Point.of("5/16").ratio), "top1": 50.0, "top5": 90.0}]
-    save(net, Record(True, "scala", metrics), tmp_path / "net")
+    save(net, Record(True, "scala", metrics=metrics), tmp_path / "net")
     assert load_with_record(tmp_path / "net")[1].top1(Point.of("5/16")) == 50.0
     assert Record(metrics=[{"ratio": 1 / 3, "top1": 1.0}]).top1(Point.of("1/3")) == 1.0
 

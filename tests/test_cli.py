@@ -31,6 +31,18 @@ def test_convert_tells_what_it_wrote(scala, tmp_path):
     assert points[1]["params"] == sum(p.numel() for p in vit.parameters())
 
 
+@pytest.mark.parametrize("images", [[], ["--data"]])
+def test_convert_in_order_of_importance(scala, tmp_path, photos, images):
+    vit, _ = build(num_classes=3)
+    timm.models.save_for_hf(vit, str(tmp_path / "vit"), safe_serialization=True)
+    words = [*images, photos] if images else []
+    answer = scala("convert", "vit", "-o", "ordered", "--order", "importance", *words, "--json")
+    assert 0 < answer.json["max_abs_diff"] <= 1e-4
+    again = timm.create_model("local-dir:ordered", pretrained=True)
+    assert not torch.equal(again.blocks[0].mlp.fc1.weight, vit.blocks[0].mlp.fc1.weight)
+    assert scala("info", "ordered", "--json").json["order"] == "importance"
+
+
 def test_from_pretrained_weights_to_a_slice(scala, tiny, photos):
     """finetune, then everything after it with no path given."""
     answer = scala("finetune", tiny, "--data", photos, "-o", "runs/mine", *QUICK, "--json")
@@ -57,7 +69,7 @@ def test_from_pretrained_weights_to_a_slice(scala, tiny, photos):
     assert Path("rows.csv").read_text().startswith("ratio,params,gmacs,latency_ms")
 
     known = scala("info", "--json").json
-    assert known["method"] == "scala" and known["isolated"] is True and known["classes"] == 3
+    assert known["method"] == "scala" and known["order"] == "importance" and known["classes"] == 3
     assert known["points"][1]["top1"] == row["top1"]
 
 
@@ -126,7 +138,12 @@ def test_env(scala):
         (["slice", "tiny", "--ratio", "half"], "'half' is not a ratio"),
         (["slice", "nowhere", "--ratio", "0.5"], "nowhere does not exist"),
         (["slice", "--ratio", "0.5"], "no run yet"),
-        (["slice", "tiny", "--ratio", "0.5", "-o", "tiny"], "not empty"),
+        (["slice", "tiny", "--ratio", "0.5", "-o", "tiny"], "is what is read"),
+        (["slice", "tiny", "--ratio", "0.5", "-o", "tiny", "--force"], "is what is read"),
+        (["convert", "tiny-timm", "-o", "tiny-timm", "--force"], "is what is read"),
+        (["slice", "tiny", "--ratio", "0.5", "-o", "tiny-timm"], "not empty"),
+        (["convert", "./missing"], "no directory with a config.json"),
+        (["finetune", "--resume", "run", "--epochs", "3"], "give --resume alone"),
         (["eval", "tiny", "--data", "nowhere"], "no such folder"),
         (["eval", "tiny", "--data", "digits"], "3 classes, the data has 10"),
         (["eval", "tiny", "--data", "digits", "--device", "tpu9"], "cannot be used here"),
@@ -173,7 +190,23 @@ def test_bench_names_the_images_it_skipped(scala, tiny, photos, tmp_path):
     (folder / "val/red/0.png").write_text("no image")
     words = ("bench", tiny, "--ratio", ".5", "--ratio", "0.50", "--runs", 1, "--data", folder, "-j", 0)
     answer = scala(*words, "--on-corrupt", "skip")
-    assert answer.code == 0 and "skipped 1 unreadable" in answer.stderr
+    assert answer.code == 0 and "unreadable and skipped: 1" in answer.stderr
+
+
+def test_csv_is_written_through_a_link(scala, tiny, tmp_path):
+    (tmp_path / "link.csv").symlink_to("rows.csv")
+    assert scala("bench", tiny, "--ratio", "1", "--runs", 1, "--csv", "link.csv").code == 0
+    assert (tmp_path / "link.csv").is_symlink() and (tmp_path / "rows.csv").read_text().startswith("ratio")
+
+
+def test_a_run_without_an_epoch_names_the_way_on(scala, tiny, photos, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("scala_cli.training.loop.evaluate", interrupt)
+    scala("finetune", tiny, "--data", photos, "-o", "run", *QUICK)
+    answer = scala("info", "run")
+    assert answer.code == 2 and "scala finetune --resume run" in answer.stderr
 
 
 def test_a_full_disk(scala, tiny, monkeypatch):

@@ -153,7 +153,7 @@ def test_an_unreadable_image_is_never_replaced(folder, content, workers):
     watch = Watcher()
     watch.note = told.append
     skipping.tell_skipped(watch)
-    assert "skipped 1 unreadable" in told[0] and "green/0.jpg" in told[0]
+    assert "unreadable and skipped: 1" in told[0] and "green/0.jpg" in told[0]
 
 
 def test_a_truncated_jpeg(folder):

@@ -61,6 +61,10 @@ def settings(data, epochs=2, **groups) -> Settings:
     return replace(base, **groups)
 
 
+def accuracies(*ratios: float) -> list[dict[str, float]]:
+    return [{"ratio": ratio, "top1": 1.0} for ratio in ratios]
+
+
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -88,7 +92,7 @@ def test_what_a_run_leaves_behind(photos):
 
     net, record = load_with_record(run.path / "best")
     assert record.method == "scala" and list(record.metrics) == best["points"]
-    assert net.rule.isolated and net.spec.label_names == ("blue", "green", "red")
+    assert record.order == "importance" and net.spec.label_names == ("blue", "green", "red")
     assert Path("runs/last").resolve() == run.path.resolve()
     assert "method: scala" in (run.path / "args.yaml").read_text()
     assert len(listener.losses) == 2 * 3
@@ -144,6 +148,9 @@ def test_resuming_what_is_no_run(photos):
     with pytest.raises(TrainingError, match="damaged") as error:
         go_on(Run(Path("one")), Listener())
     assert "one/last" in error.value.hint
+    torch.save({"rows": []}, state)
+    with pytest.raises(TrainingError, match="another version"):
+        go_on(Run(Path("one")), Listener())
 
 
 def test_a_loss_that_is_not_finite_names_width_and_step(photos):
@@ -186,11 +193,17 @@ def test_who_has_a_teacher(photos, record, method, taught):
 @pytest.mark.parametrize(
     ("method", "told", "record", "isolated"),
     [
-        ("scala", None, Record(), True),
-        ("usnet", None, Record(), False),
-        ("scala", False, Record(), False),
+        ("scala", None, Record(), False),  # the channels are put in order, best first
+        ("scala", None, Record(order="none"), True),
+        ("usnet", None, Record(order="none"), False),
+        ("scala", False, Record(order="none"), False),
         ("usnet", True, Record(), True),
-        ("scala", None, Record(method="usnet", metrics=[{"ratio": r} for r in (0.25, 0.5, 1.0)]), False),
+        (
+            "scala",
+            None,
+            Record(method="usnet", metrics=[{"ratio": r, "top1": 1.0} for r in (0.25, 0.5, 1.0)]),
+            False,
+        ),
     ],
 )
 def test_who_isolates(photos, method, told, record, isolated):
@@ -199,10 +212,37 @@ def test_who_isolates(photos, method, told, record, isolated):
     assert load("one/last").rule.isolated is isolated
 
 
+@pytest.mark.parametrize(
+    ("record", "order", "ordered"),
+    [
+        (Record(), "importance", True),
+        (Record(), "none", False),
+        (Record(trained=False), "importance", False),
+        (Record(order="none"), "importance", False),
+        (
+            Record(method="scala", metrics=[{"ratio": r, "top1": 1.0} for r in (0.5, 1.0)]),
+            "importance",
+            False,
+        ),
+        (Record(method="separate", metrics=[{"ratio": 1.0, "top1": 1.0}]), "importance", True),
+    ],
+)
+def test_pretrained_channels_are_put_in_order_while_that_is_free(photos, record, order, ordered):
+    net, chosen = start(), settings(photos, 1, method=MethodSettings(order=order))
+    before = net.vit.blocks[0].mlp.fc2.weight.clone()
+    listener = Listener()
+    finetune(net, record, chosen, Run(Path("one")), listener)
+    began, kept = load_with_record(Path("one/start"))
+    assert any("order of importance" in note for note in listener.notes) is ordered
+    assert torch.equal(began.vit.blocks[0].mlp.fc2.weight, before) is not ordered
+    assert kept.order == ("importance" if ordered else record.order)
+    assert load_with_record(Path("one/last"))[1].order == kept.order
+
+
 def test_pretraining_one_width_does_not_decide_isolation(photos):
-    """What `make demo` does: the full width alone first, then every width."""
+    """The full width alone first, then every width."""
     chosen = settings(photos, 1, method=MethodSettings(method="separate"))
-    finetune(start(ratios="1"), Record(), chosen, Run(Path("one")), Listener())
+    finetune(start(ratios="1"), Record(order="none"), chosen, Run(Path("one")), Listener())
     net, record = load_with_record(Path("one/last"))
     finetune(
         net.with_points(parse_points("0.25,0.5,1")), record, settings(photos, 1), Run(Path("two")), Listener()
@@ -305,6 +345,7 @@ def test_bfloat16_training_is_close_to_float32(photos):
         {"device": DeviceSettings(device="tpu9")},
         {"optimizer": OptimizerSettings(opt="nonsense")},
         {"augment": AugmentSettings(aa="nonsense")},
+        {"augment": AugmentSettings(scale=(1.0, 0.5))},
     ],
 )
 def test_bad_settings_leave_a_finished_run_alone(photos, groups):
@@ -366,6 +407,7 @@ def test_corrupt_training_images_are_skipped_and_told(photos, tmp_path):
     listener = Listener()
     with pytest.raises(DataError, match=r"9\.png cannot be read"):
         finetune(start(), Record(), settings(folder, 1), Run(Path("one")), listener)
+    assert not Path("one").exists()  # so that the remedy can be tried at once
     read = ReadSettings(workers=0, on_corrupt="skip")
-    finetune(start(), Record(), settings(folder, 1, read=read), Run(Path("two")), listener)
-    assert any("skipped 1 unreadable" in note for note in listener.notes)
+    finetune(start(), Record(), settings(folder, 1, read=read), Run(Path("one")), listener)
+    assert any("unreadable and skipped: 1" in note for note in listener.notes)

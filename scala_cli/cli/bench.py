@@ -47,6 +47,8 @@ def bench(
         net, record = open_slimmable(checkpoint, None, scratch=data is None)
         if data is None:
             out.note("random weights: they take as long as trained ones.")
+        else:
+            out.note("its narrower widths are cut without training.")
     points = choose_points(ratio, net.points)
     device = replace(device, amp=bool(device.amp))
     with out.progress() as live:

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -151,7 +152,9 @@ def reporting_errors(out: Output) -> Iterator[None]:
         code, message, hint = 2, error.message, error.hint
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        code, message = 2, f"{error.filename or 'the disk'}: {error.strerror or error}."
+        place = Path(error.filename or "the disk")
+        place = place.parent if place.name.startswith(".") else place  # not our temporary names
+        code, message = 2, f"{place}: {error.strerror or error}."
         hint = "Free some space and run the command again." if full else "Check the path and its permissions."
     except Exception as error:
         code, message = 1, f"this is a bug of scala: {type(error).__name__}: {error}"

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -5,10 +6,14 @@ import typer
 
 from scala_cli.cli.console import Output
 from scala_cli.cli.options import Force, Ratios, Target
+from scala_cli.errors import CheckpointError
 from scala_cli.files import refuse_occupied
 from scala_cli.models.locate import FILES, short_name
-from scala_cli.settings import DEFAULT_RATIOS
+from scala_cli.settings import DEFAULT_RATIOS, ReadSettings
 from scala_cli.slicing.point import parse_points
+
+TOLERANCE = 1e-4
+"""Largest difference of the full model's logits that putting its channels in order may make."""
 
 
 def convert(
@@ -32,6 +37,16 @@ def convert(
         Literal["aligned", "fused"],
         typer.Option(help="Cut every head of q, k and v alike, or qkv as one block (only for comparison)."),
     ] = "aligned",
+    order: Annotated[
+        Literal["importance", "none"] | None,
+        typer.Option(
+            help="Put the channels that matter first, the function unchanged; or never do so. "
+            "Default: leave it to scala finetune."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Images to judge importance by. Default: noise.")
+    ] = None,
     force: Force = False,
     *,
     out: Output,
@@ -44,17 +59,30 @@ def convert(
     """
     points = parse_points(ratios or DEFAULT_RATIOS)
     target = output or Path(f"{short_name(model)}-slimmable")
-    refuse_occupied(target, force, FILES)
+    source = Path(model.removeprefix("local-dir:")).expanduser()
+    refuse_occupied(target, force, FILES, source if source.exists() else None)
 
-    from scala_cli.measure import cost, largest_difference
-    from scala_cli.models.checkpoint import load, save
+    from scala_cli.data import calibration_images, open_split
+    from scala_cli.measure import cost, largest_difference, random_images
+    from scala_cli.models.checkpoint import save
+    from scala_cli.models.order import put_first_what_matters
     from scala_cli.models.source import Changes, open_model
 
     changes = Changes(num_classes, img_size, patch_size)
     net, record = open_model(model, points, changes, weights=weights, scratch=scratch, layout=layout)
+    original = net.vit
+    if order == "importance":
+        images = random_images(net.spec, 256).split(64)
+        if data is not None:
+            images = calibration_images(open_split(data, True), net.spec, ReadSettings())
+        net = put_first_what_matters(net, images)
+    difference = largest_difference(net.vit, original, net.spec)
+    if not difference <= TOLERANCE:
+        raise CheckpointError(
+            f"in another order the full model would differ by {difference:.2g}.", "Use --order none"
+        )
+    save(net, replace(record, order=order), target)
     rows = [{"ratio": float(point.ratio), **cost(net.spec.at(point))} for point in points]
-    save(net, record, target)
-    difference = largest_difference(load(target).vit, net.vit, net.spec)
     out.result(
         {
             "path": str(target),

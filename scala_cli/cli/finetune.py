@@ -46,7 +46,8 @@ def finetune(
     """
     if resume is None and (model is None or data is None):
         raise typer.BadParameter("Give a model and its images: scala finetune deit_s --data DIR")
-    if resume is not None and (model or data or output):
+    groups = (method, optimizer, augment, read, device)
+    if resume is not None and (model or data or output or ratios or any(g != type(g)() for g in groups)):
         raise typer.BadParameter("A resumed run keeps its model, images and settings: give --resume alone.")
 
     from scala_cli.models.source import open_slimmable

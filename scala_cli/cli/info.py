@@ -25,6 +25,7 @@ def info(checkpoint: Checkpoint = None, *, out: Output) -> None:
             "classes": net.spec.num_classes,
             "image": "x".join(map(str, net.spec.input_size)),
             "method": record.method or "none yet",
+            "order": record.order or "as it came",
             "isolated": net.rule.isolated,
             "layout": net.rule.layout,
             "attn_scale": net.rule.attn_scale,

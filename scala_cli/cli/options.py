@@ -25,7 +25,10 @@ DATA_HELP = "A folder with train/ and val/ of class folders, a timm name like to
 Data = Annotated[str, typer.Option("--data", help=DATA_HELP)]
 Ratios = Annotated[
     str | None,
-    typer.Option("--ratios", help=f"Widths, as shares of the full one. Default: {DEFAULT_RATIOS}."),
+    typer.Option(
+        "--ratios",
+        help=f"Widths, as shares of the full one. Default: the checkpoint's, else {DEFAULT_RATIOS}.",
+    ),
 ]
 Some = Annotated[
     list[str] | None,

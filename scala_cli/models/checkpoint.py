@@ -36,12 +36,14 @@ class Record:
     Args:
         trained: whether its weights are pretrained or trained at all, or still random.
         method: the training method, or None before any.
+        order: how the channels were put in order: by "importance", or "none"; None is not decided yet.
         metrics: per trained point {"ratio", "top1", "top5"}, in percent.
         provenance: where the weights came from, and the versions that wrote them.
     """
 
     trained: bool = True
     method: str | None = None
+    order: str | None = None
     metrics: Sequence[Mapping[str, float]] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -60,6 +62,7 @@ def save(net: SlimmableViT, record: Record, directory: Path) -> None:
         "format": FORMAT,
         "trained": record.trained,
         "method": record.method,
+        "order": record.order,
         "ratios": [point.label for point in rule.points],
         "isolated": rule.isolated,
         "layout": rule.layout,
@@ -131,7 +134,9 @@ def read_about(directory: Path) -> tuple[Spec, Rule, Record]:
             layout=about["layout"],
             attn_scale=about["attn_scale"],
         )
-        record = Record(about["trained"], about["method"], about["metrics"], about["provenance"])
+        record = Record(
+            about["trained"], about["method"], about["order"], about["metrics"], about["provenance"]
+        )
         for point in rule.points:
             record.top1(point)
     except KeyError as missing:

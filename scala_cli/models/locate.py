@@ -37,6 +37,10 @@ def resolve(checkpoint: str | Path | None) -> Path:
     for directory in (path, path / "best", path / "last"):
         if (directory / CONFIG).is_file():
             return directory
+    if (path / "state.pt").is_file():
+        raise CheckpointError(
+            f"no epoch of the run {path} has ended.", f"Go on: scala finetune --resume {path}"
+        )
     what = "has no config.json" if path.is_dir() else "does not exist"
     raise CheckpointError(f"checkpoint {path} {what}.", "Make one: scala convert deit_s -o DIR")
 

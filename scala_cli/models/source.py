@@ -138,6 +138,11 @@ def locate(model: str) -> tuple[str, dict[str, Any]]:
             return model, dict(load_model_config_from_hf(model.removeprefix("hf-hub:"))[2])
         except (OSError, ValueError) as error:
             raise unreachable(model, error) from None
+    if model not in ALIASES and ("/" in model or Path(model).is_dir()):
+        raise CheckpointError(
+            f"{model} is no directory with a config.json, and no weight file.",
+            f"Name a model; one that was trained here is in {model}/best" if Path(model).is_dir() else "",
+        )
     name = ALIASES.get(model, model)
     if not timm.is_model(name.partition(".")[0]):
         close = timm.list_models(f"*{name.partition('.')[0]}*")[:3]

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import torch
 
-from scala_cli.data import Split, class_misfit, open_split
+from scala_cli.data import Split, calibration_images, class_misfit, open_split
+from scala_cli.errors import ScalaError
 from scala_cli.methods import METHODS
 from scala_cli.models.checkpoint import Record, load_with_record
+from scala_cli.models.order import put_first_what_matters
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.settings import Settings
+from scala_cli.slicing.point import Point
 from scala_cli.training.loop import Trainer
 from scala_cli.training.run import Row, Run
 from scala_cli.watch import Watcher
@@ -34,13 +37,24 @@ def finetune(
         watch.note(f"{misfit}: the head is new, and there is no teacher.")
         torch.manual_seed(settings.seed)
         start.vit.reset_classifier(len(classes))
+    if len(start.points) == 1 and settings.method.method != "separate":
+        watch.note(f"only width {start.points[0]} is trained; for others give --ratios.")
+    if can_be_ordered(start, record) and settings.method.order == "importance":
+        watch.note("putting the channels in order of importance on some training images.")
+        start = put_first_what_matters(start, calibration_images(splits[0], start.spec, settings.read))
+        record = replace(record, order="importance")
     rule = replace(start.rule, isolated=isolation(start, record, settings))
     start = SlimmableViT(start.vit, start.spec.naming(classes), rule)
     method = METHODS[settings.method.method]
     taught = settings.method.teacher and method.taught and record.trained and not misfit
     trainer = Trainer(start, taught, settings, splits)
     run.begin(start, record, trainer.state(), settings, force)
-    return trainer.train(run, trained_by(record, settings, taught), watch)
+    try:
+        return trainer.train(run, trained_by(record, settings, taught), watch)
+    except ScalaError:
+        if not trainer.rows:  # nothing is worth resuming, and the next try finds its place free
+            run.discard()
+        raise
 
 
 def go_on(run: Run, watch: Watcher) -> Row:
@@ -62,17 +76,26 @@ def open_splits(settings: Settings) -> tuple[Split, Split]:
     return open_split(data, True, place), open_split(data, False, place)
 
 
+def can_be_ordered(start: SlimmableViT, record: Record) -> bool:
+    """Whether the order of the channels is still free: trained at full width alone, and not decided yet."""
+    narrow = any(Point.of(metric["ratio"]).ratio < 1 for metric in record.metrics)
+    return record.trained and record.order is None and not narrow and start.rule.layout == "aligned"
+
+
 def isolation(start: SlimmableViT, record: Record, settings: Settings) -> bool:
     """Whether to isolate: as told, else as the checkpoint was trained, else as the method does.
 
-    Only training with a width between the smallest and the largest leaves a mark.
+    Only training with a width between the smallest and the largest leaves a mark. Where the best channels
+    come first, the other end has the worst, so nothing is isolated.
     """
     if settings.method.isolation is not None:
         return settings.method.isolation
-    return start.rule.isolated if len(record.metrics) > 2 else METHODS[settings.method.method].isolated
+    if len(record.metrics) > 2:
+        return start.rule.isolated
+    return METHODS[settings.method.method].isolated and record.order != "importance"
 
 
 def trained_by(record: Record, settings: Settings, taught: bool) -> Record:
     """The record of the model that comes of training: of the one it came from, and how."""
     origin = {**record.provenance, "data": Path(settings.data).name, "teacher": taught}
-    return Record(True, settings.method.method, (), origin)
+    return Record(True, settings.method.method, record.order, (), origin)

@@ -52,6 +52,11 @@ class Trainer:
         self.net = deepcopy(start).to(self.device)
         self.frozen = start.vit.to(self.device).eval().requires_grad_(False) if taught else None
         chosen = settings.optimizer
+        low, high = settings.augment.scale
+        if not 0 < low <= high <= 1:
+            raise TrainingError(
+                f"--scale {low:g} {high:g} is no range.", "Give the smaller share first: 0.5 1"
+            )
         try:
             augmented, plain = transform_for(start.spec, settings.augment), transform_for(start.spec)
             self.training = Loader(

@@ -5,7 +5,8 @@ import os
 import pickle
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from scala_cli.slicing.point import Point
 Row = dict[str, Any]
 """One epoch: {"epoch", "lr", "images_per_sec", "loss": {name: mean}, "points": [{"ratio", "top1", ...}]}"""
 
-STATE = "state.pt"
+STATE, FORMAT = "state.pt", 1
 FILES = {"start", "last", "best", STATE, "metrics.jsonl", "summary.csv", "args.yaml"}
 
 
@@ -52,26 +53,35 @@ class Run:
         """
         refuse_occupied(self.path, force, FILES)
         self.path.mkdir(parents=True, exist_ok=True)
-        for path in self.path.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.discard()
+        self.path.mkdir(parents=True, exist_ok=True)
         with whole_file(self.path / "args.yaml") as file:
             file.write_text(yaml_dump(json.loads(json.dumps(asdict(settings)))))
         save(start, record, self.path / "start")
         self.write_state(state)
 
     def make_newest(self) -> None:
-        """Points runs/last here."""
-        LAST_RUN.parent.mkdir(exist_ok=True)
-        if LAST_RUN.is_symlink() or not LAST_RUN.exists():
-            with whole_file(LAST_RUN) as link:
-                link.symlink_to(os.path.relpath(self.path.resolve(), LAST_RUN.parent.resolve()))
+        """Points runs/last here, where the working directory can be written to."""
+        with suppress(OSError):
+            LAST_RUN.parent.mkdir(exist_ok=True)
+            if LAST_RUN.is_symlink() or not LAST_RUN.exists():
+                with whole_file(LAST_RUN) as link:
+                    link.symlink_to(os.path.relpath(self.path.resolve(), LAST_RUN.parent.resolve()))
+
+    def discard(self) -> None:
+        """Removes what `begin` wrote."""
+        for name in FILES:
+            path = self.path / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path.rmdir()
 
     def save_epoch(
         self, net: SlimmableViT, record: Record, rows: Sequence[Row], state: Mapping[str, Any]
     ) -> None:
         """Saves the model, its metrics, and last of all the state to resume from."""
         newest = rows[-1]
-        record = Record(True, record.method, newest["points"], record.provenance)
+        record = replace(record, metrics=newest["points"])
         save(net, record, self.path / "last")
         if newest is max(rows, key=mean_top1):
             save(net, record, self.path / "best")
@@ -82,11 +92,12 @@ class Run:
     def write_metrics(self, rows: Sequence[Row]) -> None:
         with whole_file(self.path / "metrics.jsonl") as file:
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        write_csv(self.path / "summary.csv", [flat(row) for row in rows])
+        with whole_file(self.path / "summary.csv") as file:
+            write_csv(file, [flat(row) for row in rows])
 
     def write_state(self, state: Mapping[str, Any]) -> None:
         with whole_file(self.path / STATE) as file:
-            torch.save(dict(state), file)
+            torch.save({**state, "format": FORMAT}, file)
 
     def holds_state(self) -> bool:
         return (self.path / STATE).is_file()
@@ -100,11 +111,17 @@ class Run:
                 "Start it: scala finetune MODEL --data DIR",
             )
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
+            state = torch.load(file, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError):
             raise TrainingError(
                 f"{file} is damaged.", f"Go on from the weights: scala finetune {self.path}/last --data DIR"
             ) from None
+        if state.get("format") != FORMAT:
+            raise TrainingError(
+                f"{file} was written by another version of scala.",
+                f"Go on from the weights: scala finetune {self.path}/last --data DIR",
+            )
+        return state
 
 
 def flat(row: Row) -> dict[str, Any]:

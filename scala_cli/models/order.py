@@ -1,0 +1,127 @@
+"""The channels of a pretrained ViT in the order in which slices want them, the function unchanged."""
+
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.slicing.importance import channel_scores, permute_state, query_key_bases, value_basis
+
+
+class Moments:
+    """Mean and second moment of a stream of vectors, by groups of channels.
+
+    Args:
+        size: channels of a group whose moment is kept as a matrix; 1 keeps the variance of each channel.
+    """
+
+    def __init__(self, size: int = 1) -> None:
+        self.size, self.count = size, 0
+        self.sum: Any = 0.0
+        self.outer: Any = 0.0
+
+    def add(self, vectors: Tensor) -> None:
+        """Counts (..., channels) in."""
+        grouped = vectors.detach().flatten(0, -2).double().unflatten(-1, (-1, self.size)).transpose(0, 1)
+        self.count += grouped.shape[1]
+        self.sum = self.sum + grouped.sum(1)
+        self.outer = self.outer + grouped.mT @ grouped
+
+    @property
+    def second(self) -> Tensor:
+        """(groups, size, size) about zero."""
+        return self.outer / self.count
+
+    @property
+    def central(self) -> Tensor:
+        """(groups, size, size) about the mean."""
+        mean = self.sum / self.count
+        return self.second - mean[:, :, None] * mean[:, None, :]
+
+    @property
+    def deviation(self) -> Tensor:
+        """(channels,), where size is 1."""
+        return self.central.flatten().clamp_min(0).sqrt()
+
+
+@torch.no_grad()
+def put_first_what_matters(net: SlimmableViT, batches: Iterable[Tensor]) -> SlimmableViT:
+    """The same function at full width, its channels in order of importance on some images.
+
+    The residual stream gets one order for all layers, the hidden channels one for each block, and every head
+    the best bases for its values and, where no norm stands between them, its queries and keys.
+
+    Args:
+        batches: images (B, C, H, W), normalised; a few hundred suffice.
+    """
+    spec = net.spec
+    blocks = [f"blocks.{number}" for number in range(len(net.vit.blocks))]
+    readers = [f"{block}.{layer}" for block in blocks for layer in ("attn.qkv", "mlp.fc1")]
+    readers += [name for name in ("head", "head_dist") if isinstance(getattr(net.vit, name, None), nn.Linear)]
+    inputs = {name: Moments() for name in [*readers, *(f"{block}.mlp.fc2" for block in blocks)]}
+    inputs |= {f"{block}.attn.proj": Moments(spec.head_dim) for block in blocks}
+    outputs = {f"{block}.attn.qkv": Moments(spec.head_dim) for block in blocks}
+    observe(net.vit, batches, inputs, outputs)
+
+    state = {name: tensor.double() for name, tensor in net.vit.state_dict().items()}
+    stream = state["blocks.0.norm1.weight"].new_zeros(spec.embed_dim)
+    for name in readers:
+        scores = channel_scores(inputs[name].deviation, state[f"{name}.weight"]).square()
+        stream += scores / scores.sum()
+    for block in blocks:
+        change_bases(state, f"{block}.attn.", outputs[f"{block}.attn.qkv"], inputs[f"{block}.attn.proj"])
+        scores = channel_scores(inputs[f"{block}.mlp.fc2"].deviation, state[f"{block}.mlp.fc2.weight"])
+        order = scores.argsort(descending=True, stable=True)
+        state = permute_state(state, net.rule.table, "hidden", order, within=f"{block}.")
+    state = permute_state(state, net.rule.table, "embed", stream.argsort(descending=True, stable=True))
+
+    vit = deepcopy(net.vit)
+    vit.load_state_dict(state)
+    return SlimmableViT(vit, spec, net.rule).eval()
+
+
+def observe(
+    vit: nn.Module, batches: Iterable[Tensor], inputs: Mapping[str, Moments], outputs: Mapping[str, Moments]
+) -> None:
+    """Runs the images through the model and counts what the named layers read and write."""
+    hooks = [
+        vit.get_submodule(name).register_forward_hook(lambda _, read, wrote, m=m: m.add(read[0]))
+        for name, m in inputs.items()
+    ] + [
+        vit.get_submodule(name).register_forward_hook(lambda _, read, wrote, m=m: m.add(wrote))
+        for name, m in outputs.items()
+    ]
+    try:
+        vit.eval()
+        for images in batches:
+            vit(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def change_bases(state: dict[str, Tensor], attn: str, qkv: Moments, attended: Moments) -> None:
+    """Gives every head of one attention layer, in place, its best bases.
+
+    Args:
+        attn: the layer's name, with its dot.
+        qkv: of the layer's queries, keys and values: 3 x heads groups of head_dim.
+        attended: of what the heads hand to the projection: heads groups of head_dim.
+    """
+    heads, size, _ = attended.second.shape
+    parts = [name for name in (f"{attn}qkv.weight", f"{attn}qkv.bias") if name in state]
+    grouped = {name: state[name].unflatten(0, (3, heads, size)).clone() for name in parts}
+    projection = state[f"{attn}proj.weight"].unflatten(1, (heads, size)).clone()
+    for head in range(heads):
+        value, projection[:, head] = value_basis(attended.second[head], projection[:, head])
+        bases = {2: value}
+        if f"{attn}q_norm.weight" not in state:
+            bases[0], bases[1] = query_key_bases(qkv.second[head], qkv.central[heads + head])
+        for tensor in grouped.values():
+            for which, basis in bases.items():
+                tensor[which, head] = basis @ tensor[which, head]
+    state.update({name: tensor.flatten(0, 2) for name, tensor in grouped.items()})
+    state[f"{attn}proj.weight"] = projection.flatten(1, 2)

@@ -1,0 +1,92 @@
+"""Which channels matter, and changes of basis that put them first without changing the function.
+
+A slice keeps the first channels of every axis, so a pretrained model is best cut after its channels have
+been put in order. Hidden channels and the residual stream can only be permuted. Within a head more is
+allowed: queries and keys meet only in q.k, values only in the projection that follows, so any invertible
+change of basis that one side undoes leaves the function alone.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from scala_cli.slicing.table import Group, Table, axes_of
+
+
+def channel_scores(deviation: Tensor, weight: Tensor) -> Tensor:
+    """How much each channel moves the output of the layer that reads it.
+
+    Args:
+        deviation: (channels,) standard deviation of the channel over tokens.
+        weight: (outputs, channels) of that layer.
+
+    Returns:
+        (channels,)
+    """
+    return deviation * weight.norm(dim=0)
+
+
+def query_key_bases(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Bases of one head in which the first n channels approximate q.k best.
+
+    The singular value decomposition of the product of both moments' roots: every n is the optimal rank-n
+    approximation of the logits, in the mean over tokens. What all keys share shifts all logits of a query
+    alike and is lost in the softmax, so keys count about their mean.
+
+    Args:
+        queries: (d, d) second moment of q about zero.
+        keys: (d, d) second moment of k about its mean.
+
+    Returns:
+        (d, d), (d, d): q' = Q q and k' = K k, with Q^T K = 1, so that q'.k' = q.k.
+    """
+    root_q, inverse_q = roots(queries)
+    root_k, inverse_k = roots(keys)
+    left, values, right = torch.linalg.svd(root_q.T @ root_k)
+    share = values.sqrt()[:, None]
+    return share * (left.T @ inverse_q), share * (right @ inverse_k)
+
+
+def value_basis(attended: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
+    """The basis of one head in which the first n channels carry the projection's output best.
+
+    Args:
+        attended: (d, d) second moment of the head's output, before the projection.
+        projection: (C, d) the projection's columns for this head.
+
+    Returns:
+        (d, d), (C, d): v' = V v, and the projection that undoes it.
+    """
+    root, inverse = roots(attended)
+    left, values, right = torch.linalg.svd(projection @ root, full_matrices=False)
+    share = values.sqrt()
+    return share[:, None] * (right @ inverse), left * share
+
+
+def roots(moment: Tensor, floor: float = 1e-4) -> tuple[Tensor, Tensor]:
+    """A root R of a symmetric positive matrix, R R^T, and its inverse.
+
+    Eigenvalues below `floor` of the largest are lifted to it: R only chooses a basis, and must invert well.
+    """
+    values, vectors = torch.linalg.eigh(moment)
+    scale = values.clamp_min(values[-1] * floor).sqrt()
+    return vectors * scale, (vectors / scale).T
+
+
+def permute_state(
+    state: Mapping[str, Tensor], table: Table, group: Group, order: Tensor, within: str = ""
+) -> dict[str, Tensor]:
+    """The state with the channels of a group in another order.
+
+    Args:
+        order: (channels,) the old number of each new channel.
+        within: only parameters whose name begins so; the hidden channels of each block have their own order.
+    """
+    permuted = dict(state)
+    for name, tensor in state.items():
+        for dim, axis in enumerate(axes_of(name, table)):
+            if axis is not None and axis.group == group and name.startswith(within):
+                tensor = tensor.index_select(dim, order)
+        permuted[name] = tensor
+    return permuted

@@ -1,0 +1,136 @@
+"""Putting channels in order: the function stays, and what matters comes first."""
+
+import pytest
+import torch
+from conftest import KINDS, slimmable
+
+from scala_cli.models.order import Moments, observe, put_first_what_matters
+from scala_cli.slicing.importance import (
+    channel_scores,
+    permute_state,
+    query_key_bases,
+    roots,
+    value_basis,
+)
+from scala_cli.slicing.table import vit_table
+
+GENERATOR = torch.Generator().manual_seed(5)
+
+
+def sample(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=GENERATOR, dtype=torch.double)
+
+
+def moment(vectors: torch.Tensor) -> torch.Tensor:
+    return vectors.T @ vectors / len(vectors)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_the_full_model_is_the_same_function(kind, images):
+    net = slimmable(kind)
+    ordered = put_first_what_matters(net, [images, images.flip(0)])
+    assert (ordered(images) - net(images)).abs().max() <= 1e-4
+    changed = [n for n, p in ordered.vit.named_parameters() if not torch.equal(p, net.vit.get_parameter(n))]
+    assert len(changed) > 20
+    assert not torch.allclose(ordered(images, 0.5), net(images, 0.5), atol=1e-2)
+
+
+@torch.no_grad()
+def test_hidden_channels_come_by_their_score(images):
+    ordered = put_first_what_matters(slimmable(), [images])
+    read = {"blocks.1.mlp.fc2": Moments()}
+    observe(ordered.vit, [images], read, {})
+    scores = channel_scores(read["blocks.1.mlp.fc2"].deviation, ordered.vit.blocks[1].mlp.fc2.weight.double())
+    assert (scores.diff() <= 1e-6).all()
+
+
+@torch.no_grad()
+def test_dead_channels_go_last_and_cutting_them_costs_nothing(images):
+    """Half of all hidden and head channels are made useless, at scattered places; then half are cut."""
+    net = slimmable()
+    for block in net.vit.blocks:
+        block.mlp.fc2.weight[:, ::2] = 0
+        block.attn.proj.weight[:, ::2] = 0
+        for head in block.attn.qkv.weight.unflatten(0, (6, 16))[:4]:  # of q and k
+            head[::2] = 0
+        block.attn.qkv.bias.unflatten(0, (6, 16))[:4, ::2] = 0
+    state = put_first_what_matters(net, [images]).vit.state_dict()
+    for number, block in enumerate(net.vit.blocks):
+        prefix = f"blocks.{number}."
+        proj = state[f"{prefix}attn.proj.weight"].unflatten(1, (2, 16))
+        assert proj[:, :, 8:].abs().max() < 1e-5
+        assert state[f"{prefix}mlp.fc2.weight"][:, 64:].abs().max() == 0
+        queries, keys = state[f"{prefix}attn.qkv.weight"].unflatten(0, (3, 2, 16))[:2].double()
+        cut = queries[:, :8].mT @ keys[:, :8]  # the logits' bilinear form, (heads, C, C)
+        assert (queries.mT @ keys - cut).abs().max() < 1e-5
+        assert block.attn.qkv.weight.abs().sum() > 0
+
+
+def test_query_and_key_bases_undo_each_other_and_truncate_best():
+    queries, keys = sample(500, 8) @ sample(8, 8), sample(500, 8) @ sample(8, 8)
+    q, k = query_key_bases(moment(queries), moment(keys))
+    torch.testing.assert_close(q.T @ k, torch.eye(8, dtype=torch.double))
+
+    def error(q: torch.Tensor, k: torch.Tensor, n: int) -> torch.Tensor:
+        """Mean squared error of the logits over all pairs, from the first n channels."""
+        left_out = q[n:].T @ k[n:]
+        return torch.trace(left_out.T @ moment(queries) @ left_out @ moment(keys))
+
+    best = torch.linalg.svdvals(roots(moment(queries))[0].T @ roots(moment(keys))[0])
+    for n in range(1, 8):
+        assert error(q, k, n) == pytest.approx(best[n:].square().sum().item(), rel=1e-6)
+        other = torch.linalg.qr(sample(8, 8))[0]
+        assert error(other, other, n) > error(q, k, n)
+
+
+def test_the_value_basis_is_undone_by_the_projection_and_truncates_best():
+    attended, projection = sample(500, 8) @ sample(8, 8), sample(20, 8)
+    v, undone = value_basis(moment(attended), projection)
+    torch.testing.assert_close(undone @ v, projection)
+    exact = attended @ projection.T
+    for n in range(1, 8):
+        kept = attended @ v[:n].T @ undone[:, :n].T
+        best = torch.linalg.svdvals(projection @ roots(moment(attended))[0])[n:].square().sum()
+        assert (exact - kept).square().sum() / 500 == pytest.approx(best.item(), rel=1e-6)
+        assert (exact - attended[:, :n] @ projection[:, :n].T).square().sum() / 500 > best
+
+
+def test_a_root_inverts_also_where_the_moment_does_not():
+    flat = torch.diag(torch.tensor([1.0, 0.0, 4.0], dtype=torch.double))
+    root, inverse = roots(flat)
+    torch.testing.assert_close(inverse @ root, torch.eye(3, dtype=torch.double))
+    full = moment(sample(50, 4))
+    root, _ = roots(full)
+    torch.testing.assert_close(root @ root.T, full)
+
+
+def test_permuting_is_indexing_by_hand():
+    state = {
+        "blocks.0.mlp.fc1.weight": sample(6, 4),
+        "blocks.1.mlp.fc1.weight": sample(6, 4),
+        "head.weight": sample(3, 4),
+    }
+    table, hidden, embed = (
+        vit_table(2, "aligned"),
+        torch.tensor([5, 3, 1, 0, 2, 4]),
+        torch.tensor([3, 1, 0, 2]),
+    )
+    one = permute_state(state, table, "hidden", hidden, within="blocks.1.")
+    assert torch.equal(one["blocks.1.mlp.fc1.weight"], state["blocks.1.mlp.fc1.weight"][hidden])
+    assert torch.equal(one["blocks.0.mlp.fc1.weight"], state["blocks.0.mlp.fc1.weight"])
+    two = permute_state(state, table, "embed", embed)
+    assert all(torch.equal(two[name], state[name][:, embed]) for name in state)
+
+
+def test_moments_are_those_of_all_batches_together():
+    vectors = sample(40, 3, 6)
+    moments = Moments(2)
+    for part in vectors.split(7):
+        moments.add(part)
+    flat = vectors.reshape(-1, 3, 2)
+    torch.testing.assert_close(moments.second, torch.einsum("ngi,ngj->gij", flat, flat) / len(flat))
+    torch.testing.assert_close(moments.central[1], torch.cov(flat[:, 1].T, correction=0))
+    single = Moments()
+    single.add(vectors)
+    torch.testing.assert_close(single.deviation, vectors.reshape(-1, 6).std(0, correction=0))
