@@ -201,7 +201,7 @@ def test_who_has_a_teacher(photos, record, method, taught):
         (
             "scala",
             None,
-            Record(method="usnet", metrics=[{"ratio": r, "top1": 1.0} for r in (0.25, 0.5, 1.0)]),
+            Record(method="usnet", metrics=accuracies(0.25, 0.5, 1.0)),
             False,
         ),
     ],
@@ -220,11 +220,11 @@ def test_who_isolates(photos, method, told, record, isolated):
         (Record(trained=False), "importance", False),
         (Record(order="none"), "importance", False),
         (
-            Record(method="scala", metrics=[{"ratio": r, "top1": 1.0} for r in (0.5, 1.0)]),
+            Record(method="scala", metrics=accuracies(0.5, 1.0)),
             "importance",
             False,
         ),
-        (Record(method="separate", metrics=[{"ratio": 1.0, "top1": 1.0}]), "importance", True),
+        (Record(method="separate", metrics=accuracies(1.0)), "importance", True),
     ],
 )
 def test_pretrained_channels_are_put_in_order_while_that_is_free(photos, record, order, ordered):
