@@ -363,8 +363,12 @@ class Every:
         return self.samples.name(index * self.step)
 
 
-def calibration_images(split: Split, spec: Spec, read: ReadSettings, count: int = 512) -> Iterator[Tensor]:
+def calibration_images(
+    split: Split, spec: Spec, read: ReadSettings, watch: Watcher, count: int = 512
+) -> Iterator[Tensor]:
     """About `count` images spread evenly over a split, in batches (B, C, H, W)."""
     some = Split(Every(split.samples, max(1, len(split) // count)), split.classes)
+    watch.phase("order", len(some))
     for images, _ in Loader(some, transform_for(spec), 64, read):
         yield images
+        watch.step(len(images))

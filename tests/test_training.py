@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import slimmable
+from runs import FULL, Listener, accuracies, settings, start
 from safetensors.torch import load_file
 
 from scala_cli.errors import DataError, ScalaError, TrainingError
@@ -24,56 +25,13 @@ from scala_cli.settings import (
     Settings,
 )
 from scala_cli.slicing.point import parse_points
-from scala_cli.training.finetune import finetune, go_on, open_splits
-from scala_cli.training.loop import Trainer
+from scala_cli.training.finetune import finetune, go_on
 from scala_cli.training.run import Run
-from scala_cli.watch import Watcher
-
-FULL = DeviceSettings(device="cpu", amp=False)
-
-
-class Listener(Watcher):
-    """Remembers all it is told; at a chosen step it pulls the plug."""
-
-    def __init__(self, stop_at: int | None = None):
-        self.notes, self.losses, self.rows, self.stop_at = [], [], [], stop_at
-
-    def note(self, text):
-        self.notes.append(text)
-
-    def step(self, count, losses=None):
-        if losses:
-            self.losses.append(losses)
-            if len(self.losses) == self.stop_at:
-                raise KeyboardInterrupt
-
-    def epoch(self, row):
-        self.rows.append(row)
-
-
-def settings(data, epochs=2, **groups) -> Settings:
-    base = Settings(
-        str(data),
-        optimizer=OptimizerSettings(epochs=epochs, batch_size=4),
-        read=ReadSettings(workers=0),
-        device=FULL,
-    )
-    return replace(base, **groups)
-
-
-def accuracies(*ratios: float) -> list[dict[str, float]]:
-    return [{"ratio": ratio, "top1": 1.0} for ratio in ratios]
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def start(classes=("blue", "green", "red"), **changes):
-    net = slimmable(**changes)
-    net.vit.reset_classifier(len(classes))
-    return type(net)(net.vit, net.spec.naming(classes), net.rule)
 
 
 def test_what_a_run_leaves_behind(photos):
@@ -277,68 +235,6 @@ def test_the_average_is_what_is_saved(photos):
     assert torch.equal(load_file("two/last/model.safetensors")[name], state["weights"][name])
 
 
-def trainer(photos, **groups) -> Trainer:
-    chosen = settings(photos, **groups)
-    return Trainer(start(), True, chosen, open_splits(chosen))
-
-
-def test_weight_decay_spares_biases_norms_and_embeddings(photos):
-    ready = trainer(photos)
-    names = {id(p): n for n, p in ready.net.vit.named_parameters()}
-    groups = ready.optimizer.param_groups
-    decayed = {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
-    spared = {names[id(p)] for g in groups if not g["weight_decay"] for p in g["params"]}
-    assert {g["weight_decay"] for g in groups} == {0.0, 0.05}
-    assert all(name.endswith(".weight") and "norm" not in name for name in decayed)
-    assert {"pos_embed", "cls_token", "norm.weight", "blocks.0.mlp.fc1.bias"} <= spared
-
-
-def test_learning_rate_warms_up_and_follows_a_cosine(photos):
-    chosen = OptimizerSettings(epochs=4, batch_size=4, lr=1e-2, min_lr=0, warmup_epochs=1)
-    ready = trainer(photos, optimizer=chosen)
-    rates = []
-    ready.train_step = lambda *_: rates.append(ready.optimizer.param_groups[0]["lr"]) or {"1": 1.0}
-    for epoch in range(4):
-        ready.train_epoch(epoch, Watcher())
-    cosine = [1e-2 * (1 + math.cos(math.pi * step / 12)) / 2 for step in range(12)]
-    assert rates[:3] == pytest.approx([0, 1e-2 / 3, 2e-2 / 3])
-    assert rates[3:] == pytest.approx(cosine[3:])
-
-
-def test_layer_decay_slows_the_lower_blocks(photos):
-    ready = trainer(photos, optimizer=OptimizerSettings(epochs=1, batch_size=4, layer_decay=0.5))
-    ready.scheduler.step_update(0)
-    names = {id(p): n for n, p in ready.net.vit.named_parameters()}
-    rates = {names[id(p)]: g["lr_scale"] for g in ready.optimizer.param_groups for p in g["params"]}
-    assert rates["head.weight"] > rates["blocks.1.mlp.fc1.weight"] > rates["blocks.0.mlp.fc1.weight"]
-
-
-@pytest.mark.parametrize(("limit", "reached"), [(1e-3, 1e-3), (None, None)])
-def test_the_gradient_is_clipped(photos, limit, reached):
-    ready = trainer(photos, optimizer=OptimizerSettings(epochs=1, batch_size=4, clip_grad=limit))
-    norms = []
-
-    def step():
-        grads = [p.grad for p in ready.net.vit.parameters()]
-        norms.append(torch.nn.utils.get_total_norm(grads).item())
-
-    ready.optimizer.step = step
-    ready.train_step(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]), 0)
-    assert norms[0] == pytest.approx(reached, rel=1e-3) if reached else norms[0] > 0.1
-
-
-def test_bfloat16_training_is_close_to_float32(photos):
-    losses = {}
-    for amp in (False, True):
-        ready = trainer(photos, device=DeviceSettings(device="cpu", amp=amp))
-        images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-        losses[amp] = ready.train_step(images, torch.tensor([0, 1, 2, 0]), 0)
-        fused = {m.fused_attn for m in ready.net.vit.modules() if hasattr(m, "fused_attn")}
-        assert fused == {not amp}
-    assert losses[True] != losses[False]
-    assert losses[True] == pytest.approx(losses[False], rel=0.05)
-
-
 @pytest.mark.parametrize(
     "groups",
     [
@@ -364,14 +260,6 @@ def test_usnet_has_no_teacher(photos):
     finetune(start(), Record(), chosen, Run(Path("one")), Listener())
     assert load_with_record(Path("one/last"))[1].provenance["teacher"] is False
     assert load_with_record(Path("one/start"))[1].method is None
-
-
-def test_mixup_of_a_single_image_is_that_image(photos):
-    ready = trainer(photos, augment=AugmentSettings(mixup=0.5))
-    one, label = torch.randn(1, 3, 16, 16), torch.tensor([1])
-    assert ready.mix(one, label) == (one, label)
-    three, soft = ready.mix(torch.randn(3, 3, 16, 16), torch.tensor([0, 1, 2]))
-    assert len(three) == 2 and soft.shape == (2, 3)
 
 
 def test_bad_input_is_found_before_anything_is_written(photos, tmp_path):

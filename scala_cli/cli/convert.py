@@ -72,10 +72,11 @@ def convert(
     net, record = open_model(model, points, changes, weights=weights, scratch=scratch, layout=layout)
     original = net.vit
     if order == "importance":
-        images = random_images(net.spec, 256).split(64)
-        if data is not None:
-            images = calibration_images(open_split(data, True), net.spec, ReadSettings())
-        net = put_first_what_matters(net, images)
+        with out.progress() as live:
+            noise = random_images(net.spec, 256).split(64)
+            split = open_split(data, True) if data is not None else None
+            images = calibration_images(split, net.spec, ReadSettings(), live) if split else noise
+            net = put_first_what_matters(net, images)
     difference = largest_difference(net.vit, original, net.spec)
     if not difference <= TOLERANCE:
         raise CheckpointError(

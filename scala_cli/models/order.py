@@ -94,10 +94,11 @@ def observe(
         vit.get_submodule(name).register_forward_hook(lambda _, read, wrote, m=m: m.add(wrote))
         for name, m in outputs.items()
     ]
+    device = next(vit.parameters()).device
     try:
         vit.eval()
         for images in batches:
-            vit(images)
+            vit(images.to(device))
     finally:
         for hook in hooks:
             hook.remove()

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from scala_cli.data import Split, calibration_images, class_misfit, open_split
+from scala_cli.device import choose_device
 from scala_cli.errors import ScalaError
 from scala_cli.methods import METHODS
 from scala_cli.models.checkpoint import Record, load_with_record
@@ -39,9 +40,11 @@ def finetune(
         start.vit.reset_classifier(len(classes))
     if len(start.points) == 1 and settings.method.method != "separate":
         watch.note(f"only width {start.points[0]} is trained; for others give --ratios.")
+    device = choose_device(settings.device)
     if can_be_ordered(start, record) and settings.method.order == "importance":
         watch.note("putting the channels in order of importance on some training images.")
-        start = put_first_what_matters(start, calibration_images(splits[0], start.spec, settings.read))
+        start.to(device if device.type == "cuda" else "cpu")  # in float64, which not every device has
+        start = put_first_what_matters(start, calibration_images(splits[0], start.spec, settings.read, watch))
         record = replace(record, order="importance")
     rule = replace(start.rule, isolated=isolation(start, record, settings))
     start = SlimmableViT(start.vit, start.spec.naming(classes), rule)

@@ -1,0 +1,82 @@
+"""One training step and what drives it: optimizer, schedule, clipping, precision, mixup."""
+
+import math
+
+import pytest
+import torch
+from runs import settings, start
+
+from scala_cli.settings import AugmentSettings, DeviceSettings, OptimizerSettings
+from scala_cli.training.finetune import open_splits
+from scala_cli.training.loop import Trainer
+from scala_cli.watch import Watcher
+
+
+def trainer(photos, **groups) -> Trainer:
+    chosen = settings(photos, **groups)
+    return Trainer(start(), True, chosen, open_splits(chosen))
+
+
+def test_weight_decay_spares_biases_norms_and_embeddings(photos):
+    ready = trainer(photos)
+    names = {id(p): n for n, p in ready.net.vit.named_parameters()}
+    groups = ready.optimizer.param_groups
+    decayed = {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
+    spared = {names[id(p)] for g in groups if not g["weight_decay"] for p in g["params"]}
+    assert {g["weight_decay"] for g in groups} == {0.0, 0.05}
+    assert all(name.endswith(".weight") and "norm" not in name for name in decayed)
+    assert {"pos_embed", "cls_token", "norm.weight", "blocks.0.mlp.fc1.bias"} <= spared
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine(photos):
+    chosen = OptimizerSettings(epochs=4, batch_size=4, lr=1e-2, min_lr=0, warmup_epochs=1)
+    ready = trainer(photos, optimizer=chosen)
+    rates = []
+    ready.train_step = lambda *_: rates.append(ready.optimizer.param_groups[0]["lr"]) or {"1": 1.0}
+    for epoch in range(4):
+        ready.train_epoch(epoch, Watcher())
+    cosine = [1e-2 * (1 + math.cos(math.pi * step / 12)) / 2 for step in range(12)]
+    assert rates[:3] == pytest.approx([0, 1e-2 / 3, 2e-2 / 3])
+    assert rates[3:] == pytest.approx(cosine[3:])
+
+
+def test_layer_decay_slows_the_lower_blocks(photos):
+    ready = trainer(photos, optimizer=OptimizerSettings(epochs=1, batch_size=4, layer_decay=0.5))
+    ready.scheduler.step_update(0)
+    names = {id(p): n for n, p in ready.net.vit.named_parameters()}
+    rates = {names[id(p)]: g["lr_scale"] for g in ready.optimizer.param_groups for p in g["params"]}
+    assert rates["head.weight"] > rates["blocks.1.mlp.fc1.weight"] > rates["blocks.0.mlp.fc1.weight"]
+
+
+@pytest.mark.parametrize(("limit", "reached"), [(1e-3, 1e-3), (None, None)])
+def test_the_gradient_is_clipped(photos, limit, reached):
+    ready = trainer(photos, optimizer=OptimizerSettings(epochs=1, batch_size=4, clip_grad=limit))
+    norms = []
+
+    def step():
+        grads = [p.grad for p in ready.net.vit.parameters()]
+        norms.append(torch.nn.utils.get_total_norm(grads).item())
+
+    ready.optimizer.step = step
+    ready.train_step(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]), 0)
+    assert norms[0] == pytest.approx(reached, rel=1e-3) if reached else norms[0] > 0.1
+
+
+def test_bfloat16_training_is_close_to_float32(photos):
+    losses = {}
+    for amp in (False, True):
+        ready = trainer(photos, device=DeviceSettings(device="cpu", amp=amp))
+        images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        losses[amp] = ready.train_step(images, torch.tensor([0, 1, 2, 0]), 0)
+        fused = {m.fused_attn for m in ready.net.vit.modules() if hasattr(m, "fused_attn")}
+        assert fused == {not amp}
+    assert losses[True] != losses[False]
+    assert losses[True] == pytest.approx(losses[False], rel=0.05)
+
+
+def test_mixup_of_a_single_image_is_that_image(photos):
+    ready = trainer(photos, augment=AugmentSettings(mixup=0.5))
+    one, label = torch.randn(1, 3, 16, 16), torch.tensor([1])
+    assert ready.mix(one, label) == (one, label)
+    three, soft = ready.mix(torch.randn(3, 3, 16, 16), torch.tensor([0, 1, 2]))
+    assert len(three) == 2 and soft.shape == (2, 3)
