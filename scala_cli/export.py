@@ -5,13 +5,15 @@ from typing import Any
 
 import timm
 import torch
+from torch.func import functional_call
 
 from scala_cli.errors import CheckpointError
 from scala_cli.files import refuse_occupied, whole_directory
 from scala_cli.measure import cost, random_images
-from scala_cli.models.checkpoint import TensorByTensor, load_with_record, versions, write_timm
+from scala_cli.models.checkpoint import TensorByTensor, read_about, versions, write_timm
 from scala_cli.models.locate import CARD, FILES, WEIGHTS
 from scala_cli.models.slimmable import Ratio
+from scala_cli.models.vit import refuse_misfit
 from scala_cli.report import model_card
 from scala_cli.slicing.point import Point, find_point
 from scala_cli.watch import QUIET, Watcher
@@ -26,8 +28,8 @@ def slice_model(
 ) -> dict[str, Any]:
     """Writes one width of a checkpoint as a directory that timm loads by itself.
 
-    Before it takes its place it is read back by timm and compared with the whole family's forward at that
-    width. The family and the slice are never in memory together.
+    Before it takes its place it is read back by timm and compared with the family's forward at that width,
+    timm's own on views of the full weights. These are never in memory as a whole.
 
     Returns:
         {"path", "ratio", "params", "gmacs", "max_abs_diff"}
@@ -36,12 +38,12 @@ def slice_model(
         PointError: a width that was not trained.
         CheckpointError: where the slice read back by timm differs; nothing is left behind then.
     """
-    net, record = load_with_record(checkpoint)
-    point, rule = find_point(ratio, net.points), net.rule
+    full, rule, record = read_about(checkpoint)
+    point = find_point(ratio, rule.points)
     refuse_occupied(target, force, FILES, source=checkpoint)
     if record.method is None and point.ratio < 1:
         watch.note("no width but the full one has been trained yet: scala finetune CKPT --data DIR")
-    spec = net.spec.at(point)
+    spec = full.at(point)
     size = cost(spec)
     result = {
         "path": str(target),
@@ -56,11 +58,13 @@ def slice_model(
         "metrics": [m for m in record.metrics if Point.of(m["ratio"]) == point],
         "versions": versions(),
     }
-    probe = random_images(spec, 1)
-    expected = net(probe, point)
-    del net  # and with it the full weights
+    weights, probe = TensorByTensor(checkpoint / WEIGHTS), random_images(spec, 1)
+    views, skeleton = rule.slice_state(weights, point), spec.build()
+    refuse_misfit(skeleton, views, weights.file)
+    expected = functional_call(skeleton, views, (probe,), strict=True)  # as SlimmableViT.forward
+    del views
     with whole_directory(target) as fresh:
-        piece = spec.build_with(rule.slice_state(TensorByTensor(checkpoint / WEIGHTS), point, copy=True))
+        piece = spec.build_with(rule.slice_state(weights, point, copy=True))
         write_timm(piece, spec, about, fresh)
         del piece
         (fresh / CARD).write_text(model_card(target.name, spec, record, result))
