@@ -45,6 +45,13 @@ def build(kind: str = "deit", **changes) -> tuple[VisionTransformer, dict]:
     return vit, args
 
 
+def write_timm_directory(directory: Path, **changes) -> VisionTransformer:
+    """A tiny DeiT as timm publishes its models."""
+    vit, args = build("deit", **changes)
+    timm.models.save_for_hf(vit, str(directory), model_args=args, safe_serialization=True)
+    return vit
+
+
 def slimmable(kind: str = "deit", ratios: str = "0.25,0.5,0.75,1", **rule) -> SlimmableViT:
     vit, args = build(kind)
     spec = describe(vit, args)
@@ -105,8 +112,6 @@ def scala(tmp_path, monkeypatch) -> Callable[..., Answer]:
 @pytest.fixture
 def tiny(scala, tmp_path) -> Path:
     """A converted checkpoint with random weights for the three classes of `photos`."""
-    vit, _ = build(num_classes=3)
-    folder = tmp_path / "tiny-timm"
-    timm.models.save_for_hf(vit, str(folder), safe_serialization=True)
-    assert scala("convert", folder, "-o", "tiny").code == 0
+    write_timm_directory(tmp_path / "tiny-timm", num_classes=3)
+    assert scala("convert", "tiny-timm", "-o", "tiny").code == 0
     return tmp_path / "tiny"

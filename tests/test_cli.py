@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import build
+from conftest import write_timm_directory
 
 from scala_cli.export import default_target
 from scala_cli.slicing.point import Point
@@ -19,8 +19,7 @@ QUICK = ("--epochs", 1, "-b", 4, "-j", 0, "--no-amp", "--device", "cpu")
 
 
 def test_convert_tells_what_it_wrote(scala, tmp_path):
-    vit, _ = build(num_classes=3)
-    timm.models.save_for_hf(vit, str(tmp_path / "vit"), safe_serialization=True)
+    vit = write_timm_directory(tmp_path / "vit", num_classes=3)
     answer = scala("convert", "vit", "--ratios", "0.5,1", "--json")
     assert answer.code == 0 and answer.stderr == ""
     points = answer.json.pop("points")
@@ -33,8 +32,7 @@ def test_convert_tells_what_it_wrote(scala, tmp_path):
 
 @pytest.mark.parametrize("images", [[], ["--data"]])
 def test_convert_in_order_of_importance(scala, tmp_path, photos, images):
-    vit, _ = build(num_classes=3)
-    timm.models.save_for_hf(vit, str(tmp_path / "vit"), safe_serialization=True)
+    vit = write_timm_directory(tmp_path / "vit", num_classes=3)
     words = [*images, photos] if images else []
     answer = scala("convert", "vit", "-o", "ordered", "--order", "importance", *words, "--json")
     assert 0 < answer.json["max_abs_diff"] <= 1e-4
@@ -90,8 +88,7 @@ def test_bench_of_a_model_by_name(scala):
 
 
 def test_finetune_converts_a_model_first(scala, photos, tmp_path):
-    vit, _ = build(num_classes=3)
-    timm.models.save_for_hf(vit, str(tmp_path / "vit"), safe_serialization=True)
+    write_timm_directory(tmp_path / "vit", num_classes=3)
     answer = scala("finetune", "local-dir:vit", "--data", photos, "--ratios", "0.5,1", *QUICK)
     assert answer.code == 0
     (run,) = [path for path in Path("runs").iterdir() if path.name != "last"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import TINY, build
+from conftest import TINY, build, write_timm_directory
 from safetensors.torch import save_file
 
 from scala_cli.errors import CheckpointError, PointError
@@ -22,8 +22,7 @@ FOUR = parse_points("0.25,0.5,0.75,1")
 
 @pytest.fixture
 def timm_directory(tmp_path) -> Path:
-    vit, _ = build("deit")
-    timm.models.save_for_hf(vit, str(tmp_path / "vit"), safe_serialization=True)
+    write_timm_directory(tmp_path / "vit")
     return tmp_path / "vit"
 
 
