@@ -5,7 +5,7 @@ import json
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ class Output:
     def progress(self) -> Iterator["Live"]:
         """A live bar on stderr; none where stderr is no terminal or under --quiet."""
         console = Console(stderr=True)
+        seen = console.is_terminal and not self.quiet
         bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -66,9 +67,9 @@ class Output:
             TextColumn("{task.fields[losses]}"),
             console=console,
             transient=True,
-            disable=self.quiet or not console.is_terminal,
+            disable=not seen,
         )
-        with bar:
+        with bar if seen else nullcontext():  # some versions of rich end a disabled bar with a line
             yield Live(self, bar)
 
 
