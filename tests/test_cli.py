@@ -139,6 +139,7 @@ def test_env(scala):
         (["slice", "tiny", "--ratio", "0.5", "-o", "tiny", "--force"], "is what is read"),
         (["convert", "tiny-timm", "-o", "tiny-timm", "--force"], "is what is read"),
         (["slice", "tiny", "--ratio", "0.5", "-o", "tiny-timm"], "not empty"),
+        (["convert", "deit_s", "--data", "digits"], "--data is for --order importance"),
         (["convert", "./missing"], "no directory with a config.json"),
         (["finetune", "--resume", "run", "--epochs", "3"], "give --resume alone"),
         (["eval", "tiny", "--data", "nowhere"], "no such folder"),

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from scala_cli.errors import CheckpointError, PointError
 from scala_cli.models.checkpoint import save
-from scala_cli.models.source import Changes, open_model, open_slimmable
+from scala_cli.models.source import Changes, is_checkpoint, open_model, open_slimmable
 from scala_cli.slicing.point import parse_points
 
 FOUR = parse_points("0.25,0.5,0.75,1")
@@ -194,6 +194,7 @@ def test_an_alias_is_not_shadowed_by_a_directory(timm_directory, tmp_path, monke
     timm_directory.rename(tmp_path / "deit_s")
     with pytest.raises(CheckpointError, match="no network"):
         open_slimmable("deit_s", None)
+    assert is_checkpoint("deit_s") is False
     assert open_slimmable("./deit_s", None)[0].spec.embed_dim == TINY["embed_dim"]
 
 

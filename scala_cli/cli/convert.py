@@ -57,6 +57,8 @@ def convert(
 
     Example: scala convert deit_s -o deit_s-slimmable
     """
+    if data is not None and order != "importance":
+        raise typer.BadParameter("--data is for --order importance.")
     points = parse_points(ratios or DEFAULT_RATIOS)
     target = output or Path(f"{short_name(model)}-slimmable")
     source = Path(model.removeprefix("local-dir:")).expanduser()

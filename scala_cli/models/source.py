@@ -94,19 +94,20 @@ def open_slimmable(name: str, ratios: str | None, scratch: bool = False) -> tupl
         ratios: "0.25,0.5,..."; None keeps a checkpoint's own, and gives a MODEL the default ones.
         scratch: a MODEL gets random weights.
     """
-    if name not in ALIASES and is_checkpoint(name):
+    if is_checkpoint(name):
         net, record = load_with_record(resolve(name))
         return (net.with_points(parse_points(ratios)) if ratios else net), record
     return open_model(name, parse_points(ratios or DEFAULT_RATIOS), scratch=scratch)
 
 
 def is_checkpoint(name: str) -> bool:
-    """Whether a name stands for a slimmable checkpoint; a slice is an ordinary model."""
+    """Whether a name stands for a slimmable checkpoint; an alias never does, a slice is an ordinary model."""
+    if name in ALIASES:
+        return False
     try:
         hub = name.startswith("hf-hub:")
-        about = read_config(fetch(name.removeprefix("hf-hub:"), [CONFIG]) if hub else resolve(name)).get(
-            "scala"
-        )
+        directory = fetch(name.removeprefix("hf-hub:"), [CONFIG]) if hub else resolve(name)
+        about = read_config(directory).get("scala")
     except CheckpointError:
         return False
     return about is not None and "sliced_from" not in about

@@ -52,7 +52,6 @@ class Run:
         Raises ScalaError where it is occupied.
         """
         refuse_occupied(self.path, force, FILES)
-        self.path.mkdir(parents=True, exist_ok=True)
         self.discard()
         self.path.mkdir(parents=True, exist_ok=True)
         with whole_file(self.path / "args.yaml") as file:
