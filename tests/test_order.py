@@ -1,15 +1,19 @@
 """Putting channels in order: the function stays, and what matters comes first."""
 
 import pytest
+import timm
 import torch
 from conftest import KINDS, slimmable
 
 from scala_cli.models.order import Moments, observe, put_first_what_matters
+from scala_cli.models.stream import norms_of
 from scala_cli.slicing.importance import (
+    change_basis,
     channel_scores,
     permute_state,
     query_key_bases,
     roots,
+    stream_basis,
     value_basis,
 )
 from scala_cli.slicing.table import vit_table
@@ -103,6 +107,90 @@ def test_a_root_inverts_also_where_the_moment_does_not():
     full = moment(sample(50, 4))
     root, _ = roots(full)
     torch.testing.assert_close(root @ root.T, full)
+
+
+def test_the_streams_basis_is_orthogonal_keeps_the_mean_and_comes_by_variance():
+    stream = sample(500, 12) @ sample(12, 12)
+    stream = stream - stream.mean(1, keepdim=True)
+    moment = torch.cov(stream.T, correction=0)
+    basis = stream_basis(moment)
+    identity = torch.eye(12, dtype=torch.double)
+    torch.testing.assert_close(basis @ basis.T, identity)
+    torch.testing.assert_close(basis.sum(1), torch.ones(12, dtype=torch.double))
+    norm = torch.nn.LayerNorm(12, dtype=torch.double)
+    torch.testing.assert_close(norm(stream @ basis.T), norm(stream) @ basis.T)
+    principal = torch.linalg.eigh(moment)[1].flip(1)
+    ones = identity.new_ones(12, 1)
+    for n in range(1, 12):
+        allowed = torch.linalg.qr(torch.cat([principal[:, :n], ones], 1))[0]
+        torch.testing.assert_close(basis[:n] @ allowed @ allowed.T, basis[:n])
+
+
+def test_the_streams_basis_stands_a_stream_of_few_directions():
+    moment = torch.zeros(12, 12, dtype=torch.double)
+    for flat in (moment, moment + torch.outer(*[torch.arange(12.0, dtype=torch.double) - 5.5] * 2)):
+        basis = stream_basis(flat)
+        torch.testing.assert_close(basis @ basis.T, torch.eye(12, dtype=torch.double))
+        torch.testing.assert_close(basis.sum(1), torch.ones(12, dtype=torch.double))
+
+
+@torch.no_grad()
+def test_a_stream_of_few_directions_is_cut_at_almost_no_cost(images):
+    """All that is written to the stream lies in 6 directions of 32, none of them a channel."""
+    net = slimmable()
+    directions = torch.linalg.qr(torch.randn(32, 6, generator=torch.Generator().manual_seed(2)))[0]
+    inside = directions @ directions.T
+    vit = net.vit
+    for layer in [vit.patch_embed.proj, *(part for b in vit.blocks for part in (b.attn.proj, b.mlp.fc2))]:
+        layer.weight.copy_((inside @ layer.weight.flatten(1)).view_as(layer.weight))
+        layer.bias.copy_(inside @ layer.bias)
+    for tokens in (vit.cls_token, vit.pos_embed):
+        tokens.copy_(tokens @ inside)
+    ordered = put_first_what_matters(net, [images])
+    kept = slice(0, 8)
+    stream: list[torch.Tensor] = []
+    ordered.vit.norm.register_forward_hook(lambda _, read, wrote: stream.append(read[0]))
+    ordered(images)
+    energy = (stream[0] - stream[0].mean(-1, keepdim=True)).square().sum((0, 1))
+    assert energy[kept].sum() > 0.9 * energy.sum()
+    torch.testing.assert_close(stream[0].mean(-1), torch.zeros(stream[0].shape[:2]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_which_streams_can_be_rotated(kind):
+    norms = norms_of(slimmable(kind).vit)
+    assert bool(norms) == (kind != "norm before the blocks")
+    if norms:
+        assert len(norms) == 2 * len(slimmable(kind).vit.blocks) + 1
+
+
+@pytest.mark.parametrize("change", [{"qkv_bias": False}, {"num_classes": 0}])
+def test_streams_read_without_a_bias_or_a_head_are_only_permuted(change):
+    assert norms_of(timm.create_model("deit_tiny_patch16_224", depth=1, **change)) == {}
+
+
+@torch.no_grad()
+def test_what_the_dropped_channels_are_on_average_stays_in_the_biases(images):
+    ordered = put_first_what_matters(slimmable(), [images])
+    read: list[torch.Tensor] = []
+    ordered.vit.blocks[1].norm2.register_forward_hook(lambda _, read_, wrote: read.append(wrote))
+    ordered(images)
+    assert read[0].mean((0, 1)).abs().max() < 1e-5
+
+
+def test_changing_basis_is_multiplying_by_hand():
+    state = {
+        "blocks.0.attn.proj.weight": sample(4, 6),
+        "head.weight": sample(3, 4),
+        "pos_embed": sample(1, 5, 4),
+    }
+    basis = torch.linalg.qr(sample(4, 4))[0]
+    changed = change_basis(state, vit_table(2, "aligned"), "embed", basis)
+    torch.testing.assert_close(
+        changed["blocks.0.attn.proj.weight"], basis @ state["blocks.0.attn.proj.weight"]
+    )
+    torch.testing.assert_close(changed["head.weight"], state["head.weight"] @ basis.T)
+    torch.testing.assert_close(changed["pos_embed"], state["pos_embed"] @ basis.T)
 
 
 def test_permuting_is_indexing_by_hand():

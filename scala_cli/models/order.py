@@ -8,14 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.slicing.importance import channel_scores, permute_state, query_key_bases, value_basis
+from scala_cli.models.stream import centre_reading, make_norms_plain, norms_of
+from scala_cli.slicing.importance import (
+    change_basis,
+    channel_scores,
+    permute_state,
+    query_key_bases,
+    stream_basis,
+    value_basis,
+)
 
 
 class Moments:
     """Mean and second moment of a stream of vectors, by groups of channels.
 
     Args:
-        size: channels of a group whose moment is kept as a matrix; 1 keeps the variance of each channel.
+        size: channels of a group, whose moment is kept as a matrix; 1 keeps the variance of each channel.
     """
 
     def __init__(self, size: int = 1) -> None:
@@ -36,10 +44,14 @@ class Moments:
         return self.outer / self.count
 
     @property
+    def mean(self) -> Tensor:
+        """(groups, size)"""
+        return self.sum / self.count
+
+    @property
     def central(self) -> Tensor:
         """(groups, size, size) about the mean."""
-        mean = self.sum / self.count
-        return self.second - mean[:, :, None] * mean[:, None, :]
+        return self.second - self.mean[:, :, None] * self.mean[:, None, :]
 
     @property
     def deviation(self) -> Tensor:
@@ -51,36 +63,51 @@ class Moments:
 def put_first_what_matters(net: SlimmableViT, batches: Iterable[Tensor]) -> SlimmableViT:
     """The same function at full width, its channels in order of importance on some images.
 
-    The residual stream gets one order for all layers, the hidden channels one for each block, and every head
-    the best bases for its values and, where no norm stands between them, its queries and keys.
+    The residual stream gets its principal directions as its basis, one for all layers (or, where its norms
+    do not allow that, one order of its channels); the hidden channels get an order for each block, and every
+    head the best bases for its values and, where no norm stands between them, its queries and keys.
 
     Args:
         batches: images (B, C, H, W), normalised; a few hundred suffice.
     """
-    spec = net.spec
+    spec, table = net.spec, net.rule.table
     blocks = [f"blocks.{number}" for number in range(len(net.vit.blocks))]
+    norms = norms_of(net.vit)
+    state = {name: tensor.double() for name, tensor in net.vit.state_dict().items()}
+    if norms:
+        make_norms_plain(state, table, norms)
+    vit = deepcopy(net.vit)
+    vit.load_state_dict(state)
+
     readers = [f"{block}.{layer}" for block in blocks for layer in ("attn.qkv", "mlp.fc1")]
-    readers += [name for name in ("head", "head_dist") if isinstance(getattr(net.vit, name, None), nn.Linear)]
-    inputs = {name: Moments() for name in [*readers, *(f"{block}.mlp.fc2" for block in blocks)]}
+    readers += [name for name in ("head", "head_dist") if isinstance(getattr(vit, name, None), nn.Linear)]
+    inputs = {name: Moments(spec.embed_dim if norms else 1) for name in readers}
+    inputs |= {f"{block}.mlp.fc2": Moments() for block in blocks}
     inputs |= {f"{block}.attn.proj": Moments(spec.head_dim) for block in blocks}
     outputs = {f"{block}.attn.qkv": Moments(spec.head_dim) for block in blocks}
-    observe(net.vit, batches, inputs, outputs)
+    observe(vit, batches, inputs, outputs)
 
-    state = {name: tensor.double() for name, tensor in net.vit.state_dict().items()}
-    stream = state["blocks.0.norm1.weight"].new_zeros(spec.embed_dim)
-    for name in readers:
-        scores = channel_scores(inputs[name].deviation, state[f"{name}.weight"]).square()
-        stream += scores / scores.sum()
     for block in blocks:
         change_bases(state, f"{block}.attn.", outputs[f"{block}.attn.qkv"], inputs[f"{block}.attn.proj"])
         scores = channel_scores(inputs[f"{block}.mlp.fc2"].deviation, state[f"{block}.mlp.fc2.weight"])
         order = scores.argsort(descending=True, stable=True)
-        state = permute_state(state, net.rule.table, "hidden", order, within=f"{block}.")
-    state = permute_state(state, net.rule.table, "embed", stream.argsort(descending=True, stable=True))
-
-    vit = deepcopy(net.vit)
+        state = permute_state(state, table, "hidden", order, within=f"{block}.")
+    if norms:
+        basis = stream_basis(torch.stack([inputs[layers[0]].central[0] for layers in norms.values()]).sum(0))
+        state = change_basis(state, table, "embed", basis)
+        for norm, layers in norms.items():
+            centre_reading(state, norm, layers, basis @ inputs[layers[0]].mean[0])
+    else:
+        stream = torch.stack([share_of_reading(inputs[name], state[f"{name}.weight"]) for name in readers])
+        state = permute_state(state, table, "embed", stream.sum(0).argsort(descending=True, stable=True))
     vit.load_state_dict(state)
     return SlimmableViT(vit, spec, net.rule).eval()
+
+
+def share_of_reading(seen: Moments, weight: Tensor) -> Tensor:
+    """(channels,) the share of each channel in what moves a layer's output; the shares add up to one."""
+    scores = channel_scores(seen.deviation, weight).square()
+    return scores / scores.sum()
 
 
 def observe(

@@ -1,9 +1,11 @@
 """Which channels matter, and changes of basis that put them first without changing the function.
 
 A slice keeps the first channels of every axis, so a pretrained model is best cut after its channels have
-been put in order. Hidden channels and the residual stream can only be permuted. Within a head more is
-allowed: queries and keys meet only in q.k, values only in the projection that follows, so any invertible
-change of basis that one side undoes leaves the function alone.
+been put in order. Hidden channels pass a nonlinearity and can only be permuted. Within a head queries and
+keys meet only in q.k, values only in the projection that follows, so any invertible change of basis that one
+side undoes leaves the function alone. The residual stream is read through LayerNorms, which commute with
+every rotation that keeps the mean over channels (the rotation of SliceGPT, arXiv 2401.15024, for RMSNorm,
+with that one constraint more).
 """
 
 from collections.abc import Mapping
@@ -25,6 +27,31 @@ def channel_scores(deviation: Tensor, weight: Tensor) -> Tensor:
         (channels,)
     """
     return deviation * weight.norm(dim=0)
+
+
+def stream_basis(moment: Tensor) -> Tensor:
+    """The basis of the residual stream in which the first n channels carry the most, LayerNorm unchanged.
+
+    Let u_1, u_2, ... be the principal directions, perpendicular to 1 = (1, ..., 1) as what LayerNorm gives
+    is. Rows q_i = 1/C + sum_j L_ij u_j with L L^T = I - 1 1^T / C, L lower triangular, are orthonormal and
+    each sums to one: the mean over channels is the same in both bases, and the first n rows span no more
+    than the first n principal directions and 1.
+
+    Args:
+        moment: (C, C) second moment about the mean of the centred stream, in float64.
+
+    Returns:
+        (C, C) orthogonal Q with Q 1 = 1: x' = Q x, and LayerNorm(Q x) = Q LayerNorm(x).
+    """
+    channels = len(moment)
+    identity = torch.eye(channels, dtype=moment.dtype, device=moment.device)
+    centre = identity - 1 / channels
+    # 1 is an eigenvector whose value is raised above all others, so that it comes last and can be left out
+    _, directions = torch.linalg.eigh(centre @ moment @ centre + (torch.trace(moment) + 1) / channels)
+    directions = directions[:, :-1].flip(1)
+    mixing = torch.linalg.cholesky(centre[:-1, :-1])
+    rows = mixing @ directions.T
+    return torch.cat([rows, -rows.sum(0, keepdim=True)]) + 1 / channels
 
 
 def query_key_bases(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,6 +99,21 @@ def roots(moment: Tensor, floor: float = 1e-4) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(moment)
     scale = values.clamp_min(values[-1] * floor).sqrt()
     return vectors * scale, (vectors / scale).T
+
+
+def change_basis(state: Mapping[str, Tensor], table: Table, group: Group, basis: Tensor) -> dict[str, Tensor]:
+    """The state with the channels of a group in another basis, on every axis that carries them.
+
+    Args:
+        basis: (channels, channels), orthogonal: x' = basis x, whether an axis writes x or reads it.
+    """
+    changed = dict(state)
+    for name, tensor in state.items():
+        for dim, axis in enumerate(axes_of(name, table)):
+            if axis is not None and axis.group == group:
+                tensor = (tensor.movedim(dim, -1) @ basis.T).movedim(-1, dim)
+        changed[name] = tensor
+    return changed
 
 
 def permute_state(
