@@ -347,27 +347,40 @@ def class_misfit(data: Sequence[str], num_classes: int, names: Sequence[str] | N
     return ""
 
 
-class Every:
-    """Every n-th of some samples."""
+class Some:
+    """Some of other samples, by their numbers."""
 
-    def __init__(self, samples: Samples, step: int) -> None:
-        self.samples, self.step = samples, step
+    def __init__(self, samples: Samples, numbers: Sequence[int]) -> None:
+        self.samples, self.numbers = samples, numbers
 
     def __len__(self) -> int:
-        return -(-len(self.samples) // self.step)
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.samples[index * self.step]
+        return self.samples[self.numbers[index]]
 
     def name(self, index: int) -> str:
-        return self.samples.name(index * self.step)
+        return self.samples.name(self.numbers[index])
+
+
+def hold_out(split: Split, share: float) -> tuple[Split, Split]:
+    """The training images without every n-th, and every n-th, n = 1 / share to the nearest whole number."""
+    n = round(1 / share)
+    held = range(n - 1, len(split), n)
+    kept = [number for number in range(len(split)) if number % n != n - 1]
+    if not held:
+        raise DataError(
+            f"{len(split)} images are too few to hold out one in {n}.", "Give more images, or a larger share."
+        )
+    return Split(Some(split.samples, kept), split.classes), Split(Some(split.samples, held), split.classes)
 
 
 def calibration_images(
     split: Split, spec: Spec, read: ReadSettings, watch: Watcher, count: int = 512
 ) -> Iterator[Tensor]:
     """About `count` images spread evenly over a split, in batches (B, C, H, W)."""
-    some = Split(Every(split.samples, max(1, len(split) // count)), split.classes)
+    evenly = range(0, len(split), max(1, len(split) // count))
+    some = Split(Some(split.samples, evenly), split.classes)
     watch.phase("order", len(some))
     for images, _ in Loader(some, transform_for(spec), 64, read):
         yield images

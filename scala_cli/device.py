@@ -33,14 +33,15 @@ def choose_device(settings: DeviceSettings) -> torch.device:
 def uses_bfloat16(device: torch.device, settings: DeviceSettings) -> bool:
     """Whether to compute in bfloat16: as told, else where the hardware multiplies in it.
 
-    That is any GPU, and a CPU with AMX, which trains twice as fast with it (docs/performance.md).
+    That is any GPU, and a CPU with AMX or AVX512-BF16, which trains twice as fast with it
+    (docs/performance.md).
     """
     if settings.amp is not None:
         return settings.amp
     if device.type != "cpu":
         return True
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return capabilities.get("amx_bf16", False)
+    return capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
 
 
 def autocast(device: torch.device, settings: DeviceSettings) -> AbstractContextManager[object]:

@@ -39,7 +39,7 @@ class MethodSettings:
         None, "Cut the widths between from the other end. Default: not where channels are in order, see docs."
     )
     progressive_transfer: bool = option(
-        True, "The largest width teaches all, instead of each the next smaller.", only="off"
+        True, "Where widths teach: the largest all others, instead of each the next smaller.", only="off"
     )
     stable_sampling: bool = option(
         True, "Draw the widths between from anywhere, instead of one from each half.", only="off"
@@ -47,8 +47,9 @@ class MethodSettings:
     noise_calibration: bool = option(
         True, "Labels teach the largest width only, instead of every one.", only="off"
     )
-    teacher: bool = option(
-        True, "Do without the frozen starting model as teacher of the full width.", only="off"
+    teacher: Literal["all", "full", "none"] = option(
+        "all",
+        "Which widths the frozen starting model teaches; the paper's is full, for the full width alone.",
     )
     smoothing: float = option(0.1, "Label smoothing.", min=0, max=1)
 
@@ -57,7 +58,7 @@ class MethodSettings:
 class OptimizerSettings:
     """How the weights move."""
 
-    epochs: int = option(10, "Passes over the training images.", min=1)
+    epochs: float = option(10, "Passes over the training images; 0.5 is half of one.", min=0.001)
     batch_size: int = option(128, "Images a step.", "-b", min=1)
     lr: float = option(1e-3, "Peak learning rate; warm-up and cosine lead to and from it.", min=0)
     min_lr: float = option(1e-6, "Learning rate at the end.", min=0)
@@ -100,7 +101,9 @@ class DeviceSettings:
     """Where it runs."""
 
     device: str | None = option(None, "cpu, cuda, cuda:1, mps. Default: a GPU where there is one.")
-    amp: bool | None = option(None, "bfloat16 autocast. Default: on a GPU or a CPU with AMX; in bench off.")
+    amp: bool | None = option(
+        None, "bfloat16 autocast. Default: where the hardware computes in it; in bench off."
+    )
     threads: int | None = option(None, "CPU threads. Default: as torch chooses.", min=1)
 
 
@@ -130,6 +133,8 @@ class Settings:
     read: ReadSettings = ReadSettings()
     device: DeviceSettings = DeviceSettings()
     seed: int = 0
+    holdout: float = 0.0
+    log_grads: bool = False
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Settings":

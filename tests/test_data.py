@@ -7,7 +7,7 @@ import torch
 from conftest import build, slimmable
 from PIL import Image
 
-from scala_cli.data import Loader, class_misfit, open_split, transform_for
+from scala_cli.data import Loader, class_misfit, hold_out, open_split, transform_for
 from scala_cli.errors import DataError
 from scala_cli.evaluate import evaluate
 from scala_cli.models.vit import describe
@@ -183,3 +183,15 @@ def test_class_misfit():
     assert class_misfit(data, 2, None) == class_misfit(data, 2, ["cat", "dog"]) == ""
     assert "3 classes, the data has 2" in class_misfit(data, 3, None)
     assert "class 'dog' is 'cat' in the data" in class_misfit(data, 2, ["dog", "cat"])
+
+
+def test_images_held_out_are_every_nth_and_not_trained_on(photos):
+    split = open_split(str(photos), True)
+    training, held = hold_out(split, 0.25)
+    names = [split.samples.name(index) for index in range(len(split))]
+    assert [held.samples.name(i) for i in range(len(held))] == names[3::4]
+    kept = [name for name in names if name not in names[3::4]]
+    assert [training.samples.name(i) for i in range(len(training))] == kept
+    assert training.samples[3][1] == split.samples[4][1] and held.classes == split.classes
+    with pytest.raises(DataError, match="too few"):
+        hold_out(split, 0.01)

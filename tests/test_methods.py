@@ -48,7 +48,7 @@ def teacher(images):
 def test_scala_step_and_its_gradients(images, teacher, isolated):
     """Four widths on slices with weights of their own; their gradients put back by index and summed."""
     net = slimmable("deit", isolated=isolated)
-    settings = MethodSettings(smoothing=0.1)
+    settings = MethodSettings(smoothing=0.1, teacher="full")
     losses = run(Scala(FOUR, settings), net, images, teacher)
     sum(losses.values()).backward()
 
@@ -74,6 +74,21 @@ def test_scala_step_and_its_gradients(images, teacher, isolated):
     torch.testing.assert_close(net.vit.blocks[1].mlp.fc1.weight.grad, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_the_frozen_teacher_teaches_every_width(images, teacher):
+    net = slimmable()
+    losses = run(Scala(FOUR, MethodSettings()), net, images, teacher)
+    for ratio in (1, 0.75, 0.5, 0.25):
+        logits = net(images, ratio)
+        torch.testing.assert_close(losses[f"{ratio:g}"], ce(logits, 0.1) + kl(logits, teacher(images)))
+
+
+def test_without_a_teacher_each_width_teaches_the_next(images):
+    net = slimmable()
+    losses = run(Scala(FOUR, MethodSettings()), net, images)
+    half, quarter = net(images, 0.5), net(images, 0.25)
+    torch.testing.assert_close(losses["0.25"], ce(quarter, 0.1) + kl(quarter, half))
+
+
 def test_without_a_teacher_the_largest_learns_from_labels_alone(images):
     net = slimmable()
     losses = run(Scala(FOUR, MethodSettings()), net, images)
@@ -82,7 +97,9 @@ def test_without_a_teacher_the_largest_learns_from_labels_alone(images):
 
 def test_progressive_transfer_off_lets_the_largest_teach_all(images, teacher):
     net = slimmable()
-    losses = run(Scala(FOUR, MethodSettings(progressive_transfer=False)), net, images, teacher)
+    losses = run(
+        Scala(FOUR, MethodSettings(progressive_transfer=False, teacher="full")), net, images, teacher
+    )
     largest = net(images).detach()
     for ratio in (0.75, 0.5, 0.25):
         logits = net(images, ratio)
@@ -91,7 +108,7 @@ def test_progressive_transfer_off_lets_the_largest_teach_all(images, teacher):
 
 def test_noise_calibration_off_leaves_labels_to_the_largest(images, teacher):
     net = slimmable()
-    losses = run(Scala(FOUR, MethodSettings(noise_calibration=False)), net, images, teacher)
+    losses = run(Scala(FOUR, MethodSettings(noise_calibration=False, teacher="full")), net, images, teacher)
     full, three = net(images), net(images, 0.75)
     torch.testing.assert_close(losses["1"], ce(full, 0.1) + kl(full, teacher(images)))
     torch.testing.assert_close(losses["0.75"], kl(three, full))

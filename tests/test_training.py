@@ -72,8 +72,16 @@ def test_training_learns_real_digits():
     assert all(point["top1"] > 60 for point in best["points"])
 
 
-def test_resuming_gives_the_run_that_was_never_stopped(photos):
-    chosen = settings(photos, epochs=3, augment=AugmentSettings(mixup=0.5, cutmix=0.5))
+@pytest.mark.parametrize("epochs, steps, rows", [(1.7, 5, 2), (0.5, 2, 1), (0.01, 1, 1)])
+def test_part_of_an_epoch(photos, epochs, steps, rows):
+    listener = Listener()
+    finetune(start(), Record(), settings(photos, epochs=epochs), Run(Path("part")), listener)
+    assert (len(listener.losses), len(listener.rows)) == (steps, rows)
+
+
+@pytest.mark.parametrize("epochs", [3, 2.4])
+def test_resuming_gives_the_run_that_was_never_stopped(photos, epochs):
+    chosen = settings(photos, epochs=epochs, augment=AugmentSettings(mixup=0.5, cutmix=0.5))
     finetune(start(), Record(), chosen, Run(Path("whole")), Listener())
 
     with pytest.raises(KeyboardInterrupt):
@@ -139,7 +147,7 @@ def test_other_classes_get_a_new_head_and_no_teacher(photos):
     ("record", "method", "taught"),
     [
         (Record(), MethodSettings(), True),
-        (Record(), MethodSettings(teacher=False), False),
+        (Record(), MethodSettings(teacher="none"), False),
         (Record(trained=False), MethodSettings(), False),
     ],
 )

@@ -9,6 +9,7 @@ import typer
 
 import scala_cli
 from scala_cli.cli.bench import bench
+from scala_cli.cli.compare import compare
 from scala_cli.cli.convert import convert
 from scala_cli.cli.env import env
 from scala_cli.cli.evaluate import evaluate
@@ -20,6 +21,7 @@ from scala_cli.cli.slice import slice
 COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert,
     "finetune": finetune,
+    "compare": compare,
     "eval": evaluate,
     "slice": slice,
     "bench": bench,

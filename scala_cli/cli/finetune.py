@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import DATA_HELP, Force, Ratios
+from scala_cli.cli.options import DATA_HELP, Force, Holdout, LogGrads, Ratios, Seed
 from scala_cli.models.locate import short_name
 from scala_cli.settings import (
     AugmentSettings,
@@ -30,7 +30,9 @@ def finetune(
     resume: Annotated[
         Path | None, typer.Option("--resume", help="Go on with this run, with its own settings.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    seed: Seed = 0,
+    holdout: Holdout = 0.0,
+    log_grads: LogGrads = False,
     force: Force = False,
     *,
     method: MethodSettings,
@@ -47,7 +49,8 @@ def finetune(
     if resume is None and (model is None or data is None):
         raise typer.BadParameter("Give a model and its images: scala finetune deit_s --data DIR")
     groups = (method, optimizer, augment, read, device)
-    if resume is not None and (model or data or output or ratios or any(g != type(g)() for g in groups)):
+    given = (model, data, output, ratios, seed, holdout, log_grads)
+    if resume is not None and (any(given) or any(g != type(g)() for g in groups)):
         raise typer.BadParameter("A resumed run keeps its model, images and settings: give --resume alone.")
 
     from scala_cli.models.source import open_slimmable
@@ -71,6 +74,8 @@ def finetune(
                     read,
                     device,
                     seed,
+                    holdout,
+                    log_grads,
                 )
                 best = finetune(*open_slimmable(model, ratios), settings, run, live, force)
         except KeyboardInterrupt:

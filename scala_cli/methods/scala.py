@@ -11,9 +11,11 @@ from scala_cli.slicing.point import Point
 
 
 class Scala(Method):
-    """Four widths a step, largest first, each taught by the one before it (section 3).
+    """Four widths a step, largest first (section 3 of the paper).
 
-    Isolated Activation is the fourth part; it lives in the slicing rule.
+    In the paper each width is taught by the one before it, and the first by the frozen pretrained model. From
+    pretrained weights that model is the best teacher for every width (docs/results/pretrained.md), so here
+    it teaches all where there is one. Isolated Activation is the fourth part; it lives in the slicing rule.
     """
 
     isolated = True
@@ -32,6 +34,8 @@ class Scala(Method):
             if lesson is not None:
                 loss = loss + distillation(logits, lesson)
             yield point.label, loss
+            if teacher and self.settings.teacher == "all":
+                continue
             # Progressive Knowledge Transfer: each width teaches the next; without it the largest teaches all
             if self.settings.progressive_transfer or largest:
                 lesson = logits.detach()

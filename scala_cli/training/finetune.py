@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from scala_cli.data import Split, calibration_images, class_misfit, open_split
+from scala_cli.data import Split, calibration_images, class_misfit, hold_out, open_split
 from scala_cli.device import choose_device
 from scala_cli.errors import ScalaError
 from scala_cli.methods import METHODS
@@ -49,7 +49,7 @@ def finetune(
     rule = replace(start.rule, isolated=isolation(start, record, settings))
     start = SlimmableViT(start.vit, start.spec.naming(classes), rule)
     method = METHODS[settings.method.method]
-    taught = settings.method.teacher and method.taught and record.trained and not misfit
+    taught = settings.method.teacher != "none" and method.taught and record.trained and not misfit
     trainer = Trainer(start, taught, settings, splits)
     run.begin(start, record, trainer.state(), settings, force)
     try:
@@ -74,9 +74,12 @@ def go_on(run: Run, watch: Watcher) -> Row:
 
 
 def open_splits(settings: Settings) -> tuple[Split, Split]:
-    """The training and the validation images."""
+    """The training and the validation images; these are held out of the former where asked for."""
     data, place = settings.data, settings.read.data_dir
-    return open_split(data, True, place), open_split(data, False, place)
+    training = open_split(data, True, place)
+    if settings.holdout:
+        return hold_out(training, settings.holdout)
+    return training, open_split(data, False, place)
 
 
 def can_be_ordered(start: SlimmableViT, record: Record) -> bool:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict
+from itertools import islice
 from random import Random
 from typing import Any
 
@@ -26,7 +27,8 @@ from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.vit import choose_attention
 from scala_cli.settings import AugmentSettings, Settings
 from scala_cli.slicing.point import Point
-from scala_cli.training.run import Row, Run, mean_top1
+from scala_cli.training.gradients import GradientLog
+from scala_cli.training.run import GRADIENTS, Row, Run, mean_top1
 from scala_cli.watch import Watcher
 
 
@@ -73,15 +75,17 @@ class Trainer:
             )
         except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise TrainingError(f"timm refuses these settings: {error}.", "See scala finetune -h") from None
+        an_epoch = len(self.training)
+        self.steps = max(1, round(chosen.epochs * an_epoch))
         warmup = chosen.warmup_epochs if chosen.warmup_epochs is not None else chosen.epochs / 20
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
-            num_epochs=chosen.epochs,
-            warmup_epochs=min(warmup, chosen.epochs),  # type: ignore[arg-type]  # fractions are well defined
+            num_epochs=self.steps / an_epoch,  # type: ignore[arg-type]  # fractions are well defined
+            warmup_epochs=min(warmup, chosen.epochs),  # type: ignore[arg-type]
             warmup_lr=chosen.min_lr,
             min_lr=chosen.min_lr,
             step_on_epochs=False,
-            updates_per_epoch=len(self.training),
+            updates_per_epoch=an_epoch,
         )
         self.average = (
             ModelEmaV3(self.net.vit, decay=chosen.model_ema_decay, use_warmup=True)
@@ -90,6 +94,7 @@ class Trainer:
         )
         self.judged = SlimmableViT(self.average.module, start.spec, start.rule) if self.average else self.net
         self.rows: list[Row] = []
+        self.gradients: GradientLog | None = None
 
     def state(self) -> dict[str, Any]:
         """All that `restore` needs to go on after the last whole epoch."""
@@ -118,7 +123,9 @@ class Trainer:
         Raises:
             TrainingError: where a loss is not finite; what was saved before stays.
         """
-        for epoch in range(len(self.rows), self.settings.optimizer.epochs):
+        if self.settings.log_grads:
+            self.gradients = GradientLog(self.net.vit.parameters(), run.path / GRADIENTS)
+        for epoch in range(len(self.rows), math.ceil(self.steps / len(self.training))):
             row = self.train_epoch(epoch, watch)
             row["points"] = evaluate(
                 self.judged, self.validation, self.net.points, self.settings.device, watch
@@ -131,7 +138,10 @@ class Trainer:
         return max(self.rows, key=mean_top1)
 
     def train_epoch(self, epoch: int, watch: Watcher) -> Row:
-        """One pass over the training images. All that is random depends on seed, epoch and step alone."""
+        """Passes over the training images once, or over what is left of the last epoch.
+
+        All that is random depends on seed, epoch and step alone.
+        """
         random_seed((self.settings.seed * 1_000_003 + epoch) % 2**32)
         self.training.epoch = epoch
         self.net.train()
@@ -140,9 +150,10 @@ class Trainer:
         sums: dict[str, float] = defaultdict(float)
         counts: dict[str, int] = defaultdict(int)
         seen, lr, began = 0, 0.0, time.perf_counter()
-        of = f"epoch {epoch + 1}/{self.settings.optimizer.epochs}"
-        watch.phase(of, len(self.training) * self.training.batch_size)
-        for images, targets in self.training:
+        left = min(self.steps - step, len(self.training))
+        of = f"epoch {epoch + 1}/{math.ceil(self.steps / len(self.training))}"
+        watch.phase(of, left * self.training.batch_size)
+        for images, targets in islice(self.training, left):
             lr = self.optimizer.param_groups[-1]["lr"]
             losses = self.train_step(images, targets, step)
             step += 1
@@ -157,10 +168,12 @@ class Trainer:
                 counts[name] += 1
             seen += len(images)
             watch.step(len(images), losses)
+        seconds = time.perf_counter() - began
         return {
             "epoch": epoch + 1,
             "lr": lr,
-            "images_per_sec": round(seen / (time.perf_counter() - began), 2),
+            "images_per_sec": round(seen / seconds, 2),
+            "minutes": round(seconds / 60, 3),
             "loss": {name: sums[name] / counts[name] for name in sums},
         }
 
@@ -177,6 +190,10 @@ class Trainer:
         for name, loss in self.method.passes(self.predict, images, targets, teacher, random):
             loss.backward()
             losses[name] = loss.detach()
+            if self.gradients:
+                self.gradients.add(name)
+        if self.gradients:
+            self.gradients.write(step)
         if self.settings.optimizer.clip_grad:
             dispatch_clip_grad(self.net.vit.parameters(), self.settings.optimizer.clip_grad)
         self.optimizer.step()

@@ -23,10 +23,11 @@ from scala_cli.settings import Settings
 from scala_cli.slicing.point import Point
 
 Row = dict[str, Any]
-"""One epoch: {"epoch", "lr", "images_per_sec", "loss": {name: mean}, "points": [{"ratio", "top1", ...}]}"""
+"""One epoch: {"epoch", "lr", "images_per_sec", "minutes", "loss": {name: mean},
+"points": [{"ratio", "top1", ...}]}; the minutes are those of training, without evaluation."""
 
-STATE, FORMAT = "state.pt", 1
-FILES = {"start", "last", "best", STATE, "metrics.jsonl", "summary.csv", "args.yaml"}
+STATE, METRICS, GRADIENTS, FORMAT = "state.pt", "metrics.jsonl", "grads.jsonl", 1
+FILES = {"start", "last", "best", STATE, METRICS, GRADIENTS, "summary.csv", "args.yaml"}
 
 
 def mean_top1(row: Row) -> float:
@@ -89,7 +90,7 @@ class Run:
         self.make_newest()
 
     def write_metrics(self, rows: Sequence[Row]) -> None:
-        with whole_file(self.path / "metrics.jsonl") as file:
+        with whole_file(self.path / METRICS) as file:
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         with whole_file(self.path / "summary.csv") as file:
             write_csv(file, [flat(row) for row in rows])

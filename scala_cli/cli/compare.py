@@ -1,0 +1,82 @@
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from scala_cli.cli.console import Output
+from scala_cli.cli.options import Data, Holdout, LogGrads, Ratios, Seed
+from scala_cli.models.locate import short_name
+from scala_cli.settings import AugmentSettings, DeviceSettings, OptimizerSettings, ReadSettings, Settings
+
+
+def compare(
+    model: Annotated[str, typer.Argument(metavar="MODEL|CKPT", help="What every method starts from.")],
+    data: Data,
+    methods: Annotated[
+        str, typer.Option("--methods", help="Of scala, paper (as its authors' code), usnet, separate.")
+    ] = "scala,paper,separate",
+    without: Annotated[
+        str,
+        typer.Option("--without", help="Parts to leave out of each method, one row each: order,teacher,..."),
+    ] = "",
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many seeds, from --seed on.")] = 3,
+    equal: Annotated[
+        Literal["images", "macs"],
+        typer.Option("--equal", help="What all spend alike: training images, or multiply-accumulates."),
+    ] = "images",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory to write, or to go on in.")
+    ] = None,
+    ratios: Ratios = None,
+    seed: Seed = 0,
+    holdout: Holdout = 0.0,
+    log_grads: LogGrads = False,
+    *,
+    optimizer: OptimizerSettings,
+    augment: AugmentSettings,
+    read: ReadSettings,
+    device: DeviceSettings,
+    out: Output,
+) -> None:
+    """Train several methods from the same start, and put their widths side by side.
+
+    The same command again goes on where it was interrupted.
+
+    Example: scala compare deit_s --data DIR --methods scala,separate --seeds 3 --epochs 2
+    """
+    from scala_cli.measure import cost
+    from scala_cli.models.source import open_slimmable
+    from scala_cli.plot import MISSING, can_draw, draw_arms
+    from scala_cli.training.compare import arms_of, columns
+    from scala_cli.training.compare import compare as run
+
+    arms = arms_of(words(methods), words(without))
+    folder = Path(data).expanduser()
+    target = output or Path(f"compare-{short_name(model)}")
+    if not can_draw():
+        out.note(MISSING)
+    settings = Settings(
+        str(folder.resolve()) if folder.is_dir() else data,
+        optimizer=optimizer,
+        augment=augment,
+        read=read,
+        device=device,
+        seed=seed,
+        holdout=holdout,
+        log_grads=log_grads,
+    )
+    with out.progress() as live:
+        rows = run(lambda: open_slimmable(model, ratios), arms, seeds, equal, settings, target, live)
+    if can_draw():
+        net, _ = open_slimmable(model, ratios)
+        gmacs = {float(point.ratio): cost(net.spec.at(point))["gmacs"] for point in net.points}
+        draw_arms(rows, gmacs, target / "compare.svg")
+    out.result(
+        {"path": str(target), "seeds": seeds, "equal": equal, "arms": rows},
+        [columns(row) for row in rows],
+        title="top-1 of the last epoch, mean and standard deviation over the seeds",
+    )
+
+
+def words(text: str) -> list[str]:
+    return [word.strip().replace("-", "_") for word in text.split(",") if word.strip()]

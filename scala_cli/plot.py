@@ -1,0 +1,49 @@
+"""Pictures, by matplotlib, an optional dependency."""
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from scala_cli.files import whole_file
+
+MISSING = "no picture without matplotlib: pip install 'scala-vit[plot]'"
+
+
+def can_draw() -> bool:
+    return find_spec("matplotlib") is not None
+
+
+def draw_arms(arms: Sequence[Mapping[str, Any]], gmacs: Mapping[float, float], file: Path) -> None:
+    """Top-1 of every width against its GMACs, a line for each arm of a comparison, spreads as bars.
+
+    Args:
+        arms: rows of compare.json.
+        gmacs: ratio -> GMACs of one image.
+        file: .svg or .png
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for arm in arms:
+        points = arm["points"]
+        axes.errorbar(
+            [gmacs[point["ratio"]] for point in points],
+            [point["top1"] for point in points],
+            [point["spread"] or 0 for point in points],
+            marker="o",
+            markersize=4,
+            capsize=3,
+            label=arm["arm"],
+        )
+    axes.set_xscale("log")
+    ratios = sorted(gmacs)
+    axes.set_xticks([gmacs[ratio] for ratio in ratios], [f"{gmacs[r]:.3g}\n({r:g})" for r in ratios])
+    axes.minorticks_off()
+    axes.set_xlabel("GMACs of one image (width)")
+    axes.set_ylabel("top-1, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    with whole_file(file) as target:
+        figure.savefig(target, format=file.suffix[1:])
