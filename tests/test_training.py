@@ -134,13 +134,46 @@ def test_a_loss_that_is_not_finite_names_width_and_step(photos):
     assert (run.path / "last/model.safetensors").read_bytes() == before
 
 
-def test_other_classes_get_a_new_head_and_no_teacher(photos):
+def test_other_classes_are_learnt_at_full_width_first_which_then_teaches(photos):
+    """The net has five classes without names."""
     listener, run = Listener(), Run(Path("one"))
-    net = slimmable()  # five classes without names
-    finetune(net, Record(), settings(photos, epochs=1), run, listener)
-    assert "knows 5 classes, the data has 3" in listener.notes[0]
+    finetune(slimmable(), Record(), settings(photos, epochs=2), run, listener)
+    assert "knows 5 classes, the data has 3: the head is new" in listener.notes[0]
+    assert [set(losses) for losses in listener.losses] == [{"1"}] * 2 + [{"1", "0.75", "0.5", "0.25"}] * 6
     again, record = load_with_record(run.path / "last")
-    assert again.spec.num_classes == 3 and record.provenance["teacher"] is False
+    assert again.spec.num_classes == 3 and record.provenance["teacher"] is True
+    assert record.method == "scala" and record.order == "importance"
+    taught, images = load_with_record(run.teacher.path / "best")[0], torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        begun = load_with_record(run.path / "start")[0](images)
+        assert (begun - taught(images)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 4, 7])
+def test_a_run_with_a_new_head_is_resumed_in_either_part(photos, stop_at):
+    chosen = settings(photos, epochs=2, method=MethodSettings(teacher_epochs=1))
+    finetune(slimmable(), Record(), chosen, Run(Path("whole")), Listener())
+    with pytest.raises(KeyboardInterrupt):
+        finetune(slimmable(), Record(), chosen, Run(Path("cut")), Listener(stop_at=stop_at))
+    go_on(Run(Path("cut")), Listener())
+    one, other = (load_file(f"{run}/last/model.safetensors") for run in ("whole", "cut"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_new_head_without_a_teacher(photos):
+    listener, run = Listener(), Run(Path("one"))
+    chosen = settings(photos, 1, method=MethodSettings(teacher="none"))
+    finetune(slimmable(), Record(), chosen, run, listener)
+    assert "there is no teacher" in listener.notes[0] and not run.teacher.path.exists()
+    assert load_with_record(run.path / "last")[1].provenance["teacher"] is False
+
+
+def test_a_full_width_that_cannot_learn_leaves_nothing(photos):
+    net = slimmable()
+    net.vit.blocks[0].mlp.fc1.bias.data[0] = math.nan
+    with pytest.raises(TrainingError, match="nan"):
+        finetune(net, Record(), settings(photos), Run(Path("one")), Listener())
+    assert not Path("one").exists()
 
 
 @pytest.mark.parametrize(

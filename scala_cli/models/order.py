@@ -33,10 +33,10 @@ class Moments:
 
     def add(self, vectors: Tensor) -> None:
         """Counts (..., channels) in."""
-        grouped = vectors.detach().flatten(0, -2).double().unflatten(-1, (-1, self.size)).transpose(0, 1)
+        grouped = vectors.detach().flatten(0, -2).unflatten(-1, (-1, self.size)).transpose(0, 1)
         self.count += grouped.shape[1]
-        self.sum = self.sum + grouped.sum(1)
-        self.outer = self.outer + grouped.mT @ grouped
+        self.sum = self.sum + grouped.sum(1).double()
+        self.outer = self.outer + (grouped.mT @ grouped).double()  # products in double would cost the most
 
     @property
     def second(self) -> Tensor:

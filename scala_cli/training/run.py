@@ -27,7 +27,7 @@ Row = dict[str, Any]
 "points": [{"ratio", "top1", ...}]}; the minutes are those of training, without evaluation."""
 
 STATE, METRICS, GRADIENTS, FORMAT = "state.pt", "metrics.jsonl", "grads.jsonl", 1
-FILES = {"start", "last", "best", STATE, METRICS, GRADIENTS, "summary.csv", "args.yaml"}
+FILES = {"teacher", "start", "last", "best", STATE, METRICS, GRADIENTS, "summary.csv", "args.yaml"}
 
 
 def mean_top1(row: Row) -> float:
@@ -45,10 +45,13 @@ class Run:
 
     path: Path
 
-    def begin(
-        self, start: SlimmableViT, record: Record, state: Mapping[str, Any], settings: Settings, force: bool
-    ) -> None:
-        """Claims the directory, with `force` from a former run of which nothing is kept.
+    @property
+    def teacher(self) -> "Run":
+        """The run in which the full width alone learnt classes that are new to it."""
+        return Run(self.path / "teacher")
+
+    def claim(self, settings: Settings, force: bool) -> None:
+        """Takes the directory, with `force` from a former run of which nothing is kept.
 
         Raises ScalaError where it is occupied.
         """
@@ -57,6 +60,9 @@ class Run:
         self.path.mkdir(parents=True, exist_ok=True)
         with whole_file(self.path / "args.yaml") as file:
             file.write_text(yaml_dump(json.loads(json.dumps(asdict(settings)))))
+
+    def begin(self, start: SlimmableViT, record: Record, state: Mapping[str, Any]) -> None:
+        """Saves what training starts with, so that from here on it can be resumed."""
         save(start, record, self.path / "start")
         self.write_state(state)
 
@@ -69,7 +75,7 @@ class Run:
                     link.symlink_to(os.path.relpath(self.path.resolve(), LAST_RUN.parent.resolve()))
 
     def discard(self) -> None:
-        """Removes what `begin` wrote."""
+        """Removes all that a run writes."""
         for name in FILES:
             path = self.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
