@@ -57,6 +57,9 @@ class MethodSettings:
         "Default: a third of --epochs.",
         min=0.001,
     )
+    label_weight: float = option(
+        0.3, "Weight of the labels where a teacher has its say too; the paper's is 1.", min=0
+    )
     smoothing: float = option(0.1, "Label smoothing.", min=0, max=1)
 
 
@@ -86,7 +89,7 @@ class AugmentSettings:
     """How training images are varied."""
 
     aa: str | None = option(None, "RandAugment or another timm policy, for example rand-m1-mstd0.5-inc1.")
-    scale: tuple[float, float] = option((0.5, 1.0), "Share of the image a random crop covers: min and max.")
+    scale: tuple[float, float] = option((0.8, 1.0), "Share of the image a random crop covers: min and max.")
     hflip: float = option(0.5, "Probability of a horizontal flip; 0 for digits and letters.", min=0, max=1)
     reprob: float = option(0.0, "Probability of random erasing.", min=0, max=1)
     mixup: float = option(0.0, "Mixup alpha; the papers use 0.8 for hundreds of epochs.", min=0)

@@ -62,7 +62,12 @@ PARTS: dict[str, Any] = {
 ARMS: dict[str, Arm] = {
     "scala": Arm("scala", MethodSettings()),
     # what the authors' released code does with pretrained weights (Table 8): qkv cut as one block
-    "paper": Arm("paper", MethodSettings(order="none", isolation=True, teacher="full"), "fused", "fixed"),
+    "paper": Arm(
+        "paper",
+        MethodSettings(order="none", isolation=True, teacher="full", label_weight=1),
+        "fused",
+        "fixed",
+    ),
     "usnet": Arm("usnet", MethodSettings(method="usnet")),
     "separate": Arm("separate", MethodSettings(method="separate")),
 }
