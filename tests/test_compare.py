@@ -80,7 +80,7 @@ def test_another_comparison_is_not_mixed_in(photos):
 
 def test_each_part_can_be_left_out():
     arms = arms_of(["scala"], ["order", "noise_calibration"])
-    assert [arm.name for arm in arms] == ["scala", "scala - order", "scala - noise_calibration"]
+    assert [arm.name for arm in arms] == ["scala", "scala-no-order", "scala-no-noise-calibration"]
     assert arms[1].method.order == "none" and not arms[2].method.noise_calibration
     for bad in (["scalar"], []):
         with pytest.raises(TrainingError, match="method"):
@@ -154,7 +154,7 @@ def test_the_command(scala, photos):
         *quick,
     )
     done = scala(*call, "-o", "side", "--log-grads", "--holdout", 0.25, "--json")
-    assert [row["arm"] for row in done.json["arms"]] == ["scala", "scala - order"]
+    assert [row["arm"] for row in done.json["arms"]] == ["scala", "scala-no-order"]
     assert Path("side/compare.svg").is_file()
     line = json.loads(Path("side/scala/0/grads.jsonl").read_text().splitlines()[0])
     assert set(line["norm"]) == {"0.5", "1"} and set(line["cosine"]) == {"1,0.5"}

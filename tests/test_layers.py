@@ -12,7 +12,7 @@ LAYERS = [
     {"slicing"},
     {"models"},
     {"device", "data", "methods"},
-    {"evaluate", "measure", "report"},
+    {"evaluate", "measure", "report", "plot"},
     {"export", "training"},
     {"cli", "__main__"},
 ]

@@ -66,7 +66,11 @@ def compare(
         log_grads=log_grads,
     )
     with out.progress() as live:
-        rows = run(lambda: open_slimmable(model, ratios), arms, seeds, equal, settings, target, live)
+        try:
+            rows = run(lambda: open_slimmable(model, ratios), arms, seeds, equal, settings, target, live)
+        except KeyboardInterrupt:
+            out.note("the same command goes on from the last whole epoch.")
+            raise
     if can_draw():
         net, _ = open_slimmable(model, ratios)
         gmacs = {float(point.ratio): cost(net.spec.at(point))["gmacs"] for point in net.points}

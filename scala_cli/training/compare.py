@@ -49,7 +49,11 @@ class Arm:
         """The arm less one of its parts. Raises TrainingError for a part it does not have."""
         if part not in PARTS:
             raise TrainingError(f"there is no part {part!r}.", f"Parts are {', '.join(PARTS)}.")
-        return replace(self, name=f"{self.name} - {part}", method=replace(self.method, **{part: PARTS[part]}))
+        return replace(
+            self,
+            name=f"{self.name}-no-{part.replace('_', '-')}",
+            method=replace(self.method, **{part: PARTS[part]}),
+        )
 
 
 PARTS: dict[str, Any] = {
@@ -116,7 +120,7 @@ def compare(
         epochs = settings.optimizer.epochs * (first / gmacs if equal == "macs" else 1)
         runs = []
         for seed in range(seeds):
-            watch.note(f"{arm.name}, seed {seed} of {seeds}")
+            watch.note(f"{arm.name}, seed {settings.seed + seed} ({seed + 1} of {seeds})")
             chosen = replace(
                 settings,
                 method=arm.method,
