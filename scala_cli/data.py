@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -364,13 +365,15 @@ class Some:
 
 
 def hold_out(split: Split, share: float) -> tuple[Split, Split]:
-    """The training images without every n-th, and every n-th, n = 1 / share to the nearest whole number."""
-    n = round(1 / share)
-    held = range(n - 1, len(split), n)
-    kept = [number for number in range(len(split)) if number % n != n - 1]
+    """The training images without a share of them, and that share, spread evenly."""
+    exact = Fraction(share).limit_denominator(10_000)
+    numbers = range(len(split))
+    held = [number for number in numbers if int((number + 1) * exact) > int(number * exact)]
+    kept = sorted({*numbers} - {*held})
     if not held:
         raise DataError(
-            f"{len(split)} images are too few to hold out one in {n}.", "Give more images, or a larger share."
+            f"{len(split)} images are too few to hold out {share:g} of them.",
+            "Give more images, or a larger --holdout.",
         )
     return Split(Some(split.samples, kept), split.classes), Split(Some(split.samples, held), split.classes)
 

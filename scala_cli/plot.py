@@ -14,12 +14,11 @@ def can_draw() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def draw_arms(arms: Sequence[Mapping[str, Any]], gmacs: Mapping[float, float], file: Path) -> None:
+def draw_arms(arms: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Top-1 of every width against its GMACs, a line for each arm of a comparison, spreads as bars.
 
     Args:
         arms: rows of compare.json.
-        gmacs: ratio -> GMACs of one image.
         file: .svg or .png
     """
     from matplotlib.figure import Figure
@@ -29,7 +28,7 @@ def draw_arms(arms: Sequence[Mapping[str, Any]], gmacs: Mapping[float, float], f
     for arm in arms:
         points = arm["points"]
         axes.errorbar(
-            [gmacs[point["ratio"]] for point in points],
+            [point["gmacs"] for point in points],
             [point["top1"] for point in points],
             [point["spread"] or 0 for point in points],
             marker="o",
@@ -38,8 +37,8 @@ def draw_arms(arms: Sequence[Mapping[str, Any]], gmacs: Mapping[float, float], f
             label=arm["arm"],
         )
     axes.set_xscale("log")
-    ratios = sorted(gmacs)
-    axes.set_xticks([gmacs[ratio] for ratio in ratios], [f"{gmacs[r]:.3g}\n({r:g})" for r in ratios])
+    ticks = {point["gmacs"]: f"{point['gmacs']:.3g}\n({point['ratio']:g})" for point in arms[0]["points"]}
+    axes.set_xticks([*ticks], [*ticks.values()])
     axes.minorticks_off()
     axes.set_xlabel("GMACs of one image (width)")
     axes.set_ylabel("top-1, %")

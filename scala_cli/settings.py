@@ -56,9 +56,7 @@ class MethodSettings:
         "Where the head is new: epochs in which the full width alone learns the classes, to teach them. "
         "Default: a third of --epochs.",
         min=0.001,
-    )
-    label_weight: float = option(
-        0.3, "Weight of the labels where a teacher has its say too; the paper's is 1.", min=0
+        max=1e5,
     )
     smoothing: float = option(0.1, "Label smoothing.", min=0, max=1)
 
@@ -67,7 +65,7 @@ class MethodSettings:
 class OptimizerSettings:
     """How the weights move."""
 
-    epochs: float = option(10, "Passes over the training images; 0.5 is half of one.", min=0.001)
+    epochs: float = option(10, "Passes over the training images; 0.5 is half of one.", min=0.001, max=1e5)
     batch_size: int = option(128, "Images a step.", "-b", min=1)
     lr: float = option(1e-3, "Peak learning rate; warm-up and cosine lead to and from it.", min=0)
     min_lr: float = option(1e-6, "Learning rate at the end.", min=0)

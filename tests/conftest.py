@@ -28,6 +28,7 @@ KINDS = {
     "average pool, no fc_norm": ("vit_base_patch16_gap_224", {}),
     "average pool, fc_norm": ("vit_tiny_patch16_224", {"global_pool": "avg"}),
     "norm before the blocks": ("vit_xsmall_patch16_clip_224", {}),
+    "no final norm": ("vit_tiny_patch16_224", {"final_norm": False}),
     "qk_norm": ("vit_tiny_patch16_224", {"qk_norm": True}),
     "odd mlp ratio": ("vit_wee_patch16_reg1_gap_256", {"mlp_ratio": 2.5}),
 }

@@ -192,6 +192,7 @@ def test_images_held_out_are_every_nth_and_not_trained_on(photos):
     assert [held.samples.name(i) for i in range(len(held))] == names[3::4]
     kept = [name for name in names if name not in names[3::4]]
     assert [training.samples.name(i) for i in range(len(training))] == kept
+    assert len(hold_out(split, 0.4)[1]) == 4
     assert training.samples[3][1] == split.samples[4][1] and held.classes == split.classes
     with pytest.raises(DataError, match="too few"):
         hold_out(split, 0.01)

@@ -35,7 +35,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def test_what_a_run_leaves_behind(photos):
-    run, listener = Run(Path("runs/one")), Listener()
+    run, listener = Run(Path("runs/one"), newest=True), Listener()
     best = finetune(start(), Record(), settings(photos), run, listener)
 
     assert [row["epoch"] for row in listener.rows] == [1, 2]

@@ -44,7 +44,6 @@ def compare(
 
     Example: scala compare deit_s --data DIR --methods scala,separate --seeds 3 --epochs 2
     """
-    from scala_cli.measure import cost
     from scala_cli.models.source import open_slimmable
     from scala_cli.plot import MISSING, can_draw, draw_arms
     from scala_cli.training.compare import arms_of, columns
@@ -67,14 +66,14 @@ def compare(
     )
     with out.progress() as live:
         try:
-            rows = run(lambda: open_slimmable(model, ratios), arms, seeds, equal, settings, target, live)
+            rows = run(
+                model, lambda: open_slimmable(model, ratios), arms, seeds, equal, settings, target, live
+            )
         except KeyboardInterrupt:
             out.note("the same command goes on from the last whole epoch.")
             raise
     if can_draw():
-        net, _ = open_slimmable(model, ratios)
-        gmacs = {float(point.ratio): cost(net.spec.at(point))["gmacs"] for point in net.points}
-        draw_arms(rows, gmacs, target / "compare.svg")
+        draw_arms(rows, target / "compare.svg")
     out.result(
         {"path": str(target), "seeds": seeds, "equal": equal, "arms": rows},
         [columns(row) for row in rows],

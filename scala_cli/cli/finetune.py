@@ -58,7 +58,7 @@ def finetune(
     from scala_cli.training.run import Run
 
     moment = time.strftime("%Y%m%d-%H%M%S")
-    run = Run(resume or output or Path("runs") / f"{short_name(model or '')}-{moment}")
+    run = Run(resume or output or Path("runs") / f"{short_name(model or '')}-{moment}", newest=True)
     with out.progress() as live:
         try:
             if resume is not None:

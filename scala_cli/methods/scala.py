@@ -6,7 +6,7 @@ from random import Random
 from torch import Tensor
 
 from scala_cli.methods.base import Method, Student, Teacher
-from scala_cli.methods.losses import lesson_loss
+from scala_cli.methods.losses import cross_entropy, distillation
 from scala_cli.slicing.point import Point
 
 
@@ -27,9 +27,12 @@ class Scala(Method):
         for point in self.sample(random):
             logits = net(images, point)
             largest = point == self.points[-1]
+            loss = logits.new_zeros(())
             # Noise Calibration: the label corrects a noisy teacher; without it only the largest sees labels
-            labels = self.settings.noise_calibration or largest
-            loss = lesson_loss(logits, lesson, targets if labels else None, self.settings)
+            if self.settings.noise_calibration or largest:
+                loss = loss + cross_entropy(logits, targets, self.settings.smoothing)
+            if lesson is not None:
+                loss = loss + distillation(logits, lesson)
             yield point.label, loss
             if teacher and self.settings.teacher == "all":
                 continue

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from scala_cli.errors import PointError
 from scala_cli.methods.base import Method, Student, Teacher
-from scala_cli.methods.losses import lesson_loss
+from scala_cli.methods.losses import cross_entropy, distillation
 from scala_cli.settings import MethodSettings
 from scala_cli.slicing.point import Point
 
@@ -28,5 +28,7 @@ class Separate(Method):
     ) -> Iterator[tuple[str, Tensor]]:
         (point,) = self.points
         logits = net(images, point)
-        lesson = teacher(images) if teacher else None
-        yield point.label, lesson_loss(logits, lesson, targets, self.settings)
+        loss = cross_entropy(logits, targets, self.settings.smoothing)
+        if teacher:
+            loss = loss + distillation(logits, teacher(images))
+        yield point.label, loss

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scala_cli.errors import CheckpointError
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.stream import centre_reading, make_norms_plain, norms_of
 from scala_cli.slicing.importance import (
@@ -17,6 +18,9 @@ from scala_cli.slicing.importance import (
     stream_basis,
     value_basis,
 )
+
+TOLERANCE = 1e-4
+"""How far an ordered model's logits may be from the pretrained one's."""
 
 
 class Moments:
@@ -69,6 +73,9 @@ def put_first_what_matters(net: SlimmableViT, batches: Iterable[Tensor]) -> Slim
 
     Args:
         batches: images (B, C, H, W), normalised; a few hundred suffice.
+
+    Raises:
+        CheckpointError: where rounding would make more of a difference to the logits than 1e-4.
     """
     spec, table = net.spec, net.rule.table
     blocks = [f"blocks.{number}" for number in range(len(net.vit.blocks))]
@@ -85,7 +92,7 @@ def put_first_what_matters(net: SlimmableViT, batches: Iterable[Tensor]) -> Slim
     inputs |= {f"{block}.mlp.fc2": Moments() for block in blocks}
     inputs |= {f"{block}.attn.proj": Moments(spec.head_dim) for block in blocks}
     outputs = {f"{block}.attn.qkv": Moments(spec.head_dim) for block in blocks}
-    observe(vit, batches, inputs, outputs)
+    probe = observe(vit, batches, inputs, outputs)
 
     for block in blocks:
         change_bases(state, f"{block}.attn.", outputs[f"{block}.attn.qkv"], inputs[f"{block}.attn.proj"])
@@ -101,6 +108,11 @@ def put_first_what_matters(net: SlimmableViT, batches: Iterable[Tensor]) -> Slim
         stream = torch.stack([share_of_reading(inputs[name], state[f"{name}.weight"]) for name in readers])
         state = permute_state(state, table, "embed", stream.sum(0).argsort(descending=True, stable=True))
     vit.load_state_dict(state)
+    difference = (vit.eval()(probe) - net.vit.eval()(probe)).abs().max()
+    if not difference <= TOLERANCE:
+        raise CheckpointError(
+            f"in another order the full model would differ by {difference:.2g}.", "Use --order none"
+        )
     return SlimmableViT(vit, spec, net.rule).eval()
 
 
@@ -112,8 +124,8 @@ def share_of_reading(seen: Moments, weight: Tensor) -> Tensor:
 
 def observe(
     vit: nn.Module, batches: Iterable[Tensor], inputs: Mapping[str, Moments], outputs: Mapping[str, Moments]
-) -> None:
-    """Runs the images through the model and counts what the named layers read and write."""
+) -> Tensor:
+    """Runs the images through the model and counts what the named layers read and write. Returns a few."""
     hooks = [
         vit.get_submodule(name).register_forward_hook(lambda _, read, wrote, m=m: m.add(read[0]))
         for name, m in inputs.items()
@@ -126,6 +138,7 @@ def observe(
         vit.eval()
         for images in batches:
             vit(images.to(device))
+        return images[:8].to(device)
     finally:
         for hook in hooks:
             hook.remove()

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from scala_cli.slicing.table import Table, axes_of
 
-PARTS = ("weight", "bias")
+PARTS, HEADS = ("weight", "bias"), ("head", "head_dist")
 Norms = dict[str, list[str]]
 """name of a norm -> the linear layers that read the stream through it"""
 
@@ -12,8 +12,8 @@ Norms = dict[str, list[str]]
 def norms_of(vit: nn.Module) -> Norms:
     """The norms between the stream and its readers, first to last.
 
-    Empty where the stream has no free basis: where it passes a norm itself (norm_pre), or is read through
-    anything but LayerNorm, or by a layer without a bias to take a norm's up.
+    Empty where the stream has no free basis: where it passes a norm itself (norm_pre), or is read past one,
+    or through anything but LayerNorm, or by a layer without a bias to take a norm's up.
     """
     norms: Norms = {}
     for name, module in vit.named_modules():
@@ -21,11 +21,11 @@ def norms_of(vit: nn.Module) -> Norms:
         if last in ("norm1", "norm2"):
             norms[name] = [f"{prefix}.{'attn.qkv' if last == 'norm1' else 'mlp.fc1'}"]
         elif name in ("norm", "fc_norm") and not isinstance(module, nn.Identity):
-            heads = {head: getattr(vit, head, None) for head in ("head", "head_dist")}
-            norms[name] = [head for head, layer in heads.items() if isinstance(layer, nn.Linear)]
+            norms[name] = [head for head in HEADS if isinstance(getattr(vit, head, None), nn.Linear)]
     layers = [vit.get_submodule(name) for readers in norms.values() for name in readers]
     free = (
         isinstance(vit.get_submodule("norm_pre"), nn.Identity)
+        and ("norm" in norms or "fc_norm" in norms)
         and all(readers and is_affine_layer_norm(vit.get_submodule(name)) for name, readers in norms.items())
         and all(layer.bias is not None for layer in layers)
     )

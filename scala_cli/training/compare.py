@@ -1,7 +1,7 @@
 """Methods and their parts side by side: the same start, images and seeds, one table."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from random import Random
@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from scala_cli.data import class_misfit
 from scala_cli.errors import TrainingError
-from scala_cli.files import refuse_occupied, whole_file
+from scala_cli.files import whole_file
 from scala_cli.measure import cost
 from scala_cli.methods import METHODS
 from scala_cli.models.checkpoint import Record
@@ -22,11 +23,11 @@ from scala_cli.settings import MethodSettings, Settings
 from scala_cli.slicing.point import Point
 from scala_cli.slicing.rule import AttnScale
 from scala_cli.slicing.table import Layout
-from scala_cli.training.finetune import finetune, go_on
-from scala_cli.training.run import METRICS, Run
+from scala_cli.training.finetune import can_be_ordered, finetune, go_on, open_splits
+from scala_cli.training.run import METRICS, STATE, Run
 from scala_cli.watch import Watcher
 
-RESULT = "compare.json"
+RESULT, ELSEWHERE = "compare.json", "Give another place: --output DIR"
 Start = tuple[SlimmableViT, Record]
 
 
@@ -49,11 +50,13 @@ class Arm:
         """The arm less one of its parts. Raises TrainingError for a part it does not have."""
         if part not in PARTS:
             raise TrainingError(f"there is no part {part!r}.", f"Parts are {', '.join(PARTS)}.")
-        return replace(
-            self,
-            name=f"{self.name}-no-{part.replace('_', '-')}",
-            method=replace(self.method, **{part: PARTS[part]}),
-        )
+        method = replace(self.method, **{part: PARTS[part]})
+        if effective(method) == effective(self.method):
+            raise TrainingError(
+                f"{part} has no part in {self.name}: leaving it out changes nothing.",
+                "Leave it out of another method: --methods paper has all of the paper's parts.",
+            )
+        return replace(self, name=f"{self.name}-no-{part.replace('_', '-')}", method=method)
 
 
 PARTS: dict[str, Any] = {
@@ -66,19 +69,36 @@ PARTS: dict[str, Any] = {
 ARMS: dict[str, Arm] = {
     "scala": Arm("scala", MethodSettings()),
     # what the authors' released code does with pretrained weights (Table 8): qkv cut as one block
-    "paper": Arm(
-        "paper",
-        MethodSettings(order="none", isolation=True, teacher="full", label_weight=1),
-        "fused",
-        "fixed",
-    ),
+    "paper": Arm("paper", MethodSettings(order="none", isolation=True, teacher="full"), "fused", "fixed"),
     "usnet": Arm("usnet", MethodSettings(method="usnet")),
     "separate": Arm("separate", MethodSettings(method="separate")),
 }
 
 
+def effective(method: MethodSettings) -> MethodSettings:
+    """The settings with the parts that have no effect switched off."""
+    if method.method != "scala":
+        method = replace(
+            method,
+            progressive_transfer=False,
+            stable_sampling=False,
+            noise_calibration=False,
+            isolation=False,
+        )
+    if method.method == "usnet":
+        method = replace(method, teacher="none")
+    if method.teacher == "all":
+        method = replace(method, progressive_transfer=False)
+    if method.isolation is None and method.order == "importance":
+        method = replace(method, isolation=False)
+    return method
+
+
 def arms_of(methods: Sequence[str], without: Sequence[str]) -> list[Arm]:
-    """Every method, and every method less each of the parts. Raises TrainingError for an unknown name."""
+    """Every method, and every method less each of the parts.
+
+    Raises TrainingError for an unknown name, and for a part whose absence would change nothing.
+    """
     unknown = [name for name in methods if name not in ARMS]
     if unknown or not methods:
         raise TrainingError(
@@ -86,10 +106,11 @@ def arms_of(methods: Sequence[str], without: Sequence[str]) -> list[Arm]:
             f"Methods are {', '.join(ARMS)}.",
         )
     whole = [ARMS[name] for name in dict.fromkeys(methods)]
-    return [*whole, *(arm.without(part) for arm in whole for part in without)]
+    return [*whole, *(arm.without(part) for arm in whole for part in dict.fromkeys(without))]
 
 
 def compare(
+    model: str,
     open_start: Callable[[], Start],
     arms: Sequence[Arm],
     seeds: int,
@@ -104,80 +125,131 @@ def compare(
     is the last epoch, never the best, which would be chosen on the very images it is reported for.
 
     Args:
+        model: what a user calls the start.
         equal: whether every arm sees the same images, or spends the same multiply-accumulates in training as
             the first; the first's are those of `settings`.
 
     Raises:
-        TrainingError: where `folder` holds another comparison. Other ScalaErrors as `finetune`.
+        TrainingError: where `folder` holds another comparison, or the start is none. Others as `finetune`.
     """
-    net, _ = open_start()
-    what = {"arms": [arm.name for arm in arms], "equal": equal, "settings": str(settings)}
-    claim(folder, what)
-    first = training_gmacs(net, arms[0], settings)
+    net, record = open_start()
+    refuse_unfit(net, record, settings)
+    claim(
+        folder,
+        {
+            "model": model,
+            "ratios": [str(point) for point in net.points],
+            "arms": [arm.name for arm in arms],
+            "equal": equal,
+            "settings": str(settings),
+        },
+    )
+    gmacs = {point: cost(net.spec.at(point))["gmacs"] for point in net.points}
+    first = training_gmacs(gmacs, arms[0], record.trained)
     rows = []
     for arm in arms:
-        gmacs = training_gmacs(net, arm, settings)
-        epochs = settings.optimizer.epochs * (first / gmacs if equal == "macs" else 1)
+        spent = training_gmacs(gmacs, arm, record.trained)
+        epochs = settings.optimizer.epochs * (first / spent if equal == "macs" else 1)
         runs = []
-        for seed in range(seeds):
-            watch.note(f"{arm.name}, seed {settings.seed + seed} ({seed + 1} of {seeds})")
+        for number in range(seeds):
+            seed = settings.seed + number
+            watch.note(f"{arm.name}, seed {seed} ({number + 1} of {seeds})")
             chosen = replace(
                 settings,
                 method=arm.method,
                 optimizer=replace(settings.optimizer, epochs=epochs),
-                seed=settings.seed + seed,
+                seed=seed,
             )
-            runs.append(list(train(arm, open_start, chosen, folder / arm.name / str(chosen.seed), watch)))
-        rows.append({"arm": arm.name, "epochs": round(epochs, 4), "gmacs_per_image": gmacs, **summary(runs)})
-        write(folder, what, rows)
+            runs.append(train(arm, open_start, net.points, chosen, folder / arm.name / str(seed), watch))
+        rows.append(
+            {"arm": arm.name, "epochs": round(epochs, 4), "gmacs_per_image": spent} | summary(runs, gmacs)
+        )
+        write(folder, rows)
     return rows
 
 
+def refuse_unfit(net: SlimmableViT, record: Record, settings: Settings) -> None:
+    """Raises TrainingError unless every arm can start here and knows the data's classes."""
+    classes = open_splits(settings)[0].classes
+    misfit = class_misfit(classes, net.spec.num_classes, net.spec.label_names)
+    if misfit:
+        raise TrainingError(
+            f"{misfit}: every method would learn them anew.",
+            "Learn them once: scala finetune MODEL --data DIR --ratios 1 --method separate -o full; "
+            "then compare full/last.",
+        )
+    if record.trained and not can_be_ordered(net, record):
+        raise TrainingError(
+            "this model's channels are in order already, or narrow widths have been trained.",
+            "Compare from the pretrained weights it came from.",
+        )
+
+
 def train(
-    arm: Arm, open_start: Callable[[], Start], settings: Settings, place: Path, watch: Watcher
-) -> Iterator[dict[str, Any]]:
-    """The last rows of the runs that make up one arm with one seed: one, or for `separate` one a width."""
-    points = open_start()[0].points
+    arm: Arm,
+    open_start: Callable[[], Start],
+    points: Sequence[Point],
+    settings: Settings,
+    place: Path,
+    watch: Watcher,
+) -> list[dict[str, Any]]:
+    """Every epoch of the runs that make up one arm with one seed: one run, or for `separate` one a width.
+
+    Of each run the last epoch alone has its "points".
+    """
     alone = arm.method.method == "separate"
+    rows = []
     for widths in [(point,) for point in points] if alone else [points]:
-        run = Run(place / str(widths[0]) if alone else place)
+        run = Run(place / widths[0].label.replace("/", "_") if alone else place)
         if run.holds_state():
             go_on(run, watch)
         else:
             net, record = arm.of(open_start())
             finetune(net.with_points(widths), record, settings, run, watch, force=True)
-        yield json.loads((run.path / METRICS).read_text().splitlines()[-1])
+        *earlier, last = [json.loads(line) for line in (run.path / METRICS).read_text().splitlines()]
+        rows += [{**row, "points": []} for row in earlier] + [last]
+    return rows
 
 
-def training_gmacs(net: SlimmableViT, arm: Arm, settings: Settings) -> float:
+def training_gmacs(gmacs: Mapping[Point, float], arm: Arm, pretrained: bool) -> float:
     """GMACs that one training image costs an arm: a backward pass counts as two forwards.
 
     The widths that a method draws are averaged over 1,000 steps.
+
+    Args:
+        gmacs: of one forward at each width; the teacher's is taken to be the largest.
+        pretrained: whether the start can teach.
     """
-    forward = {point: cost(net.spec.at(point))["gmacs"] for point in net.points}
-    taught = arm.method.teacher != "none" and METHODS[arm.method.method].taught
-    teacher = forward.get(Point.of(1), cost(net.spec)["gmacs"]) if taught else 0.0
+    method = METHODS[arm.method.method]
+    taught = pretrained and method.taught and arm.method.teacher != "none"
+    teacher = max(gmacs.values()) if taught else 0.0
     if arm.method.method == "separate":
-        return sum(3 * gmacs + teacher for gmacs in forward.values())
-    method, drawn = METHODS[arm.method.method](net.points, arm.method), []
-    images, targets = torch.zeros(1), torch.zeros(1, dtype=torch.long)
+        return round(sum(3 * each + teacher for each in gmacs.values()), 4)
+    drawn: list[float] = []
 
     def student(_: Tensor, point: Point) -> Tensor:
-        drawn.append(forward[point])
+        drawn.append(gmacs[point])
         return torch.zeros(1, 2)
 
-    for step in range(1000):
-        for _ in method.passes(student, images, targets, None, Random(step)):
+    images, targets = torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    steps = 1000
+    for step in range(steps):
+        for _ in method(tuple(gmacs), arm.method).passes(student, images, targets, None, Random(step)):
             pass
-    return round(3 * sum(drawn) / 1000 + teacher, 4)
+    return round(3 * sum(drawn) / steps + teacher, 4)
 
 
-def summary(runs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    """Mean and standard deviation of top-1 over the seeds, for each width, and the minutes of a seed."""
+def summary(runs: Sequence[Sequence[dict[str, Any]]], gmacs: Mapping[Point, float]) -> dict[str, Any]:
+    """Mean and standard deviation of top-1 over the seeds, for each width, and the minutes of a seed.
+
+    Args:
+        runs: the epochs of every seed.
+    """
     seeds = [{point["ratio"]: point["top1"] for row in rows for point in row["points"]} for rows in runs]
     points = [
         {
             "ratio": ratio,
+            "gmacs": gmacs[Point.of(ratio)],
             "top1": round(fmean(seed[ratio] for seed in seeds), 2),
             "spread": round(stdev([seed[ratio] for seed in seeds]), 2) if len(seeds) > 1 else None,
             "seeds": [seed[ratio] for seed in seeds],
@@ -191,18 +263,23 @@ def summary(runs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def claim(folder: Path, what: dict[str, Any]) -> None:
-    """Takes a folder for a comparison, or goes on with the same one. Raises ScalaError for another's."""
-    if (folder / RESULT).is_file():
-        if json.loads((folder / RESULT).read_text())["of"] != what:
-            raise TrainingError(f"{folder} holds another comparison.", "Give another place: --output DIR")
-        return
-    refuse_occupied(folder, False, set())
+    """Takes a folder for a comparison, or goes on with the same one. Raises TrainingError for another's."""
+    try:
+        held = json.loads((folder / RESULT).read_text())["of"]
+    except (OSError, ValueError, KeyError, TypeError):
+        held = None
+    if held is None and folder.exists() and any(folder.iterdir()):
+        raise TrainingError(f"{folder} holds files that are not of a comparison.", ELSEWHERE)
+    if held != what and any(folder.rglob(STATE)):
+        raise TrainingError(f"{folder} holds another comparison.", ELSEWHERE)
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder, what, [])
+    with whole_file(folder / RESULT) as file:
+        file.write_text(json.dumps({"of": what, "arms": []}, indent=2) + "\n")
 
 
-def write(folder: Path, what: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+def write(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     """The rows so far, as JSON and as CSV."""
+    what = json.loads((folder / RESULT).read_text())["of"]
     with whole_file(folder / RESULT) as file:
         file.write_text(json.dumps({"of": what, "arms": rows}, indent=2) + "\n")
     with whole_file(folder / "compare.csv") as file:

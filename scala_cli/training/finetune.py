@@ -1,7 +1,6 @@
 """One-shot training: a pretrained ViT becomes a family of every width."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -40,28 +39,22 @@ def finetune(
     method = METHODS[settings.method.method](start.points, settings.method)
     if len(start.points) == 1 and settings.method.method != "separate":
         watch.note(f"only width {start.points[0]} is trained; for others give --ratios.")
+    taught = settings.method.teacher != "none" and method.taught and record.trained
     misfit = class_misfit(classes, start.spec.num_classes, start.spec.label_names)
-    teach = settings.method.teacher != "none" and method.taught and record.trained
     start = SlimmableViT(start.vit, start.spec.naming(classes), start.rule)
-    if not misfit:
-        return widen(start, record, settings, splits, teach, run, watch, lambda: run.claim(settings, force))
-    torch.manual_seed(settings.seed)
-    start.vit.reset_classifier(len(classes))
-    if not teach or start.points == (FULL,):
+    if misfit:
+        torch.manual_seed(settings.seed)
+        start.vit.reset_classifier(len(classes))
+        if taught and start.points != (FULL,):
+            watch.note(f"{misfit}: the head is new, so the full width learns alone first, then it teaches.")
+            learn_classes(start, record, settings, splits, run, watch, force)
+            return widen(run, settings, start.points, splits, watch)
         watch.note(f"{misfit}: the head is new, and there is no teacher.")
-        return widen(start, record, settings, splits, False, run, watch, lambda: run.claim(settings, force))
-    learning = settings_of_teacher(settings)
-    epochs = f"{learning.optimizer.epochs:.3g} epochs"
-    watch.note(f"{misfit}: the head is new, so the full width learns alone for {epochs}, then it teaches.")
-    trainer = Trainer(full_width(start), False, learning, splits)
+        taught = False
+    start, record = prepare(start, record, settings, splits[0], watch)
+    trainer = Trainer(start, taught, settings, splits)
     run.claim(settings, force)
-    run.teacher.claim(learning, force)
-    run.teacher.begin(full_width(start), record, trainer.state())
-    points = [str(point) for point in start.points]
-    run.write_state({"settings": asdict(settings), "learning": True, "points": points})
-    with discarding(run, trainer):
-        trainer.train(run.teacher, trained_by(record, learning, False), watch)
-    return widen_teacher(run, settings, start.points, watch)
+    return begin(trainer, start, record, run, watch)
 
 
 def go_on(run: Run, watch: Watcher) -> Row:
@@ -73,76 +66,78 @@ def go_on(run: Run, watch: Watcher) -> Row:
     settings = Settings.of(state["settings"])
     if state.get("learning"):
         go_on(run.teacher, watch)
-        return widen_teacher(run, settings, [Point.of(ratio) for ratio in state["points"]], watch)
-    taught = state["taught"]
+        points = [Point.of(ratio) for ratio in state["points"]]
+        return widen(run, settings, points, open_splits(settings), watch)
     start, record = load_with_record(run.path / "start")
-    trainer = Trainer(start, taught, settings, open_splits(settings))
+    trainer = Trainer(start, state["taught"], settings, open_splits(settings))
     trainer.restore(state)
-    return trainer.train(run, trained_by(record, settings, taught), watch)
+    return trainer.train(run, trained_by(record, settings, state["taught"]), watch)
 
 
-def widen_teacher(run: Run, settings: Settings, points: Sequence[Point], watch: Watcher) -> Row:
-    """Trains every width from the full one that has learnt new classes in `run.teacher`."""
-    net, record = load_with_record(run.teacher.path / "best")
-    rule = replace(net.rule, points=tuple(points))
-    record = replace(record, method=None, metrics=())
-    start = SlimmableViT(net.vit, net.spec, rule)
-    return widen(start, record, settings, open_splits(settings), True, run, watch, lambda: None)
-
-
-def widen(
-    start: SlimmableViT,
-    record: Record,
-    settings: Settings,
-    splits: tuple[Split, Split],
-    taught: bool,
-    run: Run,
-    watch: Watcher,
-    claim: Callable[[], None],
-) -> Row:
-    """Puts the channels in order where that is free, and trains every width at once.
-
-    Args:
-        claim: called when all has been checked, before anything is written.
-    """
+def prepare(
+    start: SlimmableViT, record: Record, settings: Settings, images: Split, watch: Watcher
+) -> tuple[SlimmableViT, Record]:
+    """The start as it is trained: its channels in order where that is free, isolated or not."""
     if can_be_ordered(start, record) and settings.method.order == "importance":
         watch.note("putting the channels in order of importance on some training images.")
         device = choose_device(settings.device)
         start.to(device if device.type == "cuda" else "cpu")  # in float64, which not every device has
-        start = put_first_what_matters(start, calibration_images(splits[0], start.spec, settings.read, watch))
+        start = put_first_what_matters(start, calibration_images(images, start.spec, settings.read, watch))
         record = replace(record, order="importance")
     rule = replace(start.rule, isolated=isolation(start, record, settings))
-    start = SlimmableViT(start.vit, start.spec, rule)
-    trainer = Trainer(start, taught, settings, splits)
-    claim()
+    return SlimmableViT(start.vit, start.spec, rule), record
+
+
+def begin(trainer: Trainer, start: SlimmableViT, record: Record, run: Run, watch: Watcher) -> Row:
+    """Trains in a directory that has been claimed. Leaves it free again if not one epoch comes of it."""
     run.begin(start, record, trainer.state())
-    with discarding(run, trainer) if not run.teacher.holds_state() else nullcontext():
-        return trainer.train(run, trained_by(record, settings, taught), watch)
-
-
-@contextmanager
-def discarding(run: Run, trainer: Trainer) -> Iterator[None]:
-    """Removes a run that fails before anything is worth resuming: the next try finds its place free."""
     try:
-        yield
+        return trainer.train(run, trained_by(record, trainer.settings, trainer.frozen is not None), watch)
     except ScalaError:
-        if not trainer.rows:
+        if not trainer.rows and not run.teacher.holds_state():
             run.discard()
         raise
 
 
-def settings_of_teacher(settings: Settings) -> Settings:
-    """How the full width learns new classes before it teaches them."""
+def learn_classes(
+    start: SlimmableViT,
+    record: Record,
+    settings: Settings,
+    splits: tuple[Split, Split],
+    run: Run,
+    watch: Watcher,
+    force: bool,
+) -> None:
+    """Trains the full width alone, in `run.teacher`, on classes that are new to it."""
     epochs = settings.method.teacher_epochs or settings.optimizer.epochs / 3
-    return replace(
+    learning = replace(
         settings,
         method=replace(settings.method, method="separate", order="none"),
         optimizer=replace(settings.optimizer, epochs=epochs),
     )
+    alone = SlimmableViT(start.vit, start.spec, replace(start.rule, points=(FULL,)))
+    trainer = Trainer(alone, False, learning, splits)
+    run.claim(settings, force)
+    points = [str(point) for point in start.points]
+    run.teacher.claim(learning, force)
+    run.write_state({"settings": asdict(settings), "learning": True, "points": points})
+    try:
+        begin(trainer, alone, record, run.teacher, watch)
+    except ScalaError:
+        if not run.teacher.holds_state():
+            run.discard()
+        raise
 
 
-def full_width(net: SlimmableViT) -> SlimmableViT:
-    return SlimmableViT(net.vit, net.spec, replace(net.rule, points=(FULL,)))
+def widen(
+    run: Run, settings: Settings, points: Sequence[Point], splits: tuple[Split, Split], watch: Watcher
+) -> Row:
+    """Trains every width, taught by the full one that has learnt its classes in `run.teacher`."""
+    net, _ = load_with_record(run.teacher.path / "last")
+    _, record = load_with_record(run.teacher.path / "start")
+    start = SlimmableViT(net.vit, net.spec, replace(net.rule, points=tuple(points)))
+    start, record = prepare(start, record, settings, splits[0], watch)
+    return begin(Trainer(start, True, settings, splits), start, record, run, watch)
 
 
 def open_splits(settings: Settings) -> tuple[Split, Split]:

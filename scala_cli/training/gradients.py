@@ -8,16 +8,24 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from scala_cli.files import whole_file
+
 
 class GradientLog:
     """Takes the gradients of each pass of a step apart, and writes one line of JSON a step.
 
     {"step", "norm": {width: norm}, "cosine": {"width,width": cosine}}; a narrow pass has zeros where its
     width has no channels, so the cosine is that of what both do to the whole model.
+
+    Args:
+        file: what it holds of the steps before `first` is kept.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], file: Path) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], file: Path, first: int = 0) -> None:
         self.parameters, self.file = list(parameters), file
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        with whole_file(file) as target:  # without what a run that is resumed had logged of its next epoch
+            target.write_text("".join(line for line in lines if json.loads(line)["step"] < first))
         self.so_far: Tensor | None = None
         self.passes: dict[str, Tensor] = {}
 

@@ -124,7 +124,8 @@ class Trainer:
             TrainingError: where a loss is not finite; what was saved before stays.
         """
         if self.settings.log_grads:
-            self.gradients = GradientLog(self.net.vit.parameters(), run.path / GRADIENTS)
+            first = len(self.rows) * len(self.training)
+            self.gradients = GradientLog(self.net.vit.parameters(), run.path / GRADIENTS, first)
         for epoch in range(len(self.rows), math.ceil(self.steps / len(self.training))):
             row = self.train_epoch(epoch, watch)
             row["points"] = evaluate(

@@ -26,7 +26,7 @@ Row = dict[str, Any]
 """One epoch: {"epoch", "lr", "images_per_sec", "minutes", "loss": {name: mean},
 "points": [{"ratio", "top1", ...}]}; the minutes are those of training, without evaluation."""
 
-STATE, METRICS, GRADIENTS, FORMAT = "state.pt", "metrics.jsonl", "grads.jsonl", 1
+STATE, METRICS, GRADIENTS, FORMAT = "state.pt", "metrics.jsonl", "grads.jsonl", 2
 FILES = {"teacher", "start", "last", "best", STATE, METRICS, GRADIENTS, "summary.csv", "args.yaml"}
 
 
@@ -40,10 +40,15 @@ class Run:
     """One run directory.
 
     `start/` holds the model training started from, `last/` and `best/` what it became (all checkpoint
-    directories); `state.pt` what resuming needs; `metrics.jsonl` and `summary.csv` the epochs so far.
+    directories); `teacher/` is a run of its own, where the head was new; `state.pt` what resuming needs;
+    `metrics.jsonl` and `summary.csv` the epochs so far.
+
+    Args:
+        newest: whether runs/last is to point here once there is something to see.
     """
 
     path: Path
+    newest: bool = False
 
     @property
     def teacher(self) -> "Run":
@@ -93,7 +98,8 @@ class Run:
             save(net, record, self.path / "best")
         self.write_metrics(rows)
         self.write_state(state)
-        self.make_newest()
+        if self.newest:
+            self.make_newest()
 
     def write_metrics(self, rows: Sequence[Row]) -> None:
         with whole_file(self.path / METRICS) as file:
