@@ -40,7 +40,8 @@ def compare(
 ) -> None:
     """Train several methods from the same start, and put their widths side by side.
 
-    The same command again goes on where it was interrupted.
+    The model must know the images' classes already, so that all methods start alike. The same command again
+    goes on where it was interrupted.
 
     Example: scala compare deit_s --data DIR --methods scala,separate --seeds 3 --epochs 2
     """
