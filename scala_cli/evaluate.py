@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from timm.utils import AverageMeter, accuracy
 
-from scala_cli.data import Loader, class_misfit, open_split, transform_for
+from scala_cli.data.loader import Loader, transform_for
+from scala_cli.data.split import class_misfit, open_split
 from scala_cli.device import autocast
 from scala_cli.errors import DataError
 from scala_cli.models.slimmable import SlimmableViT

@@ -76,6 +76,9 @@ class OptimizerSettings:
     )
     clip_grad: float | None = option(1.0, "Clip the norm of the gradient.", min=0)
     opt: str = option("adamw", "Optimizer, by timm's name.")
+    save_every_steps: int | None = option(
+        None, "Steps between savings of what --resume needs. Default: every three minutes.", min=1
+    )
     model_ema: bool = option(True, "Evaluate and save the moving average of the weights. Default: on.")
     model_ema_decay: float = option(
         0.9998, "Its decay, reached by a warm-up that suits short runs.", min=0, max=1

@@ -1,7 +1,12 @@
 """How long work tells what it is doing, without knowing who looks."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+
+
+class Stopped(KeyboardInterrupt):
+    """Work was asked to stop, and does so between two steps. Its one argument is the signal that asked."""
 
 
 class Watcher:
@@ -14,7 +19,15 @@ class Watcher:
         """Work of so many units begins."""
 
     def step(self, count: int, losses: Mapping[str, float] | None = None) -> None:
-        """So many units more are done; in training with the loss of every pass, by its name."""
+        """So many units more are done; in training with the loss of every pass, by its name.
+
+        Within `between_steps` it may raise Stopped.
+        """
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Within, who asks to stop is heard at the next step, when there is something whole to save."""
+        yield
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         """An epoch is trained, evaluated and saved; the row is as in metrics.jsonl."""

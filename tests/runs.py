@@ -14,8 +14,8 @@ FULL = DeviceSettings(device="cpu", amp=False)
 class Listener(Watcher):
     """Remembers all it is told; at a chosen step it pulls the plug."""
 
-    def __init__(self, stop_at: int | None = None):
-        self.notes, self.losses, self.rows, self.stop_at = [], [], [], stop_at
+    def __init__(self, stop_at: int | None = None, kind: type[BaseException] = KeyboardInterrupt):
+        self.notes, self.losses, self.rows, self.stop_at, self.kind = [], [], [], stop_at, kind
 
     def note(self, text):
         self.notes.append(text)
@@ -24,7 +24,7 @@ class Listener(Watcher):
         if losses:
             self.losses.append(losses)
             if len(self.losses) == self.stop_at:
-                raise KeyboardInterrupt
+                raise self.kind
 
     def epoch(self, row):
         self.rows.append(row)

@@ -1,13 +1,16 @@
 """Reading images: strict, named and counted."""
 
+import random
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import build, slimmable
 from PIL import Image
 
-from scala_cli.data import Loader, class_misfit, hold_out, open_split, transform_for
+from scala_cli.data.loader import Loader, transform_for
+from scala_cli.data.split import class_misfit, hold_out, open_split
 from scala_cli.errors import DataError
 from scala_cli.evaluate import evaluate
 from scala_cli.models.vit import describe
@@ -44,17 +47,30 @@ def test_batches(folder):
     assert images[0, 2].mean() > images[0, 0].mean()  # class blue is blue
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_order_and_augmentation_depend_on_the_epoch_and_the_seed_alone(folder, workers):
-    batches = loader(folder, training=True, workers=workers)
+def test_order_and_augmentation_depend_on_the_epoch_the_seed_and_the_image_alone(folder):
+    """Not on how many processes read, nor on where in the epoch they begin."""
+    for file in (folder / "train").rglob("*.png"):
+        Image.effect_noise((20, 20), 80).convert("RGB").save(file)
 
-    def epoch(number):
-        torch.manual_seed(number)  # as the training loop does for workers = 0
-        batches.epoch = number
-        return torch.cat([images for images, _ in batches])
+    def epoch(number, first=0, workers=0):
+        batches = loader(folder, training=True, workers=workers)
+        return torch.cat([images for images, _ in batches.of_epoch(number, first)])
 
-    first, second, again = epoch(0), epoch(1), epoch(0)
-    assert torch.equal(first, again) and not torch.equal(first, second)
+    whole = epoch(0)
+    assert not torch.equal(whole, epoch(1))
+    for workers in (0, 1, 2):
+        assert torch.equal(whole, epoch(0, workers=workers))
+        assert torch.equal(whole[8:], epoch(0, first=2, workers=workers))
+
+
+def test_reading_images_leaves_other_random_numbers_alone(folder):
+    drawn = []
+    for read in (False, True):
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+        if read:
+            next(loader(folder, training=True).of_epoch(0))
+        drawn.append((random.random(), np.random.rand(), torch.rand(1).item()))
+    assert drawn[0][:2] == drawn[1][:2]
 
 
 def test_training_images_are_augmented_and_others_are_not(folder):

@@ -6,9 +6,11 @@ import pytest
 import torch
 from runs import settings, start
 
+from scala_cli.models.checkpoint import Record
 from scala_cli.settings import AugmentSettings, DeviceSettings, OptimizerSettings
 from scala_cli.training.finetune import open_splits
 from scala_cli.training.loop import Trainer
+from scala_cli.training.run import Run
 from scala_cli.watch import Watcher
 
 
@@ -28,13 +30,12 @@ def test_weight_decay_spares_biases_norms_and_embeddings(photos):
     assert {"pos_embed", "cls_token", "norm.weight", "blocks.0.mlp.fc1.bias"} <= spared
 
 
-def test_learning_rate_warms_up_and_follows_a_cosine(photos):
+def test_learning_rate_warms_up_and_follows_a_cosine(photos, tmp_path):
     chosen = OptimizerSettings(epochs=4, batch_size=4, lr=1e-2, min_lr=0, warmup_epochs=1)
     ready = trainer(photos, optimizer=chosen)
     rates = []
-    ready.train_step = lambda *_: rates.append(ready.optimizer.param_groups[0]["lr"]) or {"1": 1.0}
-    for epoch in range(4):
-        ready.train_epoch(epoch, Watcher())
+    ready.optimizer.step = lambda: rates.append(ready.optimizer.param_groups[0]["lr"])
+    ready.train(Run(tmp_path / "run"), Record(), Watcher())
     cosine = [1e-2 * (1 + math.cos(math.pi * step / 12)) / 2 for step in range(12)]
     assert rates[:3] == pytest.approx([0, 1e-2 / 3, 2e-2 / 3])
     assert rates[3:] == pytest.approx(cosine[3:])
@@ -58,7 +59,7 @@ def test_the_gradient_is_clipped(photos, limit, reached):
         norms.append(torch.nn.utils.get_total_norm(grads).item())
 
     ready.optimizer.step = step
-    ready.train_step(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]), 0)
+    ready.train_step(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]))
     assert norms[0] == pytest.approx(reached, rel=1e-3) if reached else norms[0] > 0.1
 
 
@@ -67,7 +68,7 @@ def test_bfloat16_training_is_close_to_float32(photos):
     for amp in (False, True):
         ready = trainer(photos, device=DeviceSettings(device="cpu", amp=amp))
         images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-        losses[amp] = ready.train_step(images, torch.tensor([0, 1, 2, 0]), 0)
+        losses[amp] = ready.train_step(images, torch.tensor([0, 1, 2, 0]))
         fused = {m.fused_attn for m in ready.net.vit.modules() if hasattr(m, "fused_attn")}
         assert fused == {not amp}
     assert losses[True] != losses[False]

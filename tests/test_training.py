@@ -3,13 +3,18 @@
 import csv
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import slimmable
+from conftest import slimmable, write_timm_directory
 from runs import FULL, Listener, accuracies, settings, start
 from safetensors.torch import load_file
 
@@ -27,6 +32,7 @@ from scala_cli.settings import (
 from scala_cli.slicing.point import parse_points
 from scala_cli.training.finetune import finetune, go_on
 from scala_cli.training.run import Run
+from scala_cli.watch import Stopped
 
 
 @pytest.fixture(autouse=True)
@@ -79,24 +85,74 @@ def test_part_of_an_epoch(photos, epochs, steps, rows):
     assert (len(listener.losses), len(listener.rows)) == (steps, rows)
 
 
+def same_runs(one: str, other: str) -> bool:
+    """Whether two runs came to the same weights and losses, bit for bit."""
+    for checkpoint in ("last", "best"):
+        a, b = (load_file(f"{run}/{checkpoint}/model.safetensors") for run in (one, other))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    a, b = (
+        [json.loads(line)["loss"] for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+        for run in (one, other)
+    )
+    return a == b
+
+
 @pytest.mark.parametrize("epochs", [3, 2.4])
-def test_resuming_gives_the_run_that_was_never_stopped(photos, epochs):
+@pytest.mark.parametrize("every", [None, 1, 2])
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, Stopped])
+def test_resuming_gives_the_run_that_was_never_stopped(photos, epochs, every, kind):
+    """Killed in step 5 of 9: what is saved then is the last epoch's end, step 4 (or 5), or, asked, step 5."""
     chosen = settings(photos, epochs=epochs, augment=AugmentSettings(mixup=0.5, cutmix=0.5))
+    chosen = replace(chosen, optimizer=replace(chosen.optimizer, save_every_steps=every))
     finetune(start(), Record(), chosen, Run(Path("whole")), Listener())
 
     with pytest.raises(KeyboardInterrupt):
-        finetune(start(), Record(), chosen, Run(Path("cut")), Listener(stop_at=5))
+        finetune(start(), Record(), chosen, Run(Path("cut")), Listener(stop_at=5, kind=kind))
     assert len(Path("cut/metrics.jsonl").read_text().splitlines()) == 1
-    go_on(Run(Path("cut")), Listener())
+    again = Listener()
+    go_on(Run(Path("cut")), again)
+    done = {None: 3, 1: 5, 2: 4}[every] if kind is KeyboardInterrupt else 5
+    assert len(again.losses) == round(3 * epochs) - done
+    assert same_runs("whole", "cut")
 
-    for checkpoint in ("last", "best"):
-        one, other = (load_file(f"{run}/{checkpoint}/model.safetensors") for run in ("whole", "cut"))
-        assert all(torch.equal(one[name], other[name]) for name in one)
-    losses = [
-        [json.loads(line)["loss"] for line in Path(run, "metrics.jsonl").read_text().splitlines()]
-        for run in ("whole", "cut")
+
+@pytest.mark.parametrize(
+    ("number", "code", "workers"),
+    [(signal.SIGKILL, -9, 0), (signal.SIGKILL, -9, 2), (signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 2)],
+)
+def test_resuming_a_process_that_was_stopped(photos, tmp_path, number, code, workers):
+    """Some time after the first epoch; by Ctrl-C, as in a terminal, also the processes that read images."""
+    write_timm_directory(tmp_path / "model", num_classes=3)
+    words = [
+        "finetune",
+        "model",
+        "--data",
+        str(photos),
+        "--epochs",
+        "40",
+        "-b",
+        "4",
+        "--no-amp",
+        "--device",
+        "cpu",
     ]
-    assert losses[0] == losses[1]
+    words += ["--save-every-steps", "3", "-j", str(workers), "--ratios", "0.5,1", "-q"]
+    scala = [sys.executable, "-m", "scala_cli"]
+    subprocess.run([*scala, *words, "-o", "whole"], check=True, capture_output=True)
+    process = subprocess.Popen(
+        [*scala, *words, "-o", "cut"], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not Path("cut/metrics.jsonl").exists():
+        time.sleep(0.01)
+        assert process.poll() is None
+    time.sleep(0.3)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    told = process.communicate()[1]
+    assert process.returncode == code
+    assert "Traceback" not in told and (code < 0 or "interrupted" in told)
+    assert len(Path("cut/metrics.jsonl").read_text().splitlines()) < 40
+    subprocess.run([*scala, "finetune", "--resume", "cut", "-q"], check=True, capture_output=True)
+    assert same_runs("whole", "cut")
 
 
 def test_resuming_a_run_stopped_in_its_first_epoch(photos):

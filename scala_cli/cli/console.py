@@ -2,6 +2,7 @@
 
 import errno
 import json
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +17,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from scala_cli.cli.signals import Stop
 from scala_cli.errors import ScalaError
 from scala_cli.settings import option
-from scala_cli.watch import Watcher
+from scala_cli.watch import Stopped, Watcher
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,16 @@ class Output:
             transient=True,
             disable=not seen,
         )
-        with bar if seen else nullcontext():  # some versions of rich end a disabled bar with a line
-            yield Live(self, bar)
+        stop = Stop(self.note)
+        with stop.heard(), bar if seen else nullcontext():  # some rich end a disabled bar with a line
+            yield Live(self, bar, stop)
 
 
 class Live(Watcher):
     """A live bar with the rate, the time left and the loss of every pass; a table after each epoch."""
 
-    def __init__(self, out: Output, progress: Progress) -> None:
-        self.out, self.progress = out, progress
+    def __init__(self, out: Output, progress: Progress, stop: Stop) -> None:
+        self.out, self.progress, self.stop = out, progress, stop
         self.task: TaskID | None = None
         self.unit = ""
 
@@ -96,6 +99,16 @@ class Live(Watcher):
         rate = f"{speed:.0f} {self.unit}/s" if speed else ""
         text = "  ".join(f"{name}: {loss:.3f}" for name, loss in (losses or {}).items())
         self.progress.update(self.task, rate=rate, losses=text)
+        if self.stop.asked is not None:
+            raise Stopped(self.stop.asked)
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        self.stop.waits = True
+        try:
+            yield
+        finally:
+            self.stop.waits = False
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         if not self.out.quiet:
@@ -140,15 +153,15 @@ def shown(value: Any) -> str:
 
 @contextmanager
 def reporting_errors(out: Output) -> Iterator[None]:
-    """Errors as one or two lines: exit code 2 for what a user can mend, 1 for our bugs, 130 for Ctrl-C."""
+    """Errors as one or two lines; exit code 2 if a user can mend it, 1 for our bugs, 130 or 143 stopped."""
     try:
         yield
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise
     except BrokenPipeError:
         raise typer.Exit(0) from None
-    except KeyboardInterrupt:
-        code, message, hint = 130, "interrupted.", ""
+    except KeyboardInterrupt as stop:
+        code, message, hint = 128 + (stop.args[0] if stop.args else signal.SIGINT), "interrupted.", ""
     except ScalaError as error:
         code, message, hint = 2, error.message, error.hint
     except OSError as error:

@@ -60,7 +60,8 @@ def convert(
     source = Path(model.removeprefix("local-dir:")).expanduser()
     refuse_occupied(target, force, FILES, source if source.exists() else None)
 
-    from scala_cli.data import calibration_images, open_split
+    from scala_cli.data.loader import calibration_images
+    from scala_cli.data.split import open_split
     from scala_cli.measure import cost, largest_difference, random_images
     from scala_cli.models.checkpoint import save
     from scala_cli.models.order import put_first_what_matters

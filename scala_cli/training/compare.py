@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from scala_cli.data import class_misfit
+from scala_cli.data.split import class_misfit
 from scala_cli.errors import TrainingError
 from scala_cli.files import whole_file
 from scala_cli.measure import cost

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from scala_cli.data import Split, calibration_images, class_misfit, hold_out, open_split
+from scala_cli.data.loader import calibration_images
+from scala_cli.data.split import Split, class_misfit, hold_out, open_split
 from scala_cli.device import choose_device
 from scala_cli.errors import ScalaError
 from scala_cli.methods import METHODS

@@ -2,10 +2,9 @@
 
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from random import Random
 from typing import Any
@@ -17,7 +16,8 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 from torch import Tensor
 
-from scala_cli.data import Loader, Split, transform_for
+from scala_cli.data.loader import Loader, transform_for
+from scala_cli.data.split import Split
 from scala_cli.device import autocast, choose_device, uses_bfloat16
 from scala_cli.errors import TrainingError
 from scala_cli.evaluate import evaluate
@@ -29,7 +29,34 @@ from scala_cli.settings import AugmentSettings, Settings
 from scala_cli.slicing.point import Point
 from scala_cli.training.gradients import GradientLog
 from scala_cli.training.run import GRADIENTS, Row, Run, mean_top1
-from scala_cli.watch import Watcher
+from scala_cli.watch import Stopped, Watcher
+
+SECONDS_BETWEEN_SAVES = 180.0
+
+
+@dataclass
+class Epoch:
+    """What has been counted of an epoch so far."""
+
+    images: int = 0
+    seconds: float = 0.0
+    losses: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """name of a pass -> how often, and the sum"""
+
+    def count(self, images: int, losses: Mapping[str, float], seconds: float) -> None:
+        """Counts one step in."""
+        self.images, self.seconds = self.images + images, self.seconds + seconds
+        for name, loss in losses.items():
+            often, total = self.losses.get(name, (0, 0.0))
+            self.losses[name] = often + 1, total + loss
+
+    def row(self) -> Row:
+        """The epoch's means."""
+        return {
+            "images_per_sec": round(self.images / self.seconds, 2),
+            "minutes": round(self.seconds / 60, 3),
+            "loss": {name: total / often for name, (often, total) in self.losses.items()},
+        }
 
 
 class Trainer:
@@ -77,6 +104,7 @@ class Trainer:
             raise TrainingError(f"timm refuses these settings: {error}.", "See scala finetune -h") from None
         an_epoch = len(self.training)
         self.steps = max(1, round(chosen.epochs * an_epoch))
+        self.epochs = math.ceil(self.steps / an_epoch)
         warmup = chosen.warmup_epochs if chosen.warmup_epochs is not None else chosen.epochs / 20
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
@@ -94,10 +122,11 @@ class Trainer:
         )
         self.judged = SlimmableViT(self.average.module, start.spec, start.rule) if self.average else self.net
         self.rows: list[Row] = []
+        self.step, self.epoch = 0, Epoch()
         self.gradients: GradientLog | None = None
 
     def state(self) -> dict[str, Any]:
-        """All that `restore` needs to go on after the last whole epoch."""
+        """All that `restore` needs to go on after the last step."""
         return {
             "settings": asdict(self.settings),
             "taught": self.frozen is not None,
@@ -105,87 +134,95 @@ class Trainer:
             "average": self.average.module.state_dict() if self.average else None,
             "optimizer": self.optimizer.state_dict(),
             "rows": self.rows,
+            "step": self.step,
+            "epoch": asdict(self.epoch),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.rows = state["rows"]
+        self.rows, self.step, self.epoch = state["rows"], state["step"], Epoch(**state["epoch"])
         self.net.vit.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average:
             self.average.module.load_state_dict(state["average"])
 
     def train(self, run: Run, record: Record, watch: Watcher) -> Row:
-        """Trains the epochs that are left, saves each, and returns the row of the best.
+        """Trains what is left, saves every epoch and between, and returns the row of the best.
 
         Args:
             record: what to save beside the weights; its metrics are filled in.
 
         Raises:
             TrainingError: where a loss is not finite; what was saved before stays.
+            Stopped: where the watcher asks for it, after saving.
         """
         if self.settings.log_grads:
-            first = len(self.rows) * len(self.training)
-            self.gradients = GradientLog(self.net.vit.parameters(), run.path / GRADIENTS, first)
-        for epoch in range(len(self.rows), math.ceil(self.steps / len(self.training))):
-            row = self.train_epoch(epoch, watch)
-            row["points"] = evaluate(
-                self.judged, self.validation, self.net.points, self.settings.device, watch
-            )
-            self.rows.append(row)
-            run.save_epoch(self.judged, record, self.rows, self.state())
-            watch.epoch(row)
+            self.gradients = GradientLog(self.net.vit.parameters(), run.path / GRADIENTS, self.step)
+        try:
+            with watch.between_steps():
+                while len(self.rows) < self.epochs:
+                    row = self.train_epoch(run, watch)
+                    points = evaluate(
+                        self.judged, self.validation, self.net.points, self.settings.device, watch
+                    )
+                    self.rows.append({**row, "points": points})
+                    self.epoch = Epoch()
+                    run.save_epoch(self.judged, record, self.rows, self.state())
+                    watch.epoch(self.rows[-1])
+        except Stopped:
+            run.write_state(self.state())
+            raise
         for loader in (self.training, self.validation):
             loader.tell_skipped(watch)
         return max(self.rows, key=mean_top1)
 
-    def train_epoch(self, epoch: int, watch: Watcher) -> Row:
-        """Passes over the training images once, or over what is left of the last epoch.
+    def train_epoch(self, run: Run, watch: Watcher) -> Row:
+        """Passes over what is left of the training images of this epoch, and of the run, once.
 
-        All that is random depends on seed, epoch and step alone.
+        All that is random depends on the seed and the number of the step, the epoch and the image alone.
         """
-        random_seed((self.settings.seed * 1_000_003 + epoch) % 2**32)
-        self.training.epoch = epoch
+        number, so_far = len(self.rows), self.epoch
+        first, last = (
+            self.step - number * len(self.training),
+            min(self.steps, (number + 1) * len(self.training)),
+        )
+        of = f"epoch {number + 1}/{self.epochs}"
+        watch.phase(of, (last - self.step) * self.training.batch_size)
         self.net.train()
-        step = epoch * len(self.training)
-        self.scheduler.step_update(step)
-        sums: dict[str, float] = defaultdict(float)
-        counts: dict[str, int] = defaultdict(int)
-        seen, lr, began = 0, 0.0, time.perf_counter()
-        left = min(self.steps - step, len(self.training))
-        of = f"epoch {epoch + 1}/{math.ceil(self.steps / len(self.training))}"
-        watch.phase(of, left * self.training.batch_size)
-        for images, targets in islice(self.training, left):
+        self.scheduler.step_update(self.step)
+        lr = self.optimizer.param_groups[-1]["lr"]
+        began = saved = time.perf_counter()
+        for images, targets in islice(self.training.of_epoch(number, first), last - self.step):
             lr = self.optimizer.param_groups[-1]["lr"]
-            losses = self.train_step(images, targets, step)
-            step += 1
-            self.scheduler.step_update(step)
+            losses = self.train_step(images, targets)
             for name, loss in losses.items():
                 if not math.isfinite(loss):
                     raise TrainingError(
-                        f"the loss of width {name} is {loss} at step {step} ({of}).",
+                        f"the loss of width {name} is {loss} at step {self.step} ({of}).",
                         f"Lower --lr (now {self.settings.optimizer.lr:g}). What was saved before is whole.",
                     )
-                sums[name] += loss
-                counts[name] += 1
-            seen += len(images)
+            now = time.perf_counter()
+            so_far.count(len(images), losses, now - began)
+            began = now
+            if self.is_due(now - saved):
+                run.write_state(self.state())
+                saved = time.perf_counter()
             watch.step(len(images), losses)
-        seconds = time.perf_counter() - began
-        return {
-            "epoch": epoch + 1,
-            "lr": lr,
-            "images_per_sec": round(seen / seconds, 2),
-            "minutes": round(seconds / 60, 3),
-            "loss": {name: sums[name] / counts[name] for name in sums},
-        }
+        return {"epoch": number + 1, "lr": lr, **so_far.row()}
 
-    def train_step(self, images: Tensor, targets: Tensor, step: int) -> dict[str, float]:
+    def is_due(self, seconds: float) -> bool:
+        """Whether to save now, so many seconds after the last time."""
+        every = self.settings.optimizer.save_every_steps
+        return self.step % every == 0 if every else seconds > SECONDS_BETWEEN_SAVES
+
+    def train_step(self, images: Tensor, targets: Tensor) -> dict[str, float]:
         """Every pass of the method on one batch, then one step of the optimizer. Returns their losses."""
+        random_seed((self.settings.seed * 1_000_003 + self.step) % 2**32)
         images, targets = (
             images.to(self.device, non_blocking=True),
             targets.to(self.device, non_blocking=True),
         )
         images, targets = self.mix(images, targets)
-        random = Random(f"{self.settings.seed} {step}")
+        random = Random(f"{self.settings.seed} {self.step}")
         teacher = self.teach if self.frozen else None
         losses = {}
         for name, loss in self.method.passes(self.predict, images, targets, teacher, random):
@@ -194,13 +231,15 @@ class Trainer:
             if self.gradients:
                 self.gradients.add(name)
         if self.gradients:
-            self.gradients.write(step)
+            self.gradients.write(self.step)
         if self.settings.optimizer.clip_grad:
             dispatch_clip_grad(self.net.vit.parameters(), self.settings.optimizer.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.step += 1
+        self.scheduler.step_update(self.step)
         if self.average:
-            self.average.update(self.net.vit, step + 1)
+            self.average.update(self.net.vit, self.step)
         return {name: loss.item() for name, loss in losses.items()}
 
     def predict(self, images: Tensor, point: Point) -> Tensor:

@@ -1,30 +1,18 @@
-"""Images and labels, read through timm and strictly: nothing unreadable is replaced in silence."""
+"""Parts of a data set: which images there are, and of which class."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from PIL import Image, UnidentifiedImageError
-from timm.data import (
-    add_img_extensions,
-    create_dataset,
-    create_transform,
-    get_img_extensions,
-    resolve_data_config,
-)
+from PIL import Image
+from timm.data import add_img_extensions, create_dataset, get_img_extensions
 from timm.data.readers import create_reader
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from scala_cli.errors import DataError
-from scala_cli.models.vit import Spec
-from scala_cli.settings import AugmentSettings, ReadSettings
-from scala_cli.watch import Watcher
 
 VALIDATION = ("val", "validation", "test")
 add_img_extensions((".webp", ".bmp"))  # timm's folder reader would pass over these in silence
@@ -47,23 +35,6 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.samples)
-
-
-@dataclass(frozen=True)
-class Corrupt:
-    """An image that could not be read, on its way from a worker to whoever decides what to do."""
-
-    name: str
-    why: str
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Images (B, C, H, W), class numbers (B,), and what could not be read."""
-
-    images: Tensor
-    targets: Tensor
-    corrupt: tuple[Corrupt, ...]
 
 
 def open_split(data: str, training: bool, data_dir: str | None = None) -> Split:
@@ -226,118 +197,6 @@ class FromDataset:
         return f"{self.label}[{index}]"
 
 
-class Strict(Dataset):
-    """Transformed images; one that cannot be read comes as `Corrupt`, never as its neighbour."""
-
-    def __init__(self, samples: Samples, transform: Any) -> None:
-        self.samples, self.transform = samples, transform
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | Corrupt:
-        try:
-            image, target = self.samples[index]
-            image = image.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            why = "no image" if isinstance(error, UnidentifiedImageError) else str(error).partition(":")[0]
-            return Corrupt(self.samples.name(index), why)
-        return self.transform(image), target
-
-
-def collate(items: Sequence[tuple[Tensor, int] | Corrupt]) -> Batch:
-    good = [item for item in items if not isinstance(item, Corrupt)]
-    return Batch(
-        images=torch.stack([image for image, _ in good]) if good else torch.empty(0),
-        targets=torch.tensor([target for _, target in good], dtype=torch.long),
-        corrupt=tuple(item for item in items if isinstance(item, Corrupt)),
-    )
-
-
-class Loader:
-    """Batches of one split. What could not be read is in `skipped`, once each.
-
-    Args:
-        training: shuffled and augmented, and an incomplete last batch is left out.
-
-    Raises (on iteration):
-        DataError: an unreadable image, unless `read.on_corrupt` is "skip".
-    """
-
-    def __init__(
-        self,
-        split: Split,
-        transform: Any,
-        batch_size: int,
-        read: ReadSettings,
-        *,
-        training: bool = False,
-        seed: int = 0,
-    ) -> None:
-        self.split = split
-        self.skipped: dict[str, str] = {}
-        self.on_corrupt = read.on_corrupt
-        self.batch_size = min(batch_size, len(split))
-        self.generator = torch.Generator()
-        self.seed = seed
-        self.epoch = 0
-        self.loader = DataLoader(
-            Strict(split.samples, transform),
-            batch_size=self.batch_size,
-            shuffle=training,
-            drop_last=training,
-            num_workers=read.workers,
-            collate_fn=collate,
-            generator=self.generator,
-        )
-
-    def __len__(self) -> int:
-        """Batches an epoch."""
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images, targets) of the epoch `self.epoch`: the order depends on it and the seed alone."""
-        self.generator.manual_seed(self.seed * 1_000_003 + self.epoch)
-        for batch in self.loader:
-            for bad in batch.corrupt:
-                if self.on_corrupt == "error":
-                    raise DataError(
-                        f"{bad.name} cannot be read ({bad.why}).",
-                        "Mend or remove it, or pass --on-corrupt skip",
-                    )
-                self.skipped[bad.name] = bad.why
-            if len(batch.targets):
-                yield batch.images, batch.targets
-
-    def tell_skipped(self, watch: Watcher) -> None:
-        """Notes how many images were skipped, and each by name as far as the first ten."""
-        if self.skipped:
-            named = ", ".join(f"{name} ({why})" for name, why in list(self.skipped.items())[:10])
-            watch.note(f"unreadable and skipped: {len(self.skipped)}: {named}")
-
-
-def transform_for(spec: Spec, augment: AugmentSettings | None = None) -> Any:
-    """timm's transform with the model's size, mean and deviation; augmenting where told how."""
-    if spec.input_size[0] != 3:
-        raise DataError(
-            f"the model takes images of {spec.input_size[0]} channels; only RGB images are read.",
-            "Convert it from a model for RGB images.",
-        )
-    config = resolve_data_config(pretrained_cfg=dict(spec.pretrained_cfg))
-    common: dict[str, Any] = {k: config[k] for k in ("input_size", "interpolation", "mean", "std")}
-    if augment is None:
-        return create_transform(**common, crop_pct=config["crop_pct"], crop_mode=config["crop_mode"])
-    return create_transform(
-        **common,
-        is_training=True,
-        scale=augment.scale,
-        hflip=augment.hflip,
-        auto_augment=augment.aa,
-        re_prob=augment.reprob,
-        color_jitter=None,  # type: ignore[arg-type]  # timm's own way to say none
-    )
-
-
 def class_misfit(data: Sequence[str], num_classes: int, names: Sequence[str] | None) -> str:
     """Why a model's classes cannot be the data's; empty where they can."""
     if len(data) != num_classes:
@@ -376,15 +235,3 @@ def hold_out(split: Split, share: float) -> tuple[Split, Split]:
             "Give more images, or a larger --holdout.",
         )
     return Split(Some(split.samples, kept), split.classes), Split(Some(split.samples, held), split.classes)
-
-
-def calibration_images(
-    split: Split, spec: Spec, read: ReadSettings, watch: Watcher, count: int = 512
-) -> Iterator[Tensor]:
-    """About `count` images spread evenly over a split, in batches (B, C, H, W)."""
-    evenly = range(0, len(split), max(1, len(split) // count))
-    some = Split(Some(split.samples, evenly), split.classes)
-    watch.phase("order", len(some))
-    for images, _ in Loader(some, transform_for(spec), 64, read):
-        yield images
-        watch.step(len(images))

@@ -1,0 +1,35 @@
+"""Ctrl-C and SIGTERM."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Stop:
+    """Hears SIGINT and SIGTERM: at once, or where work would rather finish its step, at the second.
+
+    Args:
+        note: told once that the first was heard.
+    """
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self.note = note
+        self.waits = False
+        self.asked: int | None = None
+
+    def hear(self, number: int, frame: FrameType | None) -> None:
+        if not self.waits or self.asked is not None:
+            raise KeyboardInterrupt(number)
+        self.asked = number
+        self.note("stopping after this step, once its state is saved; again to stop at once.")
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Within, both signals are heard here."""
+        before = {number: signal.signal(number, self.hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

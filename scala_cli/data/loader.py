@@ -1,0 +1,219 @@
+"""Images as tensors, read strictly: nothing unreadable is replaced in silence."""
+
+import random
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from scala_cli.data.split import Samples, Some, Split
+from scala_cli.errors import DataError
+from scala_cli.models.vit import Spec
+from scala_cli.settings import AugmentSettings, ReadSettings
+from scala_cli.watch import Watcher
+
+
+@dataclass(frozen=True)
+class Corrupt:
+    """An image that could not be read, on its way from a worker to whoever decides what to do."""
+
+    name: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images (B, C, H, W), class numbers (B,), and what could not be read."""
+
+    images: Tensor
+    targets: Tensor
+    corrupt: tuple[Corrupt, ...]
+
+
+@contextmanager
+def own_randomness(seed: str) -> Iterator[None]:
+    """Lets what happens within draw from random numbers of its own, and leaves the others as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    number = random.Random(seed).getrandbits(32)
+    random.seed(number)
+    np.random.seed(number)
+    torch.default_generator.manual_seed(number)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class Strict(Dataset):
+    """Transformed images; one that cannot be read comes as `Corrupt`, never as its neighbour.
+
+    Asked for by number and seed. The transform depends on the seed alone, not on which process runs it after
+    which other images, so that training goes on in the middle of an epoch, with any number of processes.
+    """
+
+    def __init__(self, samples: Samples, transform: Any) -> None:
+        self.samples, self.transform = samples, transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, asked: tuple[int, str]) -> tuple[Tensor, int] | Corrupt:
+        index, seed = asked
+        try:
+            image, target = self.samples[index]
+            image = image.convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            why = "no image" if isinstance(error, UnidentifiedImageError) else str(error).partition(":")[0]
+            return Corrupt(self.samples.name(index), why)
+        with own_randomness(seed):
+            return self.transform(image), target
+
+
+class Batches(Sampler[list[tuple[int, str]]]):
+    """The images of each batch of an epoch, by number and seed.
+
+    Args:
+        count: of images.
+        shuffled: every epoch in an order of its own, without an incomplete last batch.
+    """
+
+    def __init__(self, count: int, size: int, shuffled: bool, seed: int) -> None:
+        self.count, self.size, self.shuffled, self.seed = count, size, shuffled, seed
+        self.epoch = self.first = 0
+
+    def __len__(self) -> int:
+        return self.count // self.size if self.shuffled else -(-self.count // self.size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, str]]]:
+        """The batches from number `first` on of the epoch `epoch`."""
+        name = f"{self.seed} {self.epoch}"
+        order = [*range(self.count)]
+        if self.shuffled:
+            generator = torch.Generator().manual_seed(random.Random(name).getrandbits(63))
+            order = torch.randperm(self.count, generator=generator).tolist()
+        for start in range(self.first * self.size, len(self) * self.size, self.size):
+            yield [(index, f"{name} {index}") for index in order[start : start + self.size]]
+
+
+def collate(items: Sequence[tuple[Tensor, int] | Corrupt]) -> Batch:
+    good = [item for item in items if not isinstance(item, Corrupt)]
+    return Batch(
+        images=torch.stack([image for image, _ in good]) if good else torch.empty(0),
+        targets=torch.tensor([target for _, target in good], dtype=torch.long),
+        corrupt=tuple(item for item in items if isinstance(item, Corrupt)),
+    )
+
+
+def leave_stopping_to_the_parent(_: int) -> None:
+    """A terminal sends Ctrl-C to the processes that read as well; they go on until training has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class Loader:
+    """Batches of one split. What could not be read is in `skipped`, once each.
+
+    Args:
+        training: shuffled and augmented, and an incomplete last batch is left out.
+
+    Raises (on iteration):
+        DataError: an unreadable image, unless `read.on_corrupt` is "skip".
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        transform: Any,
+        batch_size: int,
+        read: ReadSettings,
+        *,
+        training: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.split = split
+        self.skipped: dict[str, str] = {}
+        self.on_corrupt = read.on_corrupt
+        self.batch_size = min(batch_size, len(split))
+        self.batches = Batches(len(split), self.batch_size, training, seed)
+        self.loader = DataLoader(
+            Strict(split.samples, transform),
+            batch_sampler=self.batches,
+            num_workers=read.workers,
+            collate_fn=collate,
+            worker_init_fn=leave_stopping_to_the_parent,
+        )
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, targets) of every batch."""
+        return self.of_epoch(0)
+
+    def of_epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, targets) of an epoch from its batch number `first` on.
+
+        They depend on the seed, the epoch and the number alone.
+        """
+        self.batches.epoch, self.batches.first = epoch, first
+        for batch in self.loader:
+            for bad in batch.corrupt:
+                if self.on_corrupt == "error":
+                    raise DataError(
+                        f"{bad.name} cannot be read ({bad.why}).",
+                        "Mend or remove it, or pass --on-corrupt skip",
+                    )
+                self.skipped[bad.name] = bad.why
+            if len(batch.targets):
+                yield batch.images, batch.targets
+
+    def tell_skipped(self, watch: Watcher) -> None:
+        """Notes how many images were skipped, and each by name as far as the first ten."""
+        if self.skipped:
+            named = ", ".join(f"{name} ({why})" for name, why in list(self.skipped.items())[:10])
+            watch.note(f"unreadable and skipped: {len(self.skipped)}: {named}")
+
+
+def transform_for(spec: Spec, augment: AugmentSettings | None = None) -> Any:
+    """timm's transform with the model's size, mean and deviation; augmenting where told how."""
+    if spec.input_size[0] != 3:
+        raise DataError(
+            f"the model takes images of {spec.input_size[0]} channels; only RGB images are read.",
+            "Convert it from a model for RGB images.",
+        )
+    config = resolve_data_config(pretrained_cfg=dict(spec.pretrained_cfg))
+    common: dict[str, Any] = {k: config[k] for k in ("input_size", "interpolation", "mean", "std")}
+    if augment is None:
+        return create_transform(**common, crop_pct=config["crop_pct"], crop_mode=config["crop_mode"])
+    return create_transform(
+        **common,
+        is_training=True,
+        scale=augment.scale,
+        hflip=augment.hflip,
+        auto_augment=augment.aa,
+        re_prob=augment.reprob,
+        color_jitter=None,  # type: ignore[arg-type]  # timm's own way to say none
+    )
+
+
+def calibration_images(
+    split: Split, spec: Spec, read: ReadSettings, watch: Watcher, count: int = 512
+) -> Iterator[Tensor]:
+    """About `count` images spread evenly over a split, in batches (B, C, H, W)."""
+    evenly = range(0, len(split), max(1, len(split) // count))
+    some = Split(Some(split.samples, evenly), split.classes)
+    watch.phase("order", len(some))
+    for images, _ in Loader(some, transform_for(spec), 64, read):
+        yield images
+        watch.step(len(images))

@@ -1,0 +1,37 @@
+"""Ctrl-C and SIGTERM in this process."""
+
+import signal
+
+import pytest
+
+from scala_cli.cli.console import Output
+from scala_cli.watch import Stopped
+
+
+def test_outside_of_training_the_first_stops_at_once():
+    with pytest.raises(KeyboardInterrupt) as stopped, Output().progress():
+        signal.raise_signal(signal.SIGTERM)
+    assert stopped.value.args == (signal.SIGTERM,) and not isinstance(stopped.value, Stopped)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_in_training_the_first_waits_for_the_step_and_the_second_does_not(number, capsys):
+    with pytest.raises(Stopped) as stopped, Output().progress() as live, live.between_steps():
+        live.phase("epoch", 2)
+        live.step(1)
+        signal.raise_signal(number)
+        assert "after this step" in capsys.readouterr().err
+        live.step(1)
+    assert stopped.value.args == (number,)
+
+    with pytest.raises(KeyboardInterrupt) as stopped, Output().progress() as live, live.between_steps():
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+    assert not isinstance(stopped.value, Stopped)
+
+
+def test_afterwards_signals_are_heard_as_before():
+    before = signal.getsignal(signal.SIGTERM)
+    with Output().progress():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
