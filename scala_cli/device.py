@@ -1,12 +1,13 @@
 """Where tensors are computed, and in which precision."""
 
 import platform
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
 
-from scala_cli.errors import ScalaError
+from scala_cli.errors import ScalaError, TrainingError
 from scala_cli.settings import DeviceSettings
 
 
@@ -47,6 +48,24 @@ def uses_bfloat16(device: torch.device, settings: DeviceSettings) -> bool:
 def autocast(device: torch.device, settings: DeviceSettings) -> AbstractContextManager[object]:
     on = uses_bfloat16(device, settings)
     return torch.autocast(device.type, torch.bfloat16) if on else nullcontext()
+
+
+@contextmanager
+def naming_lack_of_memory(images: int) -> Iterator[None]:
+    """Turns torch's out of memory, on any device, into a TrainingError that names the batch size.
+
+    Args:
+        images: in the step that is done within.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError; the CPU has none
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise TrainingError(
+                f"not enough memory for {images} images a step.",
+                "Give a smaller --batch-size (-b). What was saved before is whole.",
+            ) from None
+        raise
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,7 +1,9 @@
 """Reading images: strict, named and counted."""
 
+import os
 import random
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from conftest import build, slimmable
 from PIL import Image
 
 from scala_cli.data.loader import Loader, transform_for
-from scala_cli.data.split import class_misfit, hold_out, open_split
+from scala_cli.data.split import Split, class_misfit, hold_out, open_split
 from scala_cli.errors import DataError
 from scala_cli.evaluate import evaluate
 from scala_cli.models.vit import describe
@@ -212,3 +214,23 @@ def test_images_held_out_are_every_nth_and_not_trained_on(photos):
     assert training.samples[3][1] == split.samples[4][1] and held.classes == split.classes
     with pytest.raises(DataError, match="too few"):
         hold_out(split, 0.01)
+
+
+class Deadly:
+    """One image that kills the process which reads it."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def name(self, index):
+        return "deadly"
+
+
+def test_a_reading_process_that_dies_is_told_in_one_line():
+    split = Split(Deadly(), ("one",))
+    with pytest.raises(DataError, match="was killed") as error:
+        list(Loader(split, None, 2, ReadSettings(workers=1)))
+    assert "--workers" in error.value.hint

@@ -6,6 +6,8 @@ import pytest
 import torch
 from runs import settings, start
 
+from scala_cli.device import naming_lack_of_memory
+from scala_cli.errors import TrainingError
 from scala_cli.models.checkpoint import Record
 from scala_cli.settings import AugmentSettings, DeviceSettings, OptimizerSettings
 from scala_cli.training.finetune import open_splits
@@ -81,3 +83,19 @@ def test_mixup_of_a_single_image_is_that_image(photos):
     assert ready.mix(one, label) == (one, label)
     three, soft = ready.mix(torch.randn(3, 3, 16, 16), torch.tensor([0, 1, 2]))
     assert len(three) == 2 and soft.shape == (2, 3)
+
+
+def test_lack_of_memory_names_the_batch_and_keeps_what_was_saved(photos, tmp_path):
+    """Each step asks for a petabyte from the fifth step on."""
+    ready, run = trainer(photos), Run(tmp_path / "run")
+    real = ready.predict
+    ready.predict = lambda *args: torch.empty(1 << 50) if ready.step == 4 else real(*args)
+    with pytest.raises(TrainingError, match="memory for 4 images") as error:
+        ready.train(run, Record(), Watcher())
+    assert "--batch-size" in error.value.hint
+    assert run.read_state()["step"] == 3 and (run.path / "last/model.safetensors").is_file()
+
+
+def test_other_failures_are_not_called_lack_of_memory():
+    with pytest.raises(RuntimeError, match="shape"), naming_lack_of_memory(4):
+        raise RuntimeError("shape")

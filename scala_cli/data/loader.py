@@ -167,7 +167,7 @@ class Loader:
         They depend on the seed, the epoch and the number alone.
         """
         self.batches.epoch, self.batches.first = epoch, first
-        for batch in self.loader:
+        for batch in self.read():
             for bad in batch.corrupt:
                 if self.on_corrupt == "error":
                     raise DataError(
@@ -177,6 +177,18 @@ class Loader:
                 self.skipped[bad.name] = bad.why
             if len(batch.targets):
                 yield batch.images, batch.targets
+
+    def read(self) -> Iterator[Batch]:
+        """What the loader reads. Raises DataError where one of its processes dies."""
+        try:
+            yield from self.loader
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                "a process that reads images was killed; there may be too little memory.",
+                "Use fewer of them: --workers 1, or 0 to read in the main process.",
+            ) from None
 
     def tell_skipped(self, watch: Watcher) -> None:
         """Notes how many images were skipped, and each by name as far as the first ten."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scala_cli.data.loader import Loader, transform_for
 from scala_cli.data.split import Split
-from scala_cli.device import autocast, choose_device, uses_bfloat16
+from scala_cli.device import autocast, choose_device, naming_lack_of_memory, uses_bfloat16
 from scala_cli.errors import TrainingError
 from scala_cli.evaluate import evaluate
 from scala_cli.methods import METHODS
@@ -193,7 +193,8 @@ class Trainer:
         began = saved = time.perf_counter()
         for images, targets in islice(self.training.of_epoch(number, first), last - self.step):
             lr = self.optimizer.param_groups[-1]["lr"]
-            losses = self.train_step(images, targets)
+            with naming_lack_of_memory(len(images)):
+                losses = self.train_step(images, targets)
             for name, loss in losses.items():
                 if not math.isfinite(loss):
                     raise TrainingError(
