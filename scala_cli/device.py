@@ -63,7 +63,7 @@ def naming_lack_of_memory(images: int) -> Iterator[None]:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise TrainingError(
                 f"not enough memory for {images} images a step.",
-                "Give a smaller --batch-size (-b). What was saved before is whole.",
+                "Work through them in parts with --grad-accum-steps 2, or give a smaller --batch-size (-b).",
             ) from None
         raise
 

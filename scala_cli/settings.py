@@ -76,6 +76,9 @@ class OptimizerSettings:
     )
     clip_grad: float | None = option(1.0, "Clip the norm of the gradient.", min=0)
     opt: str = option("adamw", "Optimizer, by timm's name.")
+    grad_accum_steps: int = option(
+        1, "Work through a batch in so many parts, which needs less memory; the step is the same.", min=1
+    )
     save_every_steps: int | None = option(
         None, "Steps between savings of what --resume needs. Default: every three minutes.", min=1
     )

@@ -4,6 +4,7 @@ import signal
 
 import pytest
 
+from scala_cli.__main__ import main
 from scala_cli.cli.console import Output
 from scala_cli.watch import Stopped
 
@@ -35,3 +36,13 @@ def test_afterwards_signals_are_heard_as_before():
     with Output().progress():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_before_the_command_has_begun(monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("scala_cli.cli.app.main", interrupt)
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 130

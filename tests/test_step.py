@@ -77,6 +77,23 @@ def test_bfloat16_training_is_close_to_float32(photos):
     assert losses[True] == pytest.approx(losses[False], rel=0.05)
 
 
+@pytest.mark.parametrize("parts", [2, 3, 4, 9])
+def test_a_batch_in_parts_makes_the_same_step(photos, parts):
+    """Also where it does not divide: 4 images in 3 parts are 2 and 2, in 9 parts one each."""
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    steps = []
+    for number in (1, parts):
+        chosen = OptimizerSettings(epochs=1, batch_size=4, grad_accum_steps=number, clip_grad=None)
+        ready = trainer(photos, optimizer=chosen)
+        ready.optimizer.zero_grad = lambda: None
+        losses = ready.train_step(images, torch.tensor([0, 1, 2, 0]))
+        steps.append((losses, [p.grad for p in ready.net.vit.parameters()]))
+    (one_losses, one), (other_losses, other) = steps
+    assert other_losses == pytest.approx(one_losses, rel=1e-5)
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_mixup_of_a_single_image_is_that_image(photos):
     ready = trainer(photos, augment=AugmentSettings(mixup=0.5))
     one, label = torch.randn(1, 3, 16, 16), torch.tensor([1])

@@ -37,13 +37,16 @@ class Split:
         return len(self.samples)
 
 
-def open_split(data: str, training: bool, data_dir: str | None = None) -> Split:
+def open_split(
+    data: str, training: bool, data_dir: str | None = None, classes: Sequence[str] | None = None
+) -> Split:
     """The training or validation part of a data set.
 
     Args:
         data: a folder with train/ and val/ (or validation/, test/) of class folders; `digits`,
             scikit-learn's handwritten digits; or a timm data set name such as torch/cifar10.
         data_dir: where the named data set lies.
+        classes: those of the training part, where it is open already; a folder is then not read twice.
 
     Raises:
         DataError: missing or empty folders, a class without images, classes that differ between parts.
@@ -52,7 +55,7 @@ def open_split(data: str, training: bool, data_dir: str | None = None) -> Split:
         return digits(training)
     folder = Path(data).expanduser()
     if folder.is_dir():
-        return open_folder(folder, training)
+        return open_folder(folder, training, classes)
     kind, _, name = data.partition("/")
     if kind in ("torch", "hfds") and name:
         return open_named(data, training, data_dir)
@@ -67,7 +70,7 @@ def open_split(data: str, training: bool, data_dir: str | None = None) -> Split:
     )
 
 
-def open_folder(folder: Path, training: bool) -> Split:
+def open_folder(folder: Path, training: bool, classes: Sequence[str] | None = None) -> Split:
     """One part of a folder of class folders. Both parts count classes as train/ does."""
     present = [folder / name for name in VALIDATION if (folder / name).is_dir()]
     train = folder / "train"
@@ -76,7 +79,9 @@ def open_folder(folder: Path, training: bool) -> Split:
         raise DataError(f"{folder} has no {wanted}.", "Put one folder a class under train/ and under val/.")
     if training:
         return read_folder(train)
-    return read_folder(present[0], read_folder(train).classes if train.is_dir() else None)
+    if classes is None and train.is_dir():
+        classes = read_folder(train).classes
+    return read_folder(present[0], classes)
 
 
 def read_folder(folder: Path, classes: Sequence[str] | None = None) -> Split:

@@ -147,7 +147,7 @@ def open_splits(settings: Settings) -> tuple[Split, Split]:
     training = open_split(data, True, place)
     if settings.holdout:
         return hold_out(training, settings.holdout)
-    return training, open_split(data, False, place)
+    return training, open_split(data, False, place, training.classes)
 
 
 def can_be_ordered(start: SlimmableViT, record: Record) -> bool:

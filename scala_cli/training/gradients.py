@@ -34,7 +34,8 @@ class GradientLog:
         total = torch.cat(
             [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in self.parameters]
         )
-        self.passes[name] = total if self.so_far is None else total - self.so_far
+        own = total if self.so_far is None else total - self.so_far
+        self.passes[name] = own + self.passes.get(name, 0)  # a batch may come in parts
         self.so_far = total
 
     def write(self, step: int) -> None:

@@ -223,14 +223,17 @@ class Trainer:
             targets.to(self.device, non_blocking=True),
         )
         images, targets = self.mix(images, targets)
-        random = Random(f"{self.settings.seed} {self.step}")
         teacher = self.teach if self.frozen else None
-        losses = {}
-        for name, loss in self.method.passes(self.predict, images, targets, teacher, random):
-            loss.backward()
-            losses[name] = loss.detach()
-            if self.gradients:
-                self.gradients.add(name)
+        losses: dict[str, Tensor] = {}
+        parts = self.settings.optimizer.grad_accum_steps
+        for some, their in zip(images.chunk(parts), targets.chunk(parts), strict=True):
+            random = Random(f"{self.settings.seed} {self.step}")  # every part at the same widths
+            for name, loss in self.method.passes(self.predict, some, their, teacher, random):
+                share = loss * (len(some) / len(images))
+                share.backward()
+                losses[name] = losses.get(name, 0) + share.detach()
+                if self.gradients:
+                    self.gradients.add(name)
         if self.gradients:
             self.gradients.write(self.step)
         if self.settings.optimizer.clip_grad:
