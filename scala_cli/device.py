@@ -1,5 +1,6 @@
 """Where tensors are computed, and in which precision."""
 
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -20,6 +21,11 @@ def choose_device(settings: DeviceSettings) -> torch.device:
         torch.set_num_threads(settings.threads)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if settings.device is None:
+        if (
+            accelerator and accelerator.type == "cuda" and "LOCAL_RANK" in os.environ
+        ):  # torchrun: one GPU each
+            accelerator = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(accelerator)
         return accelerator or torch.device("cpu")
     try:
         device = torch.device(settings.device)

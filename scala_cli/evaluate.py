@@ -13,6 +13,7 @@ from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.settings import DeviceSettings, ReadSettings
 from scala_cli.slicing.point import Point
 from scala_cli.watch import Watcher
+from scala_cli.world import ALONE, World
 
 
 def validation_loader(net: SlimmableViT, data: str, batch_size: int, read: ReadSettings) -> Loader:
@@ -29,9 +30,17 @@ def validation_loader(net: SlimmableViT, data: str, batch_size: int, read: ReadS
 
 @torch.inference_mode()
 def evaluate(
-    net: SlimmableViT, loader: Loader, points: Sequence[Point], settings: DeviceSettings, watch: Watcher
+    net: SlimmableViT,
+    loader: Loader,
+    points: Sequence[Point],
+    settings: DeviceSettings,
+    watch: Watcher,
+    world: World = ALONE,
 ) -> list[dict[str, float]]:
-    """Top-1 and top-5 in percent of every point, over the images that could be read.
+    """Top-1 and top-5 in percent of every point, over the images that could be read, each counted once.
+
+    Args:
+        world: the processes whose loaders together have all of the images.
 
     Returns:
         per point {"ratio", "top1", "top5", "images"}; with fewer than five classes top-5 is 100.
@@ -41,6 +50,8 @@ def evaluate(
     meters = {point: (AverageMeter(), AverageMeter()) for point in points}
     watch.phase("evaluate", len(loader.split))
     for images, targets in loader:
+        if not len(images):
+            continue
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         for point, (top1, top5) in meters.items():
             with autocast(device, settings):
@@ -49,6 +60,9 @@ def evaluate(
             top1.update(first.item(), len(targets))
             top5.update(fifth.item(), len(targets))
         watch.step(len(targets))
+    for meter in [meter for pair in meters.values() for meter in pair]:
+        total, count = world.sum(torch.tensor([meter.sum, meter.count], device=device)).tolist()
+        meter.count, meter.avg = int(count), total / max(count, 1)
     if not any(top1.count for top1, _ in meters.values()):
         raise DataError("not one of the images could be read.", "Check the validation images.")
     return [

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import signal
 import sys
 import traceback
@@ -23,6 +24,11 @@ from scala_cli.settings import option
 from scala_cli.watch import Stopped, Watcher
 
 
+def is_first() -> bool:
+    """Whether this is the one of torchrun's processes that tells what is going on."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @dataclass(frozen=True)
 class Output:
     """How results are shown."""
@@ -33,7 +39,7 @@ class Output:
 
     def note(self, text: str) -> None:
         """One line about what is being done."""
-        if not self.quiet:
+        if not self.quiet and is_first():
             Console(stderr=True, soft_wrap=True, highlight=False).print(escape(text), style="dim")
 
     def result(self, document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], title: str = "") -> None:
@@ -41,6 +47,8 @@ class Output:
 
         Where stdout is no terminal the rows are plain: columns separated by two spaces or more.
         """
+        if not is_first():
+            return
         if self.json:
             sys.stdout.write(json.dumps(document, indent=2) + "\n")
             return
@@ -59,7 +67,7 @@ class Output:
     def progress(self) -> Iterator["Live"]:
         """A live bar on stderr; none where stderr is no terminal or under --quiet."""
         console = Console(stderr=True)
-        seen = console.is_terminal and not self.quiet
+        seen = console.is_terminal and not self.quiet and is_first()
         bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -72,7 +80,10 @@ class Output:
             disable=not seen,
         )
         stop = Stop(self.note)
-        with stop.heard(), bar if seen else nullcontext():  # some rich end a disabled bar with a line
+        with (
+            stop.heard() if is_first() else nullcontext(),
+            bar if seen else nullcontext(),
+        ):  # some rich end a disabled bar with a line
             yield Live(self, bar, stop)
 
 
@@ -111,7 +122,7 @@ class Live(Watcher):
             self.stop.waits = False
 
     def epoch(self, row: Mapping[str, Any]) -> None:
-        if not self.out.quiet:
+        if not self.out.quiet and is_first():
             points = [{key: point[key] for key in ("ratio", "top1", "top5")} for point in row["points"]]
             title = f"epoch {row['epoch']}, {row['images_per_sec']:.0f} images/s"
             print_table(self.progress.console, points, title)

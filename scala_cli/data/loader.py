@@ -19,6 +19,7 @@ from scala_cli.errors import DataError
 from scala_cli.models.vit import Spec
 from scala_cli.settings import AugmentSettings, ReadSettings
 from scala_cli.watch import Watcher
+from scala_cli.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,18 @@ class Batches(Sampler[list[tuple[int, str]]]):
 
     Args:
         count: of images.
+        size: images of a batch that this process reads.
         shuffled: every epoch in an order of its own, without an incomplete last batch.
+        world: the processes among which each batch is divided.
     """
 
-    def __init__(self, count: int, size: int, shuffled: bool, seed: int) -> None:
-        self.count, self.size, self.shuffled, self.seed = count, size, shuffled, seed
+    def __init__(self, count: int, size: int, shuffled: bool, seed: int, world: World) -> None:
+        self.count, self.size, self.shuffled, self.seed, self.world = count, size, shuffled, seed, world
         self.epoch = self.first = 0
 
     def __len__(self) -> int:
-        return self.count // self.size if self.shuffled else -(-self.count // self.size)
+        whole = self.size * self.world.size
+        return self.count // whole if self.shuffled else -(-self.count // whole)
 
     def __iter__(self) -> Iterator[list[tuple[int, str]]]:
         """The batches from number `first` on of the epoch `epoch`."""
@@ -101,8 +105,10 @@ class Batches(Sampler[list[tuple[int, str]]]):
         if self.shuffled:
             generator = torch.Generator().manual_seed(random.Random(name).getrandbits(63))
             order = torch.randperm(self.count, generator=generator).tolist()
-        for start in range(self.first * self.size, len(self) * self.size, self.size):
-            yield [(index, f"{name} {index}") for index in order[start : start + self.size]]
+        whole = self.size * self.world.size
+        for start in range(self.first * whole, len(self) * whole, whole):
+            mine = order[start : start + whole][self.world.rank :: self.world.size]
+            yield [(index, f"{name} {index}") for index in mine]
 
 
 def collate(items: Sequence[tuple[Tensor, int] | Corrupt]) -> Batch:
@@ -121,10 +127,11 @@ def leave_stopping_to_the_parent(_: int) -> None:
 
 
 class Loader:
-    """Batches of one split. What could not be read is in `skipped`, once each.
+    """Batches of one split. What could not be read is in `skipped`, once each; it may leave a batch empty.
 
     Args:
         training: shuffled and augmented, and an incomplete last batch is left out.
+        world: the processes among which each batch is divided, `batch_size` for each.
 
     Raises (on iteration):
         DataError: an unreadable image, unless `read.on_corrupt` is "skip".
@@ -139,12 +146,13 @@ class Loader:
         *,
         training: bool = False,
         seed: int = 0,
+        world: World = ALONE,
     ) -> None:
         self.split = split
         self.skipped: dict[str, str] = {}
         self.on_corrupt = read.on_corrupt
-        self.batch_size = min(batch_size, len(split))
-        self.batches = Batches(len(split), self.batch_size, training, seed)
+        self.batch_size = min(batch_size, max(1, len(split) // world.size))
+        self.batches = Batches(len(split), self.batch_size, training, seed, world)
         self.loader = DataLoader(
             Strict(split.samples, transform),
             batch_sampler=self.batches,
@@ -175,8 +183,7 @@ class Loader:
                         "Mend or remove it, or pass --on-corrupt skip",
                     )
                 self.skipped[bad.name] = bad.why
-            if len(batch.targets):
-                yield batch.images, batch.targets
+            yield batch.images, batch.targets
 
     def read(self) -> Iterator[Batch]:
         """What the loader reads. Raises DataError where one of its processes dies."""
@@ -227,5 +234,6 @@ def calibration_images(
     some = Split(Some(split.samples, evenly), split.classes)
     watch.phase("order", len(some))
     for images, _ in Loader(some, transform_for(spec), 64, read):
-        yield images
+        if len(images):
+            yield images
         watch.step(len(images))

@@ -9,7 +9,7 @@ import torch
 from scala_cli.data.loader import calibration_images
 from scala_cli.data.split import Split, class_misfit, hold_out, open_split
 from scala_cli.device import choose_device
-from scala_cli.errors import ScalaError
+from scala_cli.errors import ScalaError, TrainingError
 from scala_cli.methods import METHODS
 from scala_cli.models.checkpoint import Record, load_with_record
 from scala_cli.models.order import put_first_what_matters
@@ -17,8 +17,9 @@ from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.settings import Settings
 from scala_cli.slicing.point import Point
 from scala_cli.training.loop import Trainer
-from scala_cli.training.run import Row, Run
+from scala_cli.training.run import Reader, Row, Run
 from scala_cli.watch import Watcher
+from scala_cli.world import World
 
 FULL = Point.of(1)
 
@@ -35,6 +36,8 @@ def finetune(
         ScalaError: its kinds for data, points, checkpoints and training; nothing is written before all
             of the input has been checked.
     """
+    world = World.join(choose_device(settings.device))
+    run = run if world.rank == 0 else Reader(run.path)
     splits = open_splits(settings)
     classes = splits[0].classes
     method = METHODS[settings.method.method](start.points, settings.method)
@@ -49,6 +52,7 @@ def finetune(
         if taught and start.points != (FULL,):
             watch.note(f"{misfit}: the head is new, so the full width learns alone first, then it teaches.")
             learn_classes(start, record, settings, splits, run, watch, force)
+            world.wait()
             return widen(run, settings, start.points, splits, watch)
         watch.note(f"{misfit}: the head is new, and there is no teacher.")
         taught = False
@@ -65,10 +69,20 @@ def go_on(run: Run, watch: Watcher) -> Row:
     """
     state = run.read_state()
     settings = Settings.of(state["settings"])
+    world = World.join(choose_device(settings.device))
+    run = run if world.rank == 0 else Reader(run.path)
     if state.get("learning"):
         go_on(run.teacher, watch)
+        world.wait()
         points = [Point.of(ratio) for ratio in state["points"]]
         return widen(run, settings, points, open_splits(settings), watch)
+    share, rest = divmod(state["images_per_step"], world.size)
+    if rest:
+        raise TrainingError(
+            f"{world.size} processes cannot share the {state['images_per_step']} images of this run's steps.",
+            "Resume it with a number of processes that divides that.",
+        )
+    settings = replace(settings, optimizer=replace(settings.optimizer, batch_size=share))
     start, record = load_with_record(run.path / "start")
     trainer = Trainer(start, state["taught"], settings, open_splits(settings))
     trainer.restore(state)

@@ -30,6 +30,7 @@ from scala_cli.slicing.point import Point
 from scala_cli.training.gradients import GradientLog
 from scala_cli.training.run import GRADIENTS, Row, Run, mean_top1
 from scala_cli.watch import Stopped, Watcher
+from scala_cli.world import World
 
 SECONDS_BETWEEN_SAVES = 180.0
 
@@ -76,10 +77,14 @@ class Trainer:
         self, start: SlimmableViT, taught: bool, settings: Settings, splits: tuple[Split, Split]
     ) -> None:
         self.settings, self.device = settings, choose_device(settings.device)
+        self.world = World.join(self.device)
         choose_attention(start.vit, self.device, uses_bfloat16(self.device, settings.device))
         self.method = METHODS[settings.method.method](start.points, settings.method)
         self.net = deepcopy(start).to(self.device)
         self.frozen = start.vit.to(self.device).eval().requires_grad_(False) if taught else None
+        for model in (self.net, self.frozen):
+            if model:
+                self.world.agree(model)
         chosen = settings.optimizer
         low, high = settings.augment.scale
         if not 0 < low <= high <= 1:
@@ -89,9 +94,15 @@ class Trainer:
         try:
             augmented, plain = transform_for(start.spec, settings.augment), transform_for(start.spec)
             self.training = Loader(
-                splits[0], augmented, chosen.batch_size, settings.read, training=True, seed=settings.seed
+                splits[0],
+                augmented,
+                chosen.batch_size,
+                settings.read,
+                training=True,
+                seed=settings.seed,
+                world=self.world,
             )
-            self.validation = Loader(splits[1], plain, chosen.batch_size, settings.read)
+            self.validation = Loader(splits[1], plain, chosen.batch_size, settings.read, world=self.world)
             self.mix = mixer(settings.augment, settings.method.smoothing, start.spec.num_classes)
             self.optimizer = create_optimizer_v2(
                 self.net.vit,
@@ -130,6 +141,7 @@ class Trainer:
         return {
             "settings": asdict(self.settings),
             "taught": self.frozen is not None,
+            "images_per_step": self.images_per_step,
             "weights": self.net.vit.state_dict(),
             "average": self.average.module.state_dict() if self.average else None,
             "optimizer": self.optimizer.state_dict(),
@@ -137,6 +149,11 @@ class Trainer:
             "step": self.step,
             "epoch": asdict(self.epoch),
         }
+
+    @property
+    def images_per_step(self) -> int:
+        """Of all processes together."""
+        return self.training.batch_size * self.world.size
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.rows, self.step, self.epoch = state["rows"], state["step"], Epoch(**state["epoch"])
@@ -162,7 +179,12 @@ class Trainer:
                 while len(self.rows) < self.epochs:
                     row = self.train_epoch(run, watch)
                     points = evaluate(
-                        self.judged, self.validation, self.net.points, self.settings.device, watch
+                        self.judged,
+                        self.validation,
+                        self.net.points,
+                        self.settings.device,
+                        watch,
+                        self.world,
                     )
                     self.rows.append({**row, "points": points})
                     self.epoch = Epoch()
@@ -186,7 +208,7 @@ class Trainer:
             min(self.steps, (number + 1) * len(self.training)),
         )
         of = f"epoch {number + 1}/{self.epochs}"
-        watch.phase(of, (last - self.step) * self.training.batch_size)
+        watch.phase(of, (last - self.step) * self.images_per_step)
         self.net.train()
         self.scheduler.step_update(self.step)
         lr = self.optimizer.param_groups[-1]["lr"]
@@ -202,12 +224,12 @@ class Trainer:
                         f"Lower --lr (now {self.settings.optimizer.lr:g}). What was saved before is whole.",
                     )
             now = time.perf_counter()
-            so_far.count(len(images), losses, now - began)
+            so_far.count(len(images) * self.world.size, losses, now - began)
             began = now
             if self.is_due(now - saved):
                 run.write_state(self.state())
                 saved = time.perf_counter()
-            watch.step(len(images), losses)
+            watch.step(len(images) * self.world.size, losses)
         return {"epoch": number + 1, "lr": lr, **so_far.row()}
 
     def is_due(self, seconds: float) -> bool:
@@ -222,11 +244,11 @@ class Trainer:
             images.to(self.device, non_blocking=True),
             targets.to(self.device, non_blocking=True),
         )
-        images, targets = self.mix(images, targets)
+        images, targets = self.mix(images, targets) if len(images) else (images, targets)
         teacher = self.teach if self.frozen else None
         losses: dict[str, Tensor] = {}
         parts = self.settings.optimizer.grad_accum_steps
-        for some, their in zip(images.chunk(parts), targets.chunk(parts), strict=True):
+        for some, their in zip(images.chunk(parts), targets.chunk(parts), strict=True) if len(images) else ():
             random = Random(f"{self.settings.seed} {self.step}")  # every part at the same widths
             for name, loss in self.method.passes(self.predict, some, their, teacher, random):
                 share = loss * (len(some) / len(images))
@@ -236,6 +258,10 @@ class Trainer:
                     self.gradients.add(name)
         if self.gradients:
             self.gradients.write(self.step)
+        if not len(images):  # not one of them could be read
+            for parameter in self.net.vit.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+        self.world.average_gradients(self.net.vit.parameters())
         if self.settings.optimizer.clip_grad:
             dispatch_clip_grad(self.net.vit.parameters(), self.settings.optimizer.clip_grad)
         self.optimizer.step()

@@ -53,7 +53,7 @@ class Run:
     @property
     def teacher(self) -> "Run":
         """The run in which the full width alone learnt classes that are new to it."""
-        return Run(self.path / "teacher")
+        return type(self)(self.path / "teacher")
 
     def claim(self, settings: Settings, force: bool) -> None:
         """Takes the directory, with `force` from a former run of which nothing is kept.
@@ -134,6 +134,27 @@ class Run:
                 f"Go on from the weights: scala finetune {self.path}/last --data DIR",
             )
         return state
+
+
+class Reader(Run):
+    """A run that another process writes."""
+
+    def claim(self, settings: Settings, force: bool) -> None:
+        pass
+
+    def begin(self, start: SlimmableViT, record: Record, state: Mapping[str, Any]) -> None:
+        pass
+
+    def discard(self) -> None:
+        pass
+
+    def save_epoch(
+        self, net: SlimmableViT, record: Record, rows: Sequence[Row], state: Mapping[str, Any]
+    ) -> None:
+        pass
+
+    def write_state(self, state: Mapping[str, Any]) -> None:
+        pass
 
 
 def flat(row: Row) -> dict[str, Any]:

@@ -1,0 +1,74 @@
+"""Training in several processes, started by torchrun, each on its part of every batch."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from scala_cli.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class World:
+    """Who takes part: `size` processes, of which this one is number `rank`."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def join(cls, device: torch.device) -> "World":
+        """Meets the processes that torchrun started beside this one; alone without torchrun."""
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return cls()
+        if not dist.is_initialized():
+            with naming_a_lost_process():
+                dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            with naming_a_lost_process():
+                dist.all_reduce(tensor)
+        return tensor
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Gives every process the mean of all their gradients, in one message."""
+        if self.size == 1:
+            return
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        mean = self.sum(_flatten_dense_tensors(gradients)) / self.size
+        for gradient, agreed in zip(gradients, _unflatten_dense_tensors(mean, gradients), strict=True):
+            gradient.copy_(agreed)
+
+    def agree(self, module: nn.Module) -> None:
+        """Gives every process the weights of the first: the same arithmetic may round elsewhere otherwise."""
+        if self.size > 1:
+            with naming_a_lost_process():
+                for tensor in module.state_dict().values():
+                    dist.broadcast(tensor, 0)
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self.sum(torch.zeros(1, device="cuda" if self.size > 1 and dist.get_backend() == "nccl" else "cpu"))
+
+
+ALONE = World()
+
+
+@contextmanager
+def naming_a_lost_process() -> Iterator[None]:
+    """Turns what torch says when another process has ended into a TrainingError."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise TrainingError(
+            f"another process of this run has ended, or cannot be reached ({reason}).",
+            "What it says itself tells why. Then: torchrun ... -m scala_cli finetune --resume RUN",
+        ) from None
