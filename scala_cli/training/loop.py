@@ -114,6 +114,10 @@ class Trainer:
         except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise TrainingError(f"timm refuses these settings: {error}.", "See scala finetune -h") from None
         an_epoch = len(self.training)
+        if not an_epoch:
+            raise TrainingError(
+                f"{len(splits[0])} images are too few for {self.world.size} processes.", "Start fewer."
+            )
         self.steps = max(1, round(chosen.epochs * an_epoch))
         self.epochs = math.ceil(self.steps / an_epoch)
         warmup = chosen.warmup_epochs if chosen.warmup_epochs is not None else chosen.epochs / 20
@@ -172,7 +176,7 @@ class Trainer:
             TrainingError: where a loss is not finite; what was saved before stays.
             Stopped: where the watcher asks for it, after saving.
         """
-        if self.settings.log_grads:
+        if self.settings.log_grads and self.world.rank == 0:
             self.gradients = GradientLog(self.net.vit.parameters(), run.path / GRADIENTS, self.step)
         try:
             with watch.between_steps():
