@@ -136,7 +136,7 @@ def test_resuming_a_process_that_was_stopped(photos, tmp_path, number, code, wor
         "--device",
         "cpu",
     ]
-    words += ["--save-every-steps", "3", "-j", str(workers), "--ratios", "0.5,1", "-q"]
+    words += ["--save-every-steps", "3", "--threads", "1", "-j", str(workers), "--ratios", "0.5,1", "-q"]
     scala = [sys.executable, "-m", "scala_cli"]
     subprocess.run([*scala, *words, "-o", "whole"], check=True, capture_output=True)
     process = subprocess.Popen(

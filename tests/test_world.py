@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from scala_cli.data.loader import Batches
 from scala_cli.world import World
 
-COMMON = ["-j", "0", "--no-amp", "--device", "cpu", "--ratios", "0.5,1", "-q"]
+COMMON = ["-j", "0", "--threads", "1", "--no-amp", "--device", "cpu", "--ratios", "0.5,1", "-q"]
 
 
 def torchrun(*words: object, processes: int = 2) -> list[str]:
