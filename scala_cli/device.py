@@ -20,19 +20,16 @@ def choose_device(settings: DeviceSettings) -> torch.device:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if settings.device is None:
-        if (
-            accelerator and accelerator.type == "cuda" and "LOCAL_RANK" in os.environ
-        ):  # torchrun: one GPU each
-            accelerator = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(accelerator)
-        return accelerator or torch.device("cpu")
+    wanted = settings.device or accelerator or "cpu"
     try:
-        device = torch.device(settings.device)
+        device = torch.device(wanted)
+        if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # torchrun: a GPU for each process
+            torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ScalaError(
-            f"device {settings.device!r} cannot be used here.", f"Try --device {accelerator or 'cpu'}"
+            f"device '{wanted}' cannot be used here.", f"Try --device {accelerator or 'cpu'}"
         ) from None
     return device
 

@@ -51,13 +51,6 @@ class MethodSettings:
         "all",
         "Which widths the frozen starting model teaches; the paper's is full, for the full width alone.",
     )
-    teacher_epochs: float | None = option(
-        None,
-        "Where the head is new: epochs in which the full width alone learns the classes, to teach them. "
-        "Default: a third of --epochs.",
-        min=0.001,
-        max=1e5,
-    )
     smoothing: float = option(0.1, "Label smoothing.", min=0, max=1)
 
 

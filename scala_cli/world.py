@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from scala_cli.errors import TrainingError
 
@@ -42,9 +42,7 @@ class World:
         if self.size == 1:
             return
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        mean = self.sum(_flatten_dense_tensors(gradients)) / self.size
-        for gradient, agreed in zip(gradients, _unflatten_dense_tensors(mean, gradients), strict=True):
-            gradient.copy_(agreed)
+        vector_to_parameters(self.sum(parameters_to_vector(gradients)) / self.size, gradients)
 
     def agree(self, module: nn.Module) -> None:
         """Gives every process the weights of the first: the same arithmetic may round elsewhere otherwise."""

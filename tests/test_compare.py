@@ -110,6 +110,7 @@ def test_each_part_can_be_left_out():
     arms = arms_of(["scala"], ["order", "noise_calibration", "order"])
     assert [arm.name for arm in arms] == ["scala", "scala-no-order", "scala-no-noise-calibration"]
     assert arms[1].method.order == "none" and not arms[2].method.noise_calibration
+    assert arms[1].method.isolation is False  # as with the order: a difference of one part
     for bad in (["scalar"], []):
         with pytest.raises(TrainingError, match="method"):
             arms_of(bad, [])
@@ -159,7 +160,17 @@ def test_a_start_that_favours_an_arm_is_refused(photos):
         compare(
             "m", lambda: (slimmable(), Record()), arms, 1, "images", settings(photos), Path("a"), Listener()
         )
+    few = arms_of(["paper"], ["stable_sampling"])
+    with pytest.raises(TrainingError, match="no part in 2 widths"):
+        compare("m", open_start, few, 1, "images", settings(photos), Path("a"), Listener())
     assert not Path("a").exists()
+
+
+def test_several_processes_do_not_write_one_comparison(photos, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match="one process"):
+        run(arms_of(["scala"], []), photos)
+    assert not Path("side").exists()
 
 
 def test_what_was_refused_leaves_its_place_free(photos):

@@ -11,7 +11,7 @@ import torch
 from conftest import build, slimmable
 from PIL import Image
 
-from scala_cli.data.loader import Loader, transform_for
+from scala_cli.data.loader import Loader, calibration_images, transform_for
 from scala_cli.data.split import Split, class_misfit, hold_out, open_split
 from scala_cli.errors import DataError
 from scala_cli.evaluate import evaluate
@@ -98,6 +98,9 @@ def test_not_one_image_that_can_be_read(folder):
             DeviceSettings(amp=False),
             Watcher(),
         )
+    skipping = ReadSettings(workers=0, on_corrupt="skip")
+    with pytest.raises(DataError, match="not one of the images"):
+        list(calibration_images(open_split(str(folder), False), slimmable().spec, skipping, Watcher()))
 
 
 def test_a_model_for_grey_images_is_refused():

@@ -207,7 +207,7 @@ def test_other_classes_are_learnt_at_full_width_first_which_then_teaches(photos)
 
 @pytest.mark.parametrize("stop_at", [1, 3, 4, 7])
 def test_a_run_with_a_new_head_is_resumed_in_either_part(photos, stop_at):
-    chosen = settings(photos, epochs=2, method=MethodSettings(teacher_epochs=1))
+    chosen = settings(photos, epochs=3)
     finetune(slimmable(), Record(), chosen, Run(Path("whole")), Listener())
     with pytest.raises(KeyboardInterrupt):
         finetune(slimmable(), Record(), chosen, Run(Path("cut")), Listener(stop_at=stop_at))

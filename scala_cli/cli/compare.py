@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 import typer
 
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import Data, Holdout, LogGrads, Ratios, Seed
+from scala_cli.cli.options import Data, Holdout, LogGrads, Ratios, Seed, place_of
 from scala_cli.models.locate import short_name
 from scala_cli.settings import AugmentSettings, DeviceSettings, OptimizerSettings, ReadSettings, Settings
 
@@ -51,12 +51,11 @@ def compare(
     from scala_cli.training.compare import compare as run
 
     arms = arms_of(words(methods), words(without))
-    folder = Path(data).expanduser()
     target = output or Path(f"compare-{short_name(model)}")
     if not can_draw():
         out.note(MISSING)
     settings = Settings(
-        str(folder.resolve()) if folder.is_dir() else data,
+        place_of(data),
         optimizer=optimizer,
         augment=augment,
         read=read,
@@ -71,7 +70,7 @@ def compare(
                 model, lambda: open_slimmable(model, ratios), arms, seeds, equal, settings, target, live
             )
         except KeyboardInterrupt:
-            out.note("the same command goes on from the last whole epoch.")
+            out.note("the same command goes on where this one stopped.")
             raise
     if can_draw():
         draw_arms(rows, target / "compare.svg")

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import DATA_HELP, Force, Holdout, LogGrads, Ratios, Seed
+from scala_cli.cli.options import DATA_HELP, Force, Holdout, LogGrads, Ratios, Seed, place_of
 from scala_cli.models.locate import short_name
 from scala_cli.settings import (
     AugmentSettings,
@@ -65,9 +65,8 @@ def finetune(
                 best = go_on(run, live)
             else:
                 assert model is not None and data is not None
-                folder = Path(data).expanduser()
                 settings = Settings(
-                    str(folder.resolve()) if folder.is_dir() else data,
+                    place_of(data),
                     method,
                     optimizer,
                     augment,

@@ -52,6 +52,12 @@ LogGrads = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace what the output directory holds.")]
 
 
+def place_of(data: str) -> str:
+    """The images' folder, absolute, so that a run can be resumed from elsewhere; names stay as they are."""
+    folder = Path(data).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else data
+
+
 def add_command(app: typer.Typer, name: str, function: Callable[..., None]) -> None:
     """Registers a function as a command.
 

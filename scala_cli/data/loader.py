@@ -233,7 +233,11 @@ def calibration_images(
     evenly = range(0, len(split), max(1, len(split) // count))
     some = Split(Some(split.samples, evenly), split.classes)
     watch.phase("order", len(some))
+    readable = 0
     for images, _ in Loader(some, transform_for(spec), 64, read):
+        readable += len(images)
         if len(images):
             yield images
         watch.step(len(images))
+    if not readable:
+        raise DataError("not one of the images could be read.", "Check --data.")

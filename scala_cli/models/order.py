@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from scala_cli.errors import CheckpointError
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.models.stream import centre_reading, make_norms_plain, norms_of
+from scala_cli.models.stream import centre_reading, linear_heads, make_norms_plain, norms_of
 from scala_cli.slicing.importance import (
     change_basis,
     channel_scores,
@@ -87,7 +87,7 @@ def put_first_what_matters(net: SlimmableViT, batches: Iterable[Tensor]) -> Slim
     vit.load_state_dict(state)
 
     readers = [f"{block}.{layer}" for block in blocks for layer in ("attn.qkv", "mlp.fc1")]
-    readers += [name for name in ("head", "head_dist") if isinstance(getattr(vit, name, None), nn.Linear)]
+    readers += linear_heads(vit)
     inputs = {name: Moments(spec.embed_dim if norms else 1) for name in readers}
     inputs |= {f"{block}.mlp.fc2": Moments() for block in blocks}
     inputs |= {f"{block}.attn.proj": Moments(spec.head_dim) for block in blocks}

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from scala_cli.slicing.table import Table, axes_of
 
-PARTS, HEADS = ("weight", "bias"), ("head", "head_dist")
+PARTS = ("weight", "bias")
 Norms = dict[str, list[str]]
 """name of a norm -> the linear layers that read the stream through it"""
 
@@ -21,7 +21,7 @@ def norms_of(vit: nn.Module) -> Norms:
         if last in ("norm1", "norm2"):
             norms[name] = [f"{prefix}.{'attn.qkv' if last == 'norm1' else 'mlp.fc1'}"]
         elif name in ("norm", "fc_norm") and not isinstance(module, nn.Identity):
-            norms[name] = [head for head in HEADS if isinstance(getattr(vit, head, None), nn.Linear)]
+            norms[name] = linear_heads(vit)
     layers = [vit.get_submodule(name) for readers in norms.values() for name in readers]
     free = (
         isinstance(vit.get_submodule("norm_pre"), nn.Identity)
@@ -30,6 +30,11 @@ def norms_of(vit: nn.Module) -> Norms:
         and all(layer.bias is not None for layer in layers)
     )
     return norms if free else {}
+
+
+def linear_heads(vit: nn.Module) -> list[str]:
+    """The names of the classifiers that read the stream; without classes there are none."""
+    return [name for name in ("head", "head_dist") if isinstance(getattr(vit, name, None), nn.Linear)]
 
 
 def is_affine_layer_norm(module: nn.Module) -> bool:

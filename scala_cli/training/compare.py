@@ -1,6 +1,7 @@
 """Methods and their parts side by side: the same start, images and seeds, one table."""
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -51,6 +52,8 @@ class Arm:
         if part not in PARTS:
             raise TrainingError(f"there is no part {part!r}.", f"Parts are {', '.join(PARTS)}.")
         method = replace(self.method, **{part: PARTS[part]})
+        if part == "order" and method.isolation is None:
+            method = replace(method, isolation=False)  # as with it: one part at a time
         if effective(method) == effective(self.method):
             raise TrainingError(
                 f"{part} has no part in {self.name}: leaving it out changes nothing.",
@@ -132,18 +135,18 @@ def compare(
     Raises:
         TrainingError: where `folder` holds another comparison, or the start is none. Others as `finetune`.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise TrainingError("compare runs in one process.", "Start it without torchrun: scala compare ...")
     net, record = open_start()
-    refuse_unfit(net, record, settings)
-    claim(
-        folder,
-        {
-            "model": model,
-            "ratios": [str(point) for point in net.points],
-            "arms": [arm.name for arm in arms],
-            "equal": equal,
-            "settings": str(settings),
-        },
-    )
+    refuse_unfit(net, record, arms, settings)
+    what = {
+        "model": model,
+        "ratios": [str(point) for point in net.points],
+        "arms": [arm.name for arm in arms],
+        "equal": equal,
+        "settings": str(settings),
+    }
+    claim(folder, what)
     gmacs = {point: cost(net.spec.at(point))["gmacs"] for point in net.points}
     first = training_gmacs(gmacs, arms[0], record.trained)
     rows = []
@@ -164,12 +167,17 @@ def compare(
         rows.append(
             {"arm": arm.name, "epochs": round(epochs, 4), "gmacs_per_image": spent} | summary(runs, gmacs)
         )
-        write(folder, rows)
+        write(folder, what, rows)
     return rows
 
 
-def refuse_unfit(net: SlimmableViT, record: Record, settings: Settings) -> None:
-    """Raises TrainingError unless every arm can start here and knows the data's classes."""
+def refuse_unfit(net: SlimmableViT, record: Record, arms: Sequence[Arm], settings: Settings) -> None:
+    """Raises TrainingError unless every arm can start here, where the classes are known, and differs."""
+    if len(net.points) <= 4 and not all(arm.method.stable_sampling for arm in arms):
+        raise TrainingError(
+            f"stable_sampling has no part in {len(net.points)} widths: each step trains them all.",
+            "Give five or more: --ratios 0.25,0.375,0.5,0.625,0.75,0.875,1",
+        )
     classes = open_splits(settings)[0].classes
     misfit = class_misfit(classes, net.spec.num_classes, net.spec.label_names)
     if misfit:
@@ -273,13 +281,11 @@ def claim(folder: Path, what: dict[str, Any]) -> None:
     if held != what and any(folder.rglob(STATE)):
         raise TrainingError(f"{folder} holds another comparison.", ELSEWHERE)
     folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder / RESULT) as file:
-        file.write_text(json.dumps({"of": what, "arms": []}, indent=2) + "\n")
+    write(folder, what, [])
 
 
-def write(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+def write(folder: Path, what: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     """The rows so far, as JSON and as CSV."""
-    what = json.loads((folder / RESULT).read_text())["of"]
     with whole_file(folder / RESULT) as file:
         file.write_text(json.dumps({"of": what, "arms": rows}, indent=2) + "\n")
     with whole_file(folder / "compare.csv") as file:

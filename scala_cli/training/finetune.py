@@ -22,6 +22,8 @@ from scala_cli.watch import Watcher
 from scala_cli.world import World
 
 FULL = Point.of(1)
+LEARNING = 1 / 3
+"""Epochs in which a new head is learnt by the full width alone, for one of all widths."""
 
 
 def finetune(
@@ -63,7 +65,7 @@ def finetune(
 
 
 def go_on(run: Run, watch: Watcher) -> Row:
-    """Trains from the last whole epoch of a run, with the settings it was begun with.
+    """Trains from the last saved step of a run, with the settings it was begun with.
 
     Raises TrainingError where the directory holds no run.
     """
@@ -124,11 +126,10 @@ def learn_classes(
     force: bool,
 ) -> None:
     """Trains the full width alone, in `run.teacher`, on classes that are new to it."""
-    epochs = settings.method.teacher_epochs or settings.optimizer.epochs / 3
     learning = replace(
         settings,
         method=replace(settings.method, method="separate", order="none"),
-        optimizer=replace(settings.optimizer, epochs=epochs),
+        optimizer=replace(settings.optimizer, epochs=settings.optimizer.epochs * LEARNING),
     )
     alone = SlimmableViT(start.vit, start.spec, replace(start.rule, points=(FULL,)))
     trainer = Trainer(alone, False, learning, splits)
