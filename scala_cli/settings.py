@@ -51,6 +51,9 @@ class MethodSettings:
         "all",
         "Which widths the frozen starting model teaches; the paper's is full, for the full width alone.",
     )
+    favour_narrowest: bool = option(
+        True, "Count all losses alike, instead of the narrowest's as much as all the others'.", only="off"
+    )
     smoothing: float = option(0.1, "Label smoothing.", min=0, max=1)
 
 

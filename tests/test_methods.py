@@ -21,6 +21,17 @@ FOUR = parse_points("0.25,0.5,0.75,1")
 TARGETS = torch.tensor([0, 3, 4])
 
 
+def test_the_narrowest_weighs_as_much_as_all_others_of_a_step():
+    for text, said in (("1", 1), ("0.5,1", 1), ("0.25,0.5,1", 2), ("0.25,0.375,0.5,0.75,1", 3)):
+        method = Scala(parse_points(text), MethodSettings())
+        assert [method.weight(point) for point in method.points] == [said] + [1] * (len(method.points) - 1)
+        drawn = method.sample(Random(0))
+        if len(drawn) > 1:
+            assert method.weight(drawn[-1]) == sum(method.weight(point) for point in drawn[:-1])
+    alike = Scala(FOUR, MethodSettings(favour_narrowest=False))
+    assert {alike.weight(point) for point in FOUR} == {1}
+
+
 def kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """sum over classes of p log(p / q), mean over images"""
     p, q = teacher.softmax(-1), student.softmax(-1)
@@ -34,7 +45,7 @@ def ce(logits: torch.Tensor, smoothing: float) -> torch.Tensor:
 
 
 def run(method, net, images, teacher=None):
-    return dict(method.passes(net, images, TARGETS, teacher, Random(0)))
+    return {point.label: loss for point, loss in method.passes(net, images, TARGETS, teacher, Random(0))}
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from scala_cli.settings import AugmentSettings, DeviceSettings, OptimizerSetting
 from scala_cli.training.finetune import open_splits
 from scala_cli.training.loop import Trainer
 from scala_cli.training.run import Run
+from scala_cli.training.step import Step
 from scala_cli.watch import Watcher
 
 
@@ -21,8 +22,12 @@ def trainer(photos, **groups) -> Trainer:
     return Trainer(start(), True, chosen, open_splits(chosen))
 
 
+def step(photos, **groups) -> Step:
+    return trainer(photos, **groups).step
+
+
 def test_weight_decay_spares_biases_norms_and_embeddings(photos):
-    ready = trainer(photos)
+    ready = step(photos)
     names = {id(p): n for n, p in ready.net.vit.named_parameters()}
     groups = ready.optimizer.param_groups
     decayed = {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
@@ -36,7 +41,7 @@ def test_learning_rate_warms_up_and_follows_a_cosine(photos, tmp_path):
     chosen = OptimizerSettings(epochs=4, batch_size=4, lr=1e-2, min_lr=0, warmup_epochs=1)
     ready = trainer(photos, optimizer=chosen)
     rates = []
-    ready.optimizer.step = lambda: rates.append(ready.optimizer.param_groups[0]["lr"])
+    ready.step.optimizer.step = lambda: rates.append(ready.step.optimizer.param_groups[0]["lr"])
     ready.train(Run(tmp_path / "run"), Record(), Watcher())
     cosine = [1e-2 * (1 + math.cos(math.pi * step / 12)) / 2 for step in range(12)]
     assert rates[:3] == pytest.approx([0, 1e-2 / 3, 2e-2 / 3])
@@ -46,31 +51,31 @@ def test_learning_rate_warms_up_and_follows_a_cosine(photos, tmp_path):
 def test_layer_decay_slows_the_lower_blocks(photos):
     ready = trainer(photos, optimizer=OptimizerSettings(epochs=1, batch_size=4, layer_decay=0.5))
     ready.scheduler.step_update(0)
-    names = {id(p): n for n, p in ready.net.vit.named_parameters()}
-    rates = {names[id(p)]: g["lr_scale"] for g in ready.optimizer.param_groups for p in g["params"]}
+    names = {id(p): n for n, p in ready.step.net.vit.named_parameters()}
+    rates = {names[id(p)]: g["lr_scale"] for g in ready.step.optimizer.param_groups for p in g["params"]}
     assert rates["head.weight"] > rates["blocks.1.mlp.fc1.weight"] > rates["blocks.0.mlp.fc1.weight"]
 
 
 @pytest.mark.parametrize(("limit", "reached"), [(1e-3, 1e-3), (None, None)])
 def test_the_gradient_is_clipped(photos, limit, reached):
-    ready = trainer(photos, optimizer=OptimizerSettings(epochs=1, batch_size=4, clip_grad=limit))
+    ready = step(photos, optimizer=OptimizerSettings(epochs=1, batch_size=4, clip_grad=limit))
     norms = []
 
-    def step():
+    def note_norm():
         grads = [p.grad for p in ready.net.vit.parameters()]
         norms.append(torch.nn.utils.get_total_norm(grads).item())
 
-    ready.optimizer.step = step
-    ready.train_step(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]))
+    ready.optimizer.step = note_norm
+    ready(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]))
     assert norms[0] == pytest.approx(reached, rel=1e-3) if reached else norms[0] > 0.1
 
 
 def test_bfloat16_training_is_close_to_float32(photos):
     losses = {}
     for amp in (False, True):
-        ready = trainer(photos, device=DeviceSettings(device="cpu", amp=amp))
+        ready = step(photos, device=DeviceSettings(device="cpu", amp=amp))
         images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-        losses[amp] = ready.train_step(images, torch.tensor([0, 1, 2, 0]))
+        losses[amp] = ready(images, torch.tensor([0, 1, 2, 0]))
         fused = {m.fused_attn for m in ready.net.vit.modules() if hasattr(m, "fused_attn")}
         assert fused == {not amp}
     assert losses[True] != losses[False]
@@ -84,9 +89,9 @@ def test_a_batch_in_parts_makes_the_same_step(photos, parts):
     steps = []
     for number in (1, parts):
         chosen = OptimizerSettings(epochs=1, batch_size=4, grad_accum_steps=number, clip_grad=None)
-        ready = trainer(photos, optimizer=chosen)
+        ready = step(photos, optimizer=chosen)
         ready.optimizer.zero_grad = lambda: None
-        losses = ready.train_step(images, torch.tensor([0, 1, 2, 0]))
+        losses = ready(images, torch.tensor([0, 1, 2, 0]))
         steps.append((losses, [p.grad for p in ready.net.vit.parameters()]))
     (one_losses, one), (other_losses, other) = steps
     assert other_losses == pytest.approx(one_losses, rel=1e-5)
@@ -95,7 +100,7 @@ def test_a_batch_in_parts_makes_the_same_step(photos, parts):
 
 
 def test_mixup_of_a_single_image_is_that_image(photos):
-    ready = trainer(photos, augment=AugmentSettings(mixup=0.5))
+    ready = step(photos, augment=AugmentSettings(mixup=0.5))
     one, label = torch.randn(1, 3, 16, 16), torch.tensor([1])
     assert ready.mix(one, label) == (one, label)
     three, soft = ready.mix(torch.randn(3, 3, 16, 16), torch.tensor([0, 1, 2]))
@@ -105,8 +110,8 @@ def test_mixup_of_a_single_image_is_that_image(photos):
 def test_lack_of_memory_names_the_batch_and_keeps_what_was_saved(photos, tmp_path):
     """Each step asks for a petabyte from the fifth step on."""
     ready, run = trainer(photos), Run(tmp_path / "run")
-    real = ready.predict
-    ready.predict = lambda *args: torch.empty(1 << 50) if ready.step == 4 else real(*args)
+    real = ready.step.predict
+    ready.step.predict = lambda *args: torch.empty(1 << 50) if ready.step.number == 4 else real(*args)
     with pytest.raises(TrainingError, match="memory for 4 images") as error:
         ready.train(run, Record(), Watcher())
     assert "--batch-size" in error.value.hint

@@ -36,8 +36,8 @@ class Method(ABC):
     @abstractmethod
     def passes(
         self, net: Student, images: Tensor, targets: Tensor, teacher: Teacher | None, random: Random
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Yields (name, loss) one pass at a time; the caller backpropagates each as it comes, then steps.
+    ) -> Iterator[tuple[Point, Tensor]]:
+        """Yields (width, loss) one pass at a time; the caller backpropagates each as it comes, then steps.
 
         Args:
             images: (B, C, H, W)
@@ -45,3 +45,7 @@ class Method(ABC):
             teacher: the frozen full-width model, or None.
             random: this step's own, alike on every machine that takes part.
         """
+
+    def weight(self, point: Point) -> int:
+        """How much the loss of a width counts in the sum that is minimised."""
+        return 1

@@ -9,6 +9,9 @@ from scala_cli.methods.base import Method, Student, Teacher
 from scala_cli.methods.losses import cross_entropy, distillation
 from scala_cli.slicing.point import Point
 
+PASSES = 4
+"""Widths trained in one step, where there are as many."""
+
 
 class Scala(Method):
     """Four widths a step, largest first (section 3 of the paper).
@@ -22,7 +25,7 @@ class Scala(Method):
 
     def passes(
         self, net: Student, images: Tensor, targets: Tensor, teacher: Teacher | None, random: Random
-    ) -> Iterator[tuple[str, Tensor]]:
+    ) -> Iterator[tuple[Point, Tensor]]:
         lesson = teacher(images) if teacher else None
         for point in self.sample(random):
             logits = net(images, point)
@@ -33,12 +36,21 @@ class Scala(Method):
                 loss = loss + cross_entropy(logits, targets, self.settings.smoothing)
             if lesson is not None:
                 loss = loss + distillation(logits, lesson)
-            yield point.label, loss
+            yield point, loss
             if teacher and self.settings.teacher == "all":
                 continue
             # Progressive Knowledge Transfer: each width teaches the next; without it the largest teaches all
             if self.settings.progressive_transfer or largest:
                 lesson = logits.detach()
+
+    def weight(self, point: Point) -> int:
+        """The narrowest counts as much as all others together.
+
+        Its channels are pulled at by every wider width as well, so that it has the least say in what is
+        all it has; trained alone it would have them to itself.
+        """
+        favoured = self.settings.favour_narrowest and point == self.points[0]
+        return max(1, min(PASSES, len(self.points)) - 1) if favoured else 1
 
     def sample(self, random: Random) -> list[Point]:
         """The widths of one step: the largest, two between, the smallest."""

@@ -25,10 +25,10 @@ class Separate(Method):
 
     def passes(
         self, net: Student, images: Tensor, targets: Tensor, teacher: Teacher | None, random: Random
-    ) -> Iterator[tuple[str, Tensor]]:
+    ) -> Iterator[tuple[Point, Tensor]]:
         (point,) = self.points
         logits = net(images, point)
         loss = cross_entropy(logits, targets, self.settings.smoothing)
         if teacher:
             loss = loss + distillation(logits, teacher(images))
-        yield point.label, loss
+        yield point, loss

@@ -8,6 +8,7 @@ from torch import Tensor
 from scala_cli.methods.base import Method, Student, Teacher
 from scala_cli.methods.losses import cross_entropy, distillation
 from scala_cli.methods.scala import uniform_sample
+from scala_cli.slicing.point import Point
 
 
 class USNet(Method):
@@ -17,10 +18,10 @@ class USNet(Method):
 
     def passes(
         self, net: Student, images: Tensor, targets: Tensor, teacher: Teacher | None, random: Random
-    ) -> Iterator[tuple[str, Tensor]]:
+    ) -> Iterator[tuple[Point, Tensor]]:
         largest, *others = uniform_sample(self.points, random)
         logits = net(images, largest)
-        yield largest.label, cross_entropy(logits, targets, self.settings.smoothing)
+        yield largest, cross_entropy(logits, targets, self.settings.smoothing)
         lesson = logits.detach()
         for point in others:
-            yield point.label, distillation(net(images, point), lesson)
+            yield point, distillation(net(images, point), lesson)

@@ -72,7 +72,12 @@ PARTS: dict[str, Any] = {
 ARMS: dict[str, Arm] = {
     "scala": Arm("scala", MethodSettings()),
     # what the authors' released code does with pretrained weights (Table 8): qkv cut as one block
-    "paper": Arm("paper", MethodSettings(order="none", isolation=True, teacher="full"), "fused", "fixed"),
+    "paper": Arm(
+        "paper",
+        MethodSettings(order="none", isolation=True, teacher="full", favour_narrowest=False),
+        "fused",
+        "fixed",
+    ),
     "usnet": Arm("usnet", MethodSettings(method="usnet")),
     "separate": Arm("separate", MethodSettings(method="separate")),
 }
@@ -86,6 +91,7 @@ def effective(method: MethodSettings) -> MethodSettings:
             progressive_transfer=False,
             stable_sampling=False,
             noise_calibration=False,
+            favour_narrowest=False,
             isolation=False,
         )
     if method.method == "usnet":

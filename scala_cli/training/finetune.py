@@ -109,7 +109,9 @@ def begin(trainer: Trainer, start: SlimmableViT, record: Record, run: Run, watch
     """Trains in a directory that has been claimed. Leaves it free again if not one epoch comes of it."""
     run.begin(start, record, trainer.state())
     try:
-        return trainer.train(run, trained_by(record, trainer.settings, trainer.frozen is not None), watch)
+        return trainer.train(
+            run, trained_by(record, trainer.settings, trainer.step.frozen is not None), watch
+        )
     except ScalaError:
         if not trainer.rows and not run.teacher.holds_state():
             run.discard()

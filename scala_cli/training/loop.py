@@ -2,33 +2,24 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from copy import deepcopy
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from random import Random
 from typing import Any
 
-import torch
-from timm.data import Mixup
-from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
-from torch import Tensor
 
 from scala_cli.data.loader import Loader, transform_for
 from scala_cli.data.split import Split
-from scala_cli.device import autocast, choose_device, naming_lack_of_memory, uses_bfloat16
+from scala_cli.device import choose_device
 from scala_cli.errors import TrainingError
 from scala_cli.evaluate import evaluate
-from scala_cli.methods import METHODS
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.models.vit import choose_attention
-from scala_cli.settings import AugmentSettings, Settings
-from scala_cli.slicing.point import Point
+from scala_cli.settings import Settings
 from scala_cli.training.gradients import GradientLog
 from scala_cli.training.run import GRADIENTS, Row, Run, mean_top1
+from scala_cli.training.step import Step, refused
 from scala_cli.watch import Stopped, Watcher
 from scala_cli.world import World
 
@@ -76,15 +67,10 @@ class Trainer:
     def __init__(
         self, start: SlimmableViT, taught: bool, settings: Settings, splits: tuple[Split, Split]
     ) -> None:
-        self.settings, self.device = settings, choose_device(settings.device)
-        self.world = World.join(self.device)
-        choose_attention(start.vit, self.device, uses_bfloat16(self.device, settings.device))
-        self.method = METHODS[settings.method.method](start.points, settings.method)
-        self.net = deepcopy(start).to(self.device)
-        self.frozen = start.vit.to(self.device).eval().requires_grad_(False) if taught else None
-        for model in (self.net, self.frozen):
-            if model:
-                self.world.agree(model)
+        self.settings = settings
+        device = choose_device(settings.device)
+        self.world = World.join(device)
+        self.step = Step(start, taught, settings, device, self.world)
         chosen = settings.optimizer
         low, high = settings.augment.scale
         if not 0 < low <= high <= 1:
@@ -93,26 +79,18 @@ class Trainer:
             )
         try:
             augmented, plain = transform_for(start.spec, settings.augment), transform_for(start.spec)
-            self.training = Loader(
-                splits[0],
-                augmented,
-                chosen.batch_size,
-                settings.read,
-                training=True,
-                seed=settings.seed,
-                world=self.world,
-            )
-            self.validation = Loader(splits[1], plain, chosen.batch_size, settings.read, world=self.world)
-            self.mix = mixer(settings.augment, settings.method.smoothing, start.spec.num_classes)
-            self.optimizer = create_optimizer_v2(
-                self.net.vit,
-                opt=chosen.opt,
-                lr=chosen.lr,
-                weight_decay=chosen.weight_decay,
-                layer_decay=chosen.layer_decay,
-            )
         except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise TrainingError(f"timm refuses these settings: {error}.", "See scala finetune -h") from None
+            raise refused(error) from None
+        self.training = Loader(
+            splits[0],
+            augmented,
+            chosen.batch_size,
+            settings.read,
+            training=True,
+            seed=settings.seed,
+            world=self.world,
+        )
+        self.validation = Loader(splits[1], plain, chosen.batch_size, settings.read, world=self.world)
         an_epoch = len(self.training)
         if not an_epoch:
             raise TrainingError(
@@ -122,7 +100,7 @@ class Trainer:
         self.epochs = math.ceil(self.steps / an_epoch)
         warmup = chosen.warmup_epochs if chosen.warmup_epochs is not None else chosen.epochs / 20
         self.scheduler, _ = create_scheduler_v2(
-            self.optimizer,
+            self.step.optimizer,
             num_epochs=self.steps / an_epoch,  # type: ignore[arg-type]  # fractions are well defined
             warmup_epochs=min(warmup, chosen.epochs),  # type: ignore[arg-type]
             warmup_lr=chosen.min_lr,
@@ -130,28 +108,18 @@ class Trainer:
             step_on_epochs=False,
             updates_per_epoch=an_epoch,
         )
-        self.average = (
-            ModelEmaV3(self.net.vit, decay=chosen.model_ema_decay, use_warmup=True)
-            if chosen.model_ema
-            else None
-        )
-        self.judged = SlimmableViT(self.average.module, start.spec, start.rule) if self.average else self.net
         self.rows: list[Row] = []
-        self.step, self.epoch = 0, Epoch()
-        self.gradients: GradientLog | None = None
+        self.epoch = Epoch()
 
     def state(self) -> dict[str, Any]:
         """All that `restore` needs to go on after the last step."""
         return {
             "settings": asdict(self.settings),
-            "taught": self.frozen is not None,
+            "taught": self.step.frozen is not None,
             "images_per_step": self.images_per_step,
-            "weights": self.net.vit.state_dict(),
-            "average": self.average.module.state_dict() if self.average else None,
-            "optimizer": self.optimizer.state_dict(),
             "rows": self.rows,
-            "step": self.step,
             "epoch": asdict(self.epoch),
+            **self.step.state(),
         }
 
     @property
@@ -160,11 +128,8 @@ class Trainer:
         return self.training.batch_size * self.world.size
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.rows, self.step, self.epoch = state["rows"], state["step"], Epoch(**state["epoch"])
-        self.net.vit.load_state_dict(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.average:
-            self.average.module.load_state_dict(state["average"])
+        self.rows, self.epoch = state["rows"], Epoch(**state["epoch"])
+        self.step.restore(state)
 
     def train(self, run: Run, record: Record, watch: Watcher) -> Row:
         """Trains what is left, saves every epoch and between, and returns the row of the best.
@@ -177,22 +142,23 @@ class Trainer:
             Stopped: where the watcher asks for it, after saving.
         """
         if self.settings.log_grads and self.world.rank == 0:
-            self.gradients = GradientLog(self.net.vit.parameters(), run.path / GRADIENTS, self.step)
+            parameters = self.step.net.vit.parameters()
+            self.step.gradients = GradientLog(parameters, run.path / GRADIENTS, self.step.number)
         try:
             with watch.between_steps():
                 while len(self.rows) < self.epochs:
                     row = self.train_epoch(run, watch)
                     points = evaluate(
-                        self.judged,
+                        self.step.judged,
                         self.validation,
-                        self.net.points,
+                        self.step.net.points,
                         self.settings.device,
                         watch,
                         self.world,
                     )
                     self.rows.append({**row, "points": points})
                     self.epoch = Epoch()
-                    run.save_epoch(self.judged, record, self.rows, self.state())
+                    run.save_epoch(self.step.judged, record, self.rows, self.state())
                     watch.epoch(self.rows[-1])
         except Stopped:
             run.write_state(self.state())
@@ -208,23 +174,23 @@ class Trainer:
         """
         number, so_far = len(self.rows), self.epoch
         first, last = (
-            self.step - number * len(self.training),
+            self.step.number - number * len(self.training),
             min(self.steps, (number + 1) * len(self.training)),
         )
         of = f"epoch {number + 1}/{self.epochs}"
-        watch.phase(of, (last - self.step) * self.images_per_step)
-        self.net.train()
-        self.scheduler.step_update(self.step)
-        lr = self.optimizer.param_groups[-1]["lr"]
+        watch.phase(of, (last - self.step.number) * self.images_per_step)
+        self.step.net.train()
+        self.scheduler.step_update(self.step.number)
+        lr = self.lr
         began = saved = time.perf_counter()
-        for images, targets in islice(self.training.of_epoch(number, first), last - self.step):
-            lr = self.optimizer.param_groups[-1]["lr"]
-            with naming_lack_of_memory(len(images)):
-                losses = self.train_step(images, targets)
+        for images, targets in islice(self.training.of_epoch(number, first), last - self.step.number):
+            lr = self.lr
+            losses = self.step(images, targets)
+            self.scheduler.step_update(self.step.number)
             for name, loss in losses.items():
                 if not math.isfinite(loss):
                     raise TrainingError(
-                        f"the loss of width {name} is {loss} at step {self.step} ({of}).",
+                        f"the loss of width {name} is {loss} at step {self.step.number} ({of}).",
                         f"Lower --lr (now {self.settings.optimizer.lr:g}). What was saved before is whole.",
                     )
             now = time.perf_counter()
@@ -236,69 +202,12 @@ class Trainer:
             watch.step(len(images) * self.world.size, losses)
         return {"epoch": number + 1, "lr": lr, **so_far.row()}
 
+    @property
+    def lr(self) -> float:
+        """Of the next step, where layers do not differ."""
+        return self.step.optimizer.param_groups[-1]["lr"]
+
     def is_due(self, seconds: float) -> bool:
         """Whether to save now, so many seconds after the last time."""
         every = self.settings.optimizer.save_every_steps
-        return self.step % every == 0 if every else seconds > SECONDS_BETWEEN_SAVES
-
-    def train_step(self, images: Tensor, targets: Tensor) -> dict[str, float]:
-        """Every pass of the method on one batch, then one step of the optimizer. Returns their losses."""
-        random_seed((self.settings.seed * 1_000_003 + self.step) % 2**32)
-        images, targets = (
-            images.to(self.device, non_blocking=True),
-            targets.to(self.device, non_blocking=True),
-        )
-        images, targets = self.mix(images, targets) if len(images) else (images, targets)
-        teacher = self.teach if self.frozen else None
-        losses: dict[str, Tensor] = {}
-        parts = self.settings.optimizer.grad_accum_steps
-        for some, their in zip(images.chunk(parts), targets.chunk(parts), strict=True) if len(images) else ():
-            random = Random(f"{self.settings.seed} {self.step}")  # every part at the same widths
-            for name, loss in self.method.passes(self.predict, some, their, teacher, random):
-                share = loss * (len(some) / len(images))
-                share.backward()
-                losses[name] = losses.get(name, 0) + share.detach()
-                if self.gradients:
-                    self.gradients.add(name)
-        if self.gradients:
-            self.gradients.write(self.step)
-        if not len(images):  # not one of them could be read
-            for parameter in self.net.vit.parameters():
-                parameter.grad = torch.zeros_like(parameter)
-        self.world.average_gradients(self.net.vit.parameters())
-        if self.settings.optimizer.clip_grad:
-            dispatch_clip_grad(self.net.vit.parameters(), self.settings.optimizer.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
-        self.scheduler.step_update(self.step)
-        if self.average:
-            self.average.update(self.net.vit, self.step)
-        return {name: loss.item() for name, loss in losses.items()}
-
-    def predict(self, images: Tensor, point: Point) -> Tensor:
-        """The model's logits at a width, (B, classes) in float32."""
-        with autocast(self.device, self.settings.device):
-            return self.net(images, point).float()
-
-    @torch.no_grad()
-    def teach(self, images: Tensor) -> Tensor:
-        """The frozen starting model's logits, (B, classes) in float32."""
-        assert self.frozen is not None
-        with autocast(self.device, self.settings.device):
-            return self.frozen(images).float()
-
-
-def mixer(
-    augment: AugmentSettings, smoothing: float, num_classes: int
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Mixup and cutmix of a batch where asked for; they pair images, so an odd one out is dropped."""
-    if not (augment.mixup or augment.cutmix):
-        return lambda images, targets: (images, targets)
-    mixup = Mixup(augment.mixup, augment.cutmix, label_smoothing=smoothing, num_classes=num_classes)
-
-    def mix(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        even = len(images) // 2 * 2
-        return mixup(images[:even], targets[:even]) if even else (images, targets)
-
-    return mix
+        return self.step.number % every == 0 if every else seconds > SECONDS_BETWEEN_SAVES

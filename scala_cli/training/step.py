@@ -1,0 +1,168 @@
+"""One training step: every pass of a method on one batch, then one move of the weights."""
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from random import Random
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
+from torch import Tensor
+
+from scala_cli.device import autocast, naming_lack_of_memory, uses_bfloat16
+from scala_cli.errors import TrainingError
+from scala_cli.methods import METHODS
+from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.models.vit import choose_attention
+from scala_cli.settings import AugmentSettings, Settings
+from scala_cli.slicing.point import Point
+from scala_cli.training.gradients import GradientLog
+from scala_cli.world import ALONE, World
+
+
+class Step:
+    """A model, what teaches it and what moves it; called with a batch, it moves once.
+
+    All that is random depends on the seed and the number of the step alone.
+
+    Args:
+        start: the model to start from; its full width, frozen, is the teacher where `taught`.
+        world: the processes that share each batch.
+
+    Raises:
+        TrainingError: for settings that timm refuses. PointError where a width does not divide.
+    """
+
+    def __init__(
+        self,
+        start: SlimmableViT,
+        taught: bool,
+        settings: Settings,
+        device: torch.device,
+        world: World = ALONE,
+    ) -> None:
+        self.settings, self.device, self.world = settings, device, world
+        choose_attention(start.vit, device, uses_bfloat16(device, settings.device))
+        self.method = METHODS[settings.method.method](start.points, settings.method)
+        self.net = deepcopy(start).to(device)
+        self.frozen = start.vit.to(device).eval().requires_grad_(False) if taught else None
+        for model in (self.net, self.frozen):
+            if model:
+                world.agree(model)
+        chosen = settings.optimizer
+        try:
+            self.mix = mixer(settings.augment, settings.method.smoothing, start.spec.num_classes)
+            self.optimizer = create_optimizer_v2(
+                self.net.vit,
+                opt=chosen.opt,
+                lr=chosen.lr,
+                weight_decay=chosen.weight_decay,
+                layer_decay=chosen.layer_decay,
+            )
+        except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise refused(error) from None
+        self.average = (
+            ModelEmaV3(self.net.vit, decay=chosen.model_ema_decay, use_warmup=True)
+            if chosen.model_ema
+            else None
+        )
+        self.judged = SlimmableViT(self.average.module, start.spec, start.rule) if self.average else self.net
+        self.number = 0
+        self.gradients: GradientLog | None = None
+
+    def state(self) -> dict[str, Any]:
+        """All that `restore` needs to go on after the last step."""
+        return {
+            "step": self.number,
+            "weights": self.net.vit.state_dict(),
+            "average": self.average.module.state_dict() if self.average else None,
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.number = state["step"]
+        self.net.vit.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average:
+            self.average.module.load_state_dict(state["average"])
+
+    def __call__(self, images: Tensor, targets: Tensor) -> dict[str, float]:
+        """Every pass of the method, then one step of the optimizer. Returns the loss of each pass.
+
+        Args:
+            images: (B, C, H, W), normalised; none where not one could be read, and then this process only
+                takes part in what the others do.
+            targets: (B,) class numbers.
+
+        Raises:
+            TrainingError: where the device has not enough memory.
+        """
+        with naming_lack_of_memory(len(images)):
+            losses = self.gather_gradients(images, targets)
+            if self.gradients:
+                self.gradients.write(self.number)
+            self.world.average_gradients(self.net.vit.parameters())
+            if self.settings.optimizer.clip_grad:
+                dispatch_clip_grad(self.net.vit.parameters(), self.settings.optimizer.clip_grad)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.number += 1
+            if self.average:
+                self.average.update(self.net.vit, self.number)
+        return {name: loss.item() for name, loss in losses.items()}
+
+    def gather_gradients(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Every pass of the method, forwards and backwards. Returns their losses."""
+        losses: dict[str, Tensor] = {}
+        if not len(images):
+            for parameter in self.net.vit.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            return losses
+        random_seed((self.settings.seed * 1_000_003 + self.number) % 2**32)
+        images = images.to(self.device, non_blocking=True)
+        images, targets = self.mix(images, targets.to(self.device, non_blocking=True))
+        teacher = self.teach if self.frozen else None
+        parts = self.settings.optimizer.grad_accum_steps
+        for some, their in zip(images.chunk(parts), targets.chunk(parts), strict=True):
+            random = Random(f"{self.settings.seed} {self.number}")  # every part at the same widths
+            for point, loss in self.method.passes(self.predict, some, their, teacher, random):
+                share = loss * (len(some) / len(images))
+                (share * self.method.weight(point)).backward()
+                losses[point.label] = losses.get(point.label, 0) + share.detach()
+                if self.gradients:
+                    self.gradients.add(point.label)
+        return losses
+
+    def predict(self, images: Tensor, point: Point) -> Tensor:
+        """The model's logits at a width, (B, classes) in float32."""
+        with autocast(self.device, self.settings.device):
+            return self.net(images, point).float()
+
+    @torch.no_grad()
+    def teach(self, images: Tensor) -> Tensor:
+        """The frozen starting model's logits, (B, classes) in float32."""
+        assert self.frozen is not None
+        with autocast(self.device, self.settings.device):
+            return self.frozen(images).float()
+
+
+def mixer(
+    augment: AugmentSettings, smoothing: float, num_classes: int
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Mixup and cutmix of a batch where asked for; they pair images, so an odd one out is dropped."""
+    if not (augment.mixup or augment.cutmix):
+        return lambda images, targets: (images, targets)
+    mixup = Mixup(augment.mixup, augment.cutmix, label_smoothing=smoothing, num_classes=num_classes)
+
+    def mix(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        even = len(images) // 2 * 2
+        return mixup(images[:even], targets[:even]) if even else (images, targets)
+
+    return mix
+
+
+def refused(error: Exception) -> TrainingError:
+    """What timm says of settings it does not take."""
+    return TrainingError(f"timm refuses these settings: {error}.", "See scala finetune -h")
