@@ -1,8 +1,9 @@
 """Where tensors are computed, and in which precision."""
 
+import ctypes
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -75,6 +76,38 @@ def synchronize(device: torch.device) -> None:
     """Returns once the device has done all that was asked of it."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def peak_memory(device: torch.device, call: Callable[[], object]) -> int | None:
+    """How many bytes more than before are held at the peak of a call; None where nothing tells."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu" or not can_reset_peak():
+        call()
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # gives back what is free, or it would count as held before
+    before = resident("VmRSS")
+    can_reset_peak()
+    call()
+    return resident("VmHWM") - before
+
+
+def can_reset_peak() -> bool:
+    """Makes this process's peak of memory begin anew. Whether that is possible: on Linux with glibc."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return hasattr(ctypes.CDLL(None), "malloc_trim")
+
+
+def resident(field: str) -> int:
+    """Bytes of memory that this process holds (VmRSS) or has held at most (VmHWM)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{field}:")[2].split()[0]) * 1024
 
 
 def device_name(device: torch.device) -> str:

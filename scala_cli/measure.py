@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,9 @@ from scala_cli.settings import BenchSettings, DeviceSettings
 from scala_cli.slicing.point import Point
 from scala_cli.watch import Watcher
 
-WARMUP_ROUNDS = 5
+WARMUP_ROUNDS, RUNS = 5, 50
+
+Key = TypeVar("Key")
 
 Predictor = Callable[[Tensor], Tensor]
 """images (B, C, H, W) -> logits (B, classes)"""
@@ -65,17 +68,26 @@ def time_models(
         runs: how often each model is timed.
     """
     watch.phase("time", (WARMUP_ROUNDS + runs) * len(models), "runs")
-    times: dict[Point, list[float]] = {point: [] for point in models}
-    for turn in range(WARMUP_ROUNDS + runs):
-        for point, model in models.items():
-            synchronize(images.device)
-            began = time.perf_counter()
-            model(images)
-            synchronize(images.device)
-            if turn >= WARMUP_ROUNDS:
-                times[point].append((time.perf_counter() - began) * 1000)
-            watch.step(1)
+    calls = {point: partial(model, images) for point, model in models.items()}
+    take_turns(calls, WARMUP_ROUNDS, images.device, watch)
+    times = take_turns(calls, runs, images.device, watch)
     return {point: timing(series, len(images)) for point, series in times.items()}
+
+
+def take_turns(
+    calls: Mapping[Key, Callable[[], object]], rounds: int, device: torch.device, watch: Watcher
+) -> dict[Key, list[float]]:
+    """Milliseconds of every call in every round."""
+    times: dict[Key, list[float]] = {key: [] for key in calls}
+    for _ in range(rounds):
+        for key, call in calls.items():
+            synchronize(device)
+            began = time.perf_counter()
+            call()
+            synchronize(device)
+            times[key].append((time.perf_counter() - began) * 1000)
+            watch.step(1)
+    return times
 
 
 def timing(series: list[float], batch_size: int) -> Timing:
@@ -113,29 +125,32 @@ def bench(
     """
     device = choose_device(where)
     net.to(device)
-    images = random_images(net.spec, settings.batch_size).to(device)
+    size, runs = settings.batch_size or 1, settings.runs or RUNS
+    images = random_images(net.spec, size).to(device)
     models = {point: net.slice(point).to(device) for point in points}
     with autocast(device, where) if where.amp else nullcontext():
-        timings = time_models(models, images, settings.runs, watch)
+        timings = time_models(models, images, runs, watch)
     rows = []
     for point in points:
-        size, timed = cost(net.spec.at(point)), timings[point]
+        costs, timed = cost(net.spec.at(point)), timings[point]
         rows.append(
             {
                 "ratio": float(point.ratio),
-                "params": size["params"],
-                "gmacs": size["gmacs"],
+                "params": costs["params"],
+                "gmacs": costs["gmacs"],
                 "latency_ms": round(timed.latency_ms, 3),
                 "latency_ms_p95": round(timed.latency_ms_p95, 3),
                 "throughput": round(timed.throughput, 2),
                 "top1": record.top1(point),
             }
         )
+    return {**conditions(device, bool(where.amp)), "batch_size": size, "runs": runs, "points": rows}
+
+
+def conditions(device: torch.device, bfloat16: bool) -> dict[str, Any]:
+    """What a measured time depends on, to be told with it."""
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "precision": "bfloat16" if where.amp else "float32",
-        "batch_size": settings.batch_size,
-        "runs": settings.runs,
-        "points": rows,
+        "precision": "bfloat16" if bfloat16 else "float32",
     }

@@ -75,6 +75,9 @@ class OptimizerSettings:
     grad_accum_steps: int = option(
         1, "Work through a batch in so many parts, which needs less memory; the step is the same.", min=1
     )
+    grad_checkpointing: bool = option(
+        False, "Compute activations again in the backward pass, which needs less memory.", only="on"
+    )
     save_every_steps: int | None = option(
         None, "Steps between savings of what --resume needs. Default: every three minutes.", min=1
     )
@@ -127,8 +130,12 @@ class EvalSettings:
 class BenchSettings:
     """How it is timed."""
 
-    batch_size: int = option(1, "Images a batch.", "-b", min=1)
-    runs: int = option(50, "How often each width is timed.", min=1)
+    batch_size: int | None = option(
+        None, "Images a batch. Default: 1, or as many as training takes.", "-b", min=1
+    )
+    runs: int | None = option(
+        None, "How often each is timed. Default: 50 predictions, or 10 training steps.", min=1
+    )
 
 
 @dataclass(frozen=True)

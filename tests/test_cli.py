@@ -71,6 +71,24 @@ def test_from_pretrained_weights_to_a_slice(scala, tiny, photos):
     assert known["points"][1]["top1"] == row["top1"]
 
 
+def test_bench_times_steps_of_training_beside_timms(scala, tiny):
+    words = ("bench", tiny, "--ratio", "0.5", "--ratio", "1", "--train", "--runs", 2, "-b", 4)
+    told = scala(*words, "--csv", "steps.csv", "--json").json
+    assert told["batch_size"] == 4 and told["runs"] == 2 and told["precision"] in ("float32", "bfloat16")
+    timm, untaught, taught = told["steps"]
+    assert [row["step"] for row in told["steps"]] == ["timm", "scala", "scala, taught"]
+    assert timm["efficiency"] == timm["cost_ratio"] == 1
+    half, full = (point["gmacs"] for point in scala("info", tiny, "--json").json["points"][1::2])
+    assert untaught["cost_ratio"] == pytest.approx((half + full) / full, rel=1e-3)
+    assert taught["cost_ratio"] == pytest.approx((half + full + full / 3) / full, rel=1e-3)
+    for row in (untaught, taught):
+        relative = row["images_per_sec"] * row["cost_ratio"] / timm["images_per_sec"]
+        assert row["efficiency"] == pytest.approx(relative, rel=0.01)
+    assert Path("steps.csv").read_text().startswith("step,images_per_sec,cost_ratio,efficiency")
+    assert scala("bench", tiny, "--train", "--data", "digits").code == 2
+    assert scala("bench", tiny, "--grad-checkpointing").code == 2
+
+
 def test_bench_measures_accuracy_where_images_are_given(scala, tiny, photos):
     answer = scala("bench", tiny, "--ratio", "0.5", "--runs", 1, "--data", photos, "-j", 0, "--json")
     (row,) = answer.json["points"]

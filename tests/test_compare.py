@@ -16,8 +16,9 @@ from scala_cli.models.checkpoint import Record
 from scala_cli.plot import draw_arms
 from scala_cli.settings import AugmentSettings
 from scala_cli.slicing.point import parse_points
-from scala_cli.training.compare import ARMS, arms_of, columns, compare, summary, training_gmacs
+from scala_cli.training.compare import ARMS, arms_of, columns, compare, summary
 from scala_cli.training.gradients import GradientLog
+from scala_cli.training.price import training_gmacs
 
 
 @pytest.fixture(autouse=True)
@@ -121,11 +122,13 @@ def test_each_part_can_be_left_out():
 def test_training_macs_are_those_by_hand():
     gmacs = costs()
     half, full = gmacs.values()
-    assert training_gmacs(gmacs, ARMS["scala"], True) == pytest.approx(3 * (half + full) + full, abs=1e-4)
-    assert training_gmacs(gmacs, ARMS["separate"], True) == pytest.approx(
+    assert training_gmacs(gmacs, ARMS["scala"].method, True) == pytest.approx(
+        3 * (half + full) + full, abs=1e-4
+    )
+    assert training_gmacs(gmacs, ARMS["separate"].method, True) == pytest.approx(
         3 * (half + full) + 2 * full, abs=1e-4
     )
-    assert training_gmacs(gmacs, ARMS["usnet"], True) == pytest.approx(3 * (half + full), abs=1e-4)
+    assert training_gmacs(gmacs, ARMS["usnet"].method, True) == pytest.approx(3 * (half + full), abs=1e-4)
 
 
 def test_at_equal_macs_the_dearer_arm_sees_fewer_images(photos):
@@ -135,7 +138,7 @@ def test_at_equal_macs_the_dearer_arm_sees_fewer_images(photos):
     compare("model", open_start, arms, 1, "macs", settings(photos, 3), Path("side"), listener)
     alone = [losses for losses in listener.losses if len(losses) == 1]
     assert len(listener.losses) - len(alone) == 9
-    gmacs = [training_gmacs(costs(), arm, True) for arm in arms]
+    gmacs = [training_gmacs(costs(), arm.method, True) for arm in arms]
     assert len(alone) == 2 * round(9 * gmacs[0] / gmacs[1]) < 18
 
 

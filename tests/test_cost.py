@@ -1,9 +1,12 @@
 """Parameters and multiply-accumulates against the formulas written out by hand."""
 
+import sys
+
 import pytest
 import timm
 import torch
 
+from scala_cli.device import peak_memory
 from scala_cli.measure import cost, timing
 from scala_cli.models.vit import describe
 from scala_cli.slicing.point import Point
@@ -56,3 +59,12 @@ def test_timing_is_the_median_and_the_nearest_rank():
     assert timed.latency_ms_p95 == 95
     assert timed.throughput == pytest.approx(4 / 0.0505)
     assert timing([7.0], 1).latency_ms_p95 == 7
+
+
+def test_peak_memory_of_a_call():
+    """100 MB that are freed before the call returns are seen; those held before are not."""
+    held = torch.ones(50_000_000, dtype=torch.uint8)
+    peak = peak_memory(torch.device("cpu"), lambda: torch.ones(100_000_000, dtype=torch.uint8).max())
+    assert peak is None or 95e6 < peak < 130e6
+    assert (peak is None) == (sys.platform != "linux")
+    assert len(held)

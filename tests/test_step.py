@@ -1,6 +1,8 @@
 """One training step and what drives it: optimizer, schedule, clipping, precision, mixup."""
 
 import math
+from copy import deepcopy
+from random import Random
 
 import pytest
 import torch
@@ -121,3 +123,55 @@ def test_lack_of_memory_names_the_batch_and_keeps_what_was_saved(photos, tmp_pat
 def test_other_failures_are_not_called_lack_of_memory():
     with pytest.raises(RuntimeError, match="shape"), naming_lack_of_memory(4):
         raise RuntimeError("shape")
+
+
+def test_gradient_checkpointing_computes_blocks_again_for_the_same_gradients(photos):
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    gradients, runs = [], []
+    for again in (False, True):
+        chosen = OptimizerSettings(epochs=1, batch_size=4, grad_checkpointing=again)
+        ready = step(photos, optimizer=chosen)
+        ready.optimizer.zero_grad = lambda: None
+        models = [ready.net.vit, *(ready.net._skeleton(point) for point in ready.net.points[:-1])]
+        count = [0] * len(models)
+        for number, model in enumerate(models):
+
+            def counted(*_, count=count, number=number):
+                count[number] += 1
+
+            model.blocks[0].register_forward_pre_hook(counted)
+        ready(images, torch.tensor([0, 1, 2, 0]))
+        gradients.append([p.grad for p in ready.net.vit.parameters()])
+        runs.append(count)
+    assert runs == [[1] * 4, [2] * 4]
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_the_narrowest_pulls_with_its_weight(photos):
+    """The gradient is the sum of the widths' own, the narrowest's three times."""
+    images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
+    chosen = OptimizerSettings(epochs=1, batch_size=4, clip_grad=None)
+    ready = step(photos, optimizer=chosen)
+    ready.optimizer.zero_grad = ready.optimizer.step = lambda: None
+    own = {}
+    for point, loss in ready.method.passes(ready.predict, images, labels, ready.teach, Random("0 0")):
+        loss.backward()
+        own[point] = [p.grad.clone() for p in ready.net.vit.parameters()]
+        ready.net.zero_grad()
+    losses = ready(images, labels)
+    weights = {point: 3 if point == ready.net.points[0] else 1 for point in own}
+    for number, parameter in enumerate(ready.net.vit.parameters()):
+        by_hand = sum(weights[point] * gradients[number] for point, gradients in own.items())
+        torch.testing.assert_close(parameter.grad, by_hand, rtol=1e-4, atol=1e-6)
+    assert list(losses) == [point.label for point in own]
+
+
+def test_a_model_can_be_copied_after_a_step(photos):
+    ready = step(photos)
+    ready(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]))
+    images = torch.randn(2, 3, 16, 16)
+    copied = deepcopy(ready.net)
+    with torch.no_grad():
+        assert torch.equal(copied(images, 0.5), ready.net(images, 0.5))
+        copied.vit.head.bias += 1
+        torch.testing.assert_close(copied(images, 0.5), ready.net(images, 0.5) + 1)

@@ -1,13 +1,13 @@
 """A slimmable ViT: an ordinary timm VisionTransformer plus a slicing rule."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from scala_cli.errors import PointError
 from scala_cli.models.vit import Spec
@@ -81,8 +81,9 @@ class SlimmableViT(nn.Module):
         point = self.widest if ratio is None else find_point(ratio, self.points)
         if point.ratio == 1:
             return self.vit(images)
-        state = self.rule.slice_state(dict(self.vit.named_parameters()), point)
-        return functional_call(self._skeleton(point), state, (images,), strict=True)
+        skeleton = self._skeleton(point)
+        fill(skeleton, self.rule.slice_state(dict(self.vit.named_parameters()), point))
+        return skeleton(images)
 
     @torch.no_grad()
     def slice(self, ratio: Ratio) -> VisionTransformer:
@@ -97,4 +98,21 @@ class SlimmableViT(nn.Module):
         skeleton = self._skeletons[point]
         if skeleton.training != self.training:
             skeleton.train(self.training)
+        skeleton.set_grad_checkpointing(self.vit.grad_checkpointing)
         return skeleton
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the skeletons, whose tensors are views of the weights: a copy makes its own."""
+        return {**self.__dict__, "_skeletons": {}}
+
+
+def fill(skeleton: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Gives a model these tensors in place of its parameters, by name.
+
+    They stay until the next, because a backward pass may run a block again (gradient checkpointing).
+    """
+    for name, tensor in state.items():
+        layer, _, parameter = name.rpartition(".")
+        module = skeleton.get_submodule(layer)
+        delattr(module, parameter)
+        setattr(module, parameter, tensor)

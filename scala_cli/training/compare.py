@@ -5,18 +5,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from random import Random
 from statistics import fmean, stdev
 from typing import Any, Literal
-
-import torch
-from torch import Tensor
 
 from scala_cli.data.split import class_misfit
 from scala_cli.errors import TrainingError
 from scala_cli.files import whole_file
 from scala_cli.measure import cost
-from scala_cli.methods import METHODS
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.report import write_csv
@@ -25,6 +20,7 @@ from scala_cli.slicing.point import Point
 from scala_cli.slicing.rule import AttnScale
 from scala_cli.slicing.table import Layout
 from scala_cli.training.finetune import can_be_ordered, finetune, go_on, open_splits
+from scala_cli.training.price import training_gmacs
 from scala_cli.training.run import METRICS, STATE, Run
 from scala_cli.watch import Watcher
 
@@ -154,10 +150,10 @@ def compare(
     }
     claim(folder, what)
     gmacs = {point: cost(net.spec.at(point))["gmacs"] for point in net.points}
-    first = training_gmacs(gmacs, arms[0], record.trained)
+    first = training_gmacs(gmacs, arms[0].method, record.trained)
     rows = []
     for arm in arms:
-        spent = training_gmacs(gmacs, arm, record.trained)
+        spent = training_gmacs(gmacs, arm.method, record.trained)
         epochs = settings.optimizer.epochs * (first / spent if equal == "macs" else 1)
         runs = []
         for number in range(seeds):
@@ -223,34 +219,6 @@ def train(
         *earlier, last = [json.loads(line) for line in (run.path / METRICS).read_text().splitlines()]
         rows += [{**row, "points": []} for row in earlier] + [last]
     return rows
-
-
-def training_gmacs(gmacs: Mapping[Point, float], arm: Arm, pretrained: bool) -> float:
-    """GMACs that one training image costs an arm: a backward pass counts as two forwards.
-
-    The widths that a method draws are averaged over 1,000 steps.
-
-    Args:
-        gmacs: of one forward at each width; the teacher's is taken to be the largest.
-        pretrained: whether the start can teach.
-    """
-    method = METHODS[arm.method.method]
-    taught = pretrained and method.taught and arm.method.teacher != "none"
-    teacher = max(gmacs.values()) if taught else 0.0
-    if arm.method.method == "separate":
-        return round(sum(3 * each + teacher for each in gmacs.values()), 4)
-    drawn: list[float] = []
-
-    def student(_: Tensor, point: Point) -> Tensor:
-        drawn.append(gmacs[point])
-        return torch.zeros(1, 2)
-
-    images, targets = torch.zeros(1), torch.zeros(1, dtype=torch.long)
-    steps = 1000
-    for step in range(steps):
-        for _ in method(tuple(gmacs), arm.method).passes(student, images, targets, None, Random(step)):
-            pass
-    return round(3 * sum(drawn) / steps + teacher, 4)
 
 
 def summary(runs: Sequence[Sequence[dict[str, Any]]], gmacs: Mapping[Point, float]) -> dict[str, Any]:

@@ -47,6 +47,7 @@ class Step:
         choose_attention(start.vit, device, uses_bfloat16(device, settings.device))
         self.method = METHODS[settings.method.method](start.points, settings.method)
         self.net = deepcopy(start).to(device)
+        self.net.vit.set_grad_checkpointing(settings.optimizer.grad_checkpointing)
         self.frozen = start.vit.to(device).eval().requires_grad_(False) if taught else None
         for model in (self.net, self.frozen):
             if model:

@@ -1,0 +1,107 @@
+"""How fast a method trains, beside plain timm training of the full width, in one run."""
+
+import statistics
+from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+from timm.models import VisionTransformer
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3, dispatch_clip_grad
+from torch import Tensor
+from torch.nn import functional as F
+
+from scala_cli.device import autocast, choose_device, peak_memory, uses_bfloat16
+from scala_cli.measure import conditions, cost, random_images, take_turns
+from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.models.vit import choose_attention
+from scala_cli.settings import Settings
+from scala_cli.training.price import training_gmacs
+from scala_cli.training.step import Step
+from scala_cli.watch import Watcher
+
+WARMUP_ROUNDS = 3
+
+
+def bench_training(net: SlimmableViT, settings: Settings, rounds: int, watch: Watcher) -> dict[str, Any]:
+    """Times steps on random images, in turns, so that a machine that heats up or is shared slows all alike.
+
+    Args:
+        rounds: how often each step is timed.
+
+    Returns:
+        {"device", "threads", "precision", "batch_size", "runs", "steps"}; the steps are timm's, the method's
+        without a teacher and, as from pretrained weights, with one. Per step {"step", "images_per_sec",
+        "cost_ratio", "efficiency", "mb_per_image"}: the median; the multiply-accumulates of an image relative
+        to timm's; images/s times that relative to timm's images/s, which is 1 where training many widths
+        costs no more than its arithmetic; and by how much memory peaks above what was held before, divided
+        by the images of the batch, where the system tells.
+    """
+    device = choose_device(settings.device)
+    size = settings.optimizer.batch_size
+    images = random_images(net.spec, size).to(device)
+    targets = (torch.arange(size) % net.spec.num_classes).to(device)
+    plain = plain_step(net, settings, device)
+    step = Step(net, True, settings, device)
+    step.net.train()
+    teacher = step.frozen
+
+    def run_method(frozen: VisionTransformer | None) -> None:
+        step.frozen = frozen
+        step(images, targets)
+
+    calls: dict[str, Callable[[], object]] = {
+        "timm": partial(plain, images, targets),
+        "scala": partial(run_method, None),
+        "scala, taught": partial(run_method, teacher),
+    }
+    watch.phase("warm up", WARMUP_ROUNDS * len(calls), "steps")
+    take_turns(calls, WARMUP_ROUNDS, device, watch)
+    peaks = {name: peak_memory(device, call) for name, call in calls.items()}
+    watch.phase("time", rounds * len(calls), "steps")
+    times = take_turns(calls, rounds, device, watch)
+
+    gmacs = {point: cost(net.spec.at(point))["gmacs"] for point in net.points}
+    full = 3 * cost(net.spec)["gmacs"]
+    untaught, taught = (
+        training_gmacs(gmacs, settings.method, with_teacher) for with_teacher in (False, True)
+    )
+    ratios = dict(zip(calls, (1.0, untaught / full, taught / full), strict=True))
+    speeds = {name: size / statistics.median(series) * 1000 for name, series in times.items()}
+    rows = [
+        {
+            "step": name,
+            "images_per_sec": round(speeds[name], 2),
+            "cost_ratio": round(ratios[name], 4),
+            "efficiency": round(speeds[name] * ratios[name] / speeds["timm"], 3),
+            "mb_per_image": None if peak is None else round(peak / size / 1e6, 2),
+        }
+        for name, peak in peaks.items()
+    ]
+    told = conditions(device, uses_bfloat16(device, settings.device))
+    return {**told, "batch_size": size, "runs": rounds, "steps": rows}
+
+
+def plain_step(
+    net: SlimmableViT, settings: Settings, device: torch.device
+) -> Callable[[Tensor, Tensor], None]:
+    """The usual training step of the full-width timm model, under the same conditions as the method's."""
+    vit, chosen = deepcopy(net.vit).to(device).train(), settings.optimizer
+    choose_attention(vit, device, uses_bfloat16(device, settings.device))
+    vit.set_grad_checkpointing(chosen.grad_checkpointing)
+    optimizer = create_optimizer_v2(vit, opt=chosen.opt, lr=chosen.lr, weight_decay=chosen.weight_decay)
+    average = ModelEmaV3(vit, decay=chosen.model_ema_decay, use_warmup=True)
+
+    def step(images: Tensor, targets: Tensor) -> None:
+        with autocast(device, settings.device):
+            logits = vit(images).float()
+        F.cross_entropy(logits, targets, label_smoothing=settings.method.smoothing).backward()
+        if chosen.clip_grad:
+            dispatch_clip_grad(vit.parameters(), chosen.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(vit, 1)
+
+    return step
