@@ -1,6 +1,7 @@
 """Writing that either happens wholly or not at all."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ def whole_directory(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        yield fresh
+        with naming_a_full_disk(target):
+            yield fresh
         fresh.chmod(0o755)
         for path in fresh.iterdir():
             path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes for the owner alone
@@ -45,12 +47,29 @@ def whole_file(target: Path) -> Iterator[Path]:
     """A path to write, which takes `target`'s place once the block ends without an error."""
     fresh = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        yield fresh
+        with naming_a_full_disk(target):
+            yield fresh
         flush(fresh)
         fresh.replace(target)
         flush(target.parent)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming_a_full_disk(target: Path) -> Iterator[None]:
+    """Turns what safetensors and torch make of an error of the disk back into the OSError it is."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename:
+            raise
+        told = re.search(r"os error (\d+)", str(error))  # safetensors
+        within = error if isinstance(error, OSError) else error.__context__  # torch, writing to an open file
+        number = int(told[1]) if told else within.errno if isinstance(within, OSError) else None
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(target)) from None
 
 
 def flush(path: Path) -> None:

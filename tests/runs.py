@@ -24,7 +24,7 @@ class Listener(Watcher):
         if losses:
             self.losses.append(losses)
             if len(self.losses) == self.stop_at:
-                raise self.kind
+                raise self.kind()
 
     def epoch(self, row):
         self.rows.append(row)

@@ -4,12 +4,14 @@ import csv
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,7 +33,7 @@ from scala_cli.settings import (
 )
 from scala_cli.slicing.point import parse_points
 from scala_cli.training.finetune import finetune, go_on
-from scala_cli.training.run import Run
+from scala_cli.training.run import FILES, Run
 from scala_cli.watch import Stopped
 
 
@@ -173,6 +175,54 @@ def test_resuming_what_is_no_run(photos):
     torch.save({"rows": []}, state)
     with pytest.raises(TrainingError, match="another version"):
         go_on(Run(Path("one")), Listener())
+
+
+@pytest.mark.parametrize("every", [None, 1])
+def test_a_disk_that_takes_no_more_loses_nothing(photos, every):
+    """From step 5 of 9 on no file can grow past 20 kB: what fails is the state, or the epoch's weights."""
+    chosen = settings(photos, epochs=3)
+    chosen = replace(chosen, optimizer=replace(chosen.optimizer, save_every_steps=every))
+    finetune(start(), Record(), chosen, Run(Path("whole")), Listener())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Filling(Listener):
+        def step(self, count, losses=None):
+            super().step(count, losses)
+            if len(self.losses) == 5:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            finetune(start(), Record(), chosen, Run(Path("cut")), Filling())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.filename == ("cut/state.pt" if every else "cut/last")
+    assert {path.name for path in Path("cut").iterdir()} <= FILES
+    go_on(Run(Path("cut")), Listener())
+    assert same_runs("whole", "cut")
+
+
+def test_a_disk_that_takes_nothing_leaves_nothing(photos):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            finetune(start(), Record(), settings(photos), Run(Path("one")), Listener())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not Path("one").exists()
+
+
+def test_a_failure_in_the_first_epoch_keeps_the_steps_that_are_saved(photos):
+    chosen = settings(photos, epochs=2)
+    chosen = replace(chosen, optimizer=replace(chosen.optimizer, save_every_steps=1))
+    finetune(start(), Record(), chosen, Run(Path("whole")), Listener())
+    failing = Listener(stop_at=2, kind=partial(TrainingError, "not enough memory", ""))
+    with pytest.raises(TrainingError, match="memory"):
+        finetune(start(), Record(), chosen, Run(Path("cut")), failing)
+    again = Listener()
+    go_on(Run(Path("cut")), again)
+    assert len(again.losses) == 4 and same_runs("whole", "cut")
 
 
 def test_a_loss_that_is_not_finite_names_width_and_step(photos):

@@ -106,14 +106,14 @@ def prepare(
 
 
 def begin(trainer: Trainer, start: SlimmableViT, record: Record, run: Run, watch: Watcher) -> Row:
-    """Trains in a directory that has been claimed. Leaves it free again if not one epoch comes of it."""
-    run.begin(start, record, trainer.state())
+    """Trains in a directory that has been claimed. Leaves it free again if not one saved step comes of it."""
+    taught = trainer.step.frozen is not None
     try:
-        return trainer.train(
-            run, trained_by(record, trainer.settings, trainer.step.frozen is not None), watch
-        )
-    except ScalaError:
-        if not trainer.rows and not run.teacher.holds_state():
+        run.begin(start, record, trainer.state())
+        return trainer.train(run, trained_by(record, trainer.settings, taught), watch)
+    except (ScalaError, OSError):
+        nothing = not run.holds_state() or run.read_state()["step"] == 0
+        if nothing and not run.teacher.holds_state():
             run.discard()
         raise
 
@@ -141,7 +141,7 @@ def learn_classes(
     run.write_state({"settings": asdict(settings), "learning": True, "points": points})
     try:
         begin(trainer, alone, record, run.teacher, watch)
-    except ScalaError:
+    except (ScalaError, OSError):
         if not run.teacher.holds_state():
             run.discard()
         raise

@@ -108,8 +108,8 @@ class Run:
             write_csv(file, [flat(row) for row in rows])
 
     def write_state(self, state: Mapping[str, Any]) -> None:
-        with whole_file(self.path / STATE) as file:
-            torch.save({**state, "format": FORMAT}, file)
+        with whole_file(self.path / STATE) as file, file.open("wb") as handle:
+            torch.save({**state, "format": FORMAT}, handle)
 
     def holds_state(self) -> bool:
         return (self.path / STATE).is_file()
