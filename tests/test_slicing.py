@@ -69,10 +69,11 @@ def test_fused_layout_is_the_authors_block_cut(ratio, isolated):
 
 
 def test_isolated_activation_sends_only_the_widths_between_to_the_other_end():
-    assert [kept_end(p, WIDTHS, True) for p in WIDTHS] == ["first", "last", "last", "first"]
-    assert [kept_end(p, WIDTHS, False) for p in WIDTHS] == ["first"] * 4
+    span = WIDTHS[0], WIDTHS[-1]
+    assert [kept_end(p, span, True) for p in WIDTHS] == ["first", "last", "last", "first"]
+    assert [kept_end(p, span, False) for p in WIDTHS] == ["first"] * 4
     two = parse_points("0.5,1")
-    assert [kept_end(p, two, True) for p in two] == ["first", "first"]
+    assert [kept_end(p, (two[0], two[1]), True) for p in two] == ["first", "first"]
 
 
 def test_slices_are_views_wherever_torch_can():

@@ -8,6 +8,7 @@ import torch
 from conftest import KINDS, build, slimmable
 
 from scala_cli.errors import CheckpointError, PointError
+from scala_cli.models.checkpoint import Record, load, save
 from scala_cli.models.vit import describe
 from scala_cli.slicing.point import parse_points
 
@@ -75,12 +76,15 @@ def test_a_slice_owns_its_weights(images):
         assert torch.equal(piece(images), before)
 
 
-def test_other_widths_must_not_turn_trained_ones_round():
-    isolated, nested = slimmable(isolated=True), slimmable()
-    with pytest.raises(PointError, match=r"width 0\.5 would be cut from the other end"):
-        isolated.with_points(parse_points("0.5,1"))
-    assert isolated.with_points(parse_points("0.25,0.5,1")).points == parse_points("0.25,0.5,1")
-    assert len(nested.with_points(parse_points("0.5,1")).points) == 2
+@pytest.mark.parametrize("isolated", [True, False])
+def test_among_other_widths_each_is_cut_from_the_end_it_was_trained_at(images, isolated, tmp_path):
+    net = slimmable(isolated=isolated)
+    for text in ("0.5,1", "0.25,0.5,1", "0.5,0.75"):
+        fewer = net.with_points(parse_points(text)).with_points(parse_points("0.5"))
+        save(fewer, Record(), tmp_path / "fewer")
+        with torch.no_grad():
+            assert torch.equal(fewer(images, 0.5), net(images, 0.5))
+            assert torch.equal(load(tmp_path / "fewer")(images), net(images, 0.5))
 
 
 def test_an_untrained_width_is_refused(images):

@@ -6,9 +6,10 @@ import typer
 
 from scala_cli.cli.console import Output
 from scala_cli.cli.options import Force, Ratios, Target
+from scala_cli.errors import CheckpointError
 from scala_cli.files import refuse_occupied
 from scala_cli.models.locate import FILES, short_name
-from scala_cli.settings import DEFAULT_RATIOS, ReadSettings
+from scala_cli.settings import ReadSettings
 from scala_cli.slicing.point import parse_points
 
 
@@ -25,6 +26,9 @@ def convert(
     weights: Annotated[
         Path | None, typer.Option("--weights", help="Read this file instead of downloading.")
     ] = None,
+    ema: Annotated[
+        bool, typer.Option("--ema", help="Take the moving average (model_ema) that the file also holds.")
+    ] = False,
     scratch: Annotated[bool, typer.Option("--scratch", help="Start from random weights.")] = False,
     num_classes: Annotated[int | None, typer.Option(min=1, help="A new head with so many classes.")] = None,
     img_size: Annotated[int | None, typer.Option(min=1, help="Pixels a side.")] = None,
@@ -55,7 +59,7 @@ def convert(
     """
     if data is not None and order != "importance":
         raise typer.BadParameter("--data is for --order importance.")
-    points = parse_points(ratios or DEFAULT_RATIOS)
+    points = parse_points(ratios) if ratios else None
     target = output or Path(f"{short_name(model)}-slimmable")
     source = Path(model.removeprefix("local-dir:")).expanduser()
     refuse_occupied(target, force, FILES, source if source.exists() else None)
@@ -68,8 +72,14 @@ def convert(
     from scala_cli.models.source import Changes, open_model
 
     changes = Changes(num_classes, img_size, patch_size)
-    net, record = open_model(model, points, changes, weights=weights, scratch=scratch, layout=layout)
+    net, record = open_model(
+        model, points, changes, weights=weights, scratch=scratch, average=ema, layout=layout
+    )
     original = net.vit
+    if order == "importance" and record.method:
+        raise CheckpointError(
+            f"{model} is a trained family: in another order its widths are lost.", "Leave out --order."
+        )
     if order == "importance":
         with out.progress() as live:
             noise = random_images(net.spec, 256).split(64)
@@ -77,8 +87,8 @@ def convert(
             images = calibration_images(split, net.spec, ReadSettings(), live) if split else noise
             net = put_first_what_matters(net, images)
     difference = largest_difference(net.vit, original, net.spec)
-    save(net, replace(record, order=order), target)
-    rows = [{"ratio": float(point.ratio), **cost(net.spec.at(point))} for point in points]
+    save(net, replace(record, order=order or record.order), target)
+    rows = [{"ratio": float(point.ratio), **cost(net.spec.at(point))} for point in net.points]
     out.result(
         {
             "path": str(target),

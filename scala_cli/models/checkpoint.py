@@ -65,6 +65,7 @@ def save(net: SlimmableViT, record: Record, directory: Path) -> None:
         "order": record.order,
         "ratios": [point.label for point in rule.points],
         "isolated": rule.isolated,
+        "bounds": [point.label for point in rule.bounds] if rule.bounds else None,
         "layout": rule.layout,
         "attn_scale": rule.attn_scale,
         "dims": {point.label: dims(net.spec.at(point)) for point in rule.points},
@@ -133,6 +134,7 @@ def read_about(directory: Path) -> tuple[Spec, Rule, Record]:
             isolated=about["isolated"],
             layout=about["layout"],
             attn_scale=about["attn_scale"],
+            bounds=tuple(map(Point.of, about["bounds"])) if about.get("bounds") else None,  # type: ignore
         )
         record = Record(
             about["trained"], about["method"], about["order"], about["metrics"], about["provenance"]

@@ -9,10 +9,9 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from scala_cli.errors import PointError
 from scala_cli.models.vit import Spec
 from scala_cli.slicing.point import Point, find_point
-from scala_cli.slicing.rule import Rule, kept_end
+from scala_cli.slicing.rule import Rule
 from scala_cli.slicing.table import axes_of
 
 Ratio = str | float | Fraction | Point
@@ -52,17 +51,9 @@ class SlimmableViT(nn.Module):
         return self.points[-1]
 
     def with_points(self, points: Sequence[Point]) -> "SlimmableViT":
-        """The same weights, answering at other widths.
-
-        Raises PointError where a width would then take its channels from the other end.
-        """
-        rule = replace(self.rule, points=tuple(sorted(points)))
-        for point in set(points) & set(self.points):
-            if kept_end(point, rule.points, rule.isolated) != kept_end(point, self.points, rule.isolated):
-                raise PointError(
-                    f"width {point} would be cut from the other end than it was trained at.",
-                    f"Keep {self.points[0]} and {self.points[-1]} as smallest and largest width.",
-                )
+        """The same weights, answering at other widths, each cut from the end it was trained at."""
+        bounds = self.rule.span if self.rule.isolated else None
+        rule = replace(self.rule, points=tuple(sorted(points)), bounds=bounds)
         return SlimmableViT(self.vit, self.spec, rule)
 
     def forward(self, images: Tensor, ratio: Ratio | None = None) -> Tensor:

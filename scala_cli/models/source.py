@@ -1,8 +1,6 @@
 """From a name a user knows (MODEL) to a slimmable ViT."""
 
-import argparse
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +8,19 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import VisionTransformer, clean_state_dict, load_model_config_from_hf
+from timm.models import VisionTransformer, load_model_config_from_hf
 from torch import Tensor
 
 from scala_cli.errors import CheckpointError
+from scala_cli.models.authors import is_theirs, open_theirs
 from scala_cli.models.checkpoint import Record, load_with_record, read_weights
+from scala_cli.models.foreign import Foreign, read_foreign
 from scala_cli.models.hub import NO_WEIGHTS, fail_fast_offline, fetch, unreachable
 from scala_cli.models.locate import CONFIG, WEIGHTS, read_config, resolve
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.vit import ALIASES, Spec, describe, refuse_unless_plain
 from scala_cli.settings import DEFAULT_RATIOS
-from scala_cli.slicing.point import Point, parse_points
+from scala_cli.slicing.point import Point, find_point, parse_points
 from scala_cli.slicing.rule import Rule
 from scala_cli.slicing.table import Layout
 
@@ -45,20 +45,23 @@ class Changes:
 
 def open_model(
     model: str,
-    points: Sequence[Point],
+    points: Sequence[Point] | None,
     changes: Changes | None = None,
     *,
     weights: Path | None = None,
     scratch: bool = False,
+    average: bool = False,
     layout: Layout = "aligned",
 ) -> tuple[SlimmableViT, Record]:
     """Pretrained weights as a slimmable model: the same function at full width, sliceable at `points`.
 
     Args:
+        points: the widths; None gives a checkpoint of the Scala authors its own, others the default ones.
         model: an alias (`deit_s`), a timm name, `hf-hub:org/repo`, a directory in timm's format, or a
             weight file that names its architecture.
         weights: a file (.safetensors, or a pickle that holds tensors only) to read instead of downloading.
         scratch: random weights.
+        average: take the moving average that a weight file of a training script holds beside the weights.
 
     Raises:
         CheckpointError: unknown name, no network, unreadable or unfitting weights, unsupported model.
@@ -66,17 +69,20 @@ def open_model(
     """
     if weights is not None and (scratch or Path(model).is_file()):
         raise CheckpointError("two sources of weights are given.", "Leave out --weights, or the other one.")
-    state = None
     if Path(model).is_file():
         model, weights = "", Path(model)
-    if weights is not None:
-        state, named = read_foreign(weights)
-        model = model or named
+    if average and weights is None:
+        raise CheckpointError("there is no file to take a moving average from.", "Name it: --weights FILE")
+    foreign = read_foreign(weights, average) if weights else None
+    if foreign and is_theirs(foreign):
+        return open_family(foreign, str(weights), points, changes or Changes(), layout)
+    state, model = (foreign.state, model or foreign.named) if foreign else (None, model)
     name, args = locate(model)
     args |= (changes or Changes()).given()
     with torch.device("meta"):  # what cannot be sliced is refused before any download
         skeleton_spec = describe(create(name, args))
     check_patches(skeleton_spec)
+    points = points or parse_points(DEFAULT_RATIOS)
     for point in points:
         skeleton_spec.at(point)
     torch.manual_seed(0)  # random weights, or a new head, are the same on every call
@@ -85,6 +91,24 @@ def open_model(
     net = SlimmableViT(vit.eval(), spec, Rule(tuple(sorted(points)), spec.num_heads, layout=layout))
     origin = "random" if scratch else str(weights.name if weights else model)
     return net, Record(trained=not scratch, provenance={"model": model, "weights": origin})
+
+
+def open_family(
+    foreign: Foreign, file: str, points: Sequence[Point] | None, changes: Changes, layout: Layout
+) -> tuple[SlimmableViT, Record]:
+    """A checkpoint of the Scala authors' release, which is a trained family of widths already."""
+    if changes.given() or layout == "fused":
+        raise CheckpointError(
+            f"{file} is a family of widths by Scala's authors; it is converted as it is.",
+            "Leave out --num-classes, --img-size, --patch-size and --layout.",
+        )
+    net = open_theirs(foreign, file)
+    for point in points or ():
+        find_point(point, net.points)
+    origin = {"model": foreign.named, "weights": Path(file).name}
+    return net.with_points(points or net.points).eval(), Record(
+        method="scala", order="none", provenance=origin
+    )
 
 
 def open_slimmable(name: str, ratios: str | None, scratch: bool = False) -> tuple[SlimmableViT, Record]:
@@ -97,7 +121,7 @@ def open_slimmable(name: str, ratios: str | None, scratch: bool = False) -> tupl
     if is_checkpoint(name):
         net, record = load_with_record(resolve(name))
         return (net.with_points(parse_points(ratios)) if ratios else net), record
-    return open_model(name, parse_points(ratios or DEFAULT_RATIOS), scratch=scratch)
+    return open_model(name, parse_points(ratios) if ratios else None, scratch=scratch)
 
 
 def is_checkpoint(name: str) -> bool:
@@ -197,35 +221,3 @@ def create(
             f"cannot build {name}: {reason}.",
             "Name the architecture and sizes the weights were trained with.",
         ) from None
-
-
-def read_foreign(file: Path) -> tuple[dict[str, Tensor], str]:
-    """The state dict in somebody else's weight file, and the architecture it names ("" if none).
-
-    Pickles are read for tensors and plain values only, so nothing in them runs; argparse.Namespace, in
-    which many training scripts keep their options, is the one class allowed.
-
-    Raises:
-        CheckpointError: missing, truncated, unknown or unsafe files.
-    """
-    if file.suffix == ".safetensors" or not file.is_file():
-        return read_weights(file), ""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # arbitrary bytes make the unpickler fail in arbitrary ways
-        unsafe = re.search(r"(?i)unsupported (?:global|class)s?:? *(?:global )?([\w.]+)", str(error))
-        what = (
-            f"pickles code ({unsafe[1]}), which is not run"
-            if unsafe
-            else "is truncated, or no file of tensors"
-        )
-        raise CheckpointError(
-            f"{file} {what}.", "Ask for a .safetensors file, or download it again."
-        ) from None
-    state = content.get("state_dict", content.get("model", content)) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise CheckpointError(f"{file} holds no state dict.", "Save model.state_dict() instead.")
-    named = content.get("arch") or getattr(content.get("args"), "model", "")
-    return clean_state_dict(state), named if isinstance(named, str) else ""

@@ -25,6 +25,8 @@ class Rule:
         points: the widths, narrowest first.
         num_heads: heads of the full model; every width keeps all of them, thinner.
         isolated: whether the widths between take their channels from the other end (`kept_end`).
+        bounds: the smallest and the largest width the weights were trained with, where those are not the
+            first and the last of `points`.
         layout: how qkv is cut (`vit_table`).
         attn_scale: `native` is timm's own head_dim_r^-0.5 at each width; `fixed` the paper's, the full
             width's head_dim^-0.5 at every width (`fold_fixed_scale`).
@@ -35,6 +37,12 @@ class Rule:
     isolated: bool = False
     layout: Layout = "aligned"
     attn_scale: AttnScale = "native"
+    bounds: tuple[Point, Point] | None = None
+
+    @property
+    def span(self) -> tuple[Point, Point]:
+        """The smallest and the largest width the weights were trained with."""
+        return self.bounds or (min(self.points), max(self.points))
 
     @cached_property
     def table(self) -> Table:
@@ -50,7 +58,7 @@ class Rule:
             CheckpointError: a parameter that the table does not know.
             PointError: an axis that does not divide.
         """
-        end = kept_end(point, self.points, self.isolated)
+        end = kept_end(point, self.span, self.isolated)
         sliced = {}
         for name, tensor in state.items():
             part = slice_tensor(tensor, axes_of(name, self.table), point, end)
@@ -58,14 +66,13 @@ class Rule:
         return fold_fixed_scale(sliced, point) if self.attn_scale == "fixed" else sliced
 
 
-def kept_end(point: Point, points: Sequence[Point], isolated: bool) -> End:
+def kept_end(point: Point, span: tuple[Point, Point], isolated: bool) -> End:
     """Isolated Activation (Scala, section 3.2): which end of every axis a width keeps.
 
     The smallest and the largest width keep the first channels, the widths between the last, so that
     always training the smallest does not drag the others. Not isolated, all widths nest at the first.
     """
-    between = min(points) < point < max(points)
-    return "last" if isolated and between else "first"
+    return "last" if isolated and point not in span else "first"
 
 
 def kept_count(length: int, point: Point) -> int:
