@@ -139,6 +139,20 @@ def test_output_without_a_terminal_is_plain(scala, tiny):
     assert "\x1b" not in answer.stdout and "│" not in answer.stdout
 
 
+def test_which_architectures_can_be_sliced(scala):
+    told = scala("info", "--architectures", "--json").json
+    rows = {row["architecture"]: row for row in told["architectures"]}
+    assert told["supported"] == sum(row["supported"] for row in rows.values()) >= 132
+    assert told["refused"] == len(rows) - told["supported"]
+    assert rows["deit_small_patch16_224"] == {
+        "architecture": "deit_small_patch16_224",
+        "supported": True,
+        "why_not": None,
+    }
+    assert "HybridEmbed" in rows["vit_base_r50_s16_224"]["why_not"]
+    assert scala("info", "tiny", "--architectures").code == 2
+
+
 def test_env(scala):
     facts = scala("env", "--json").json
     assert facts["torch"] == torch.__version__.partition("+")[0] and facts["threads"] >= 1

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from scala_cli.errors import CheckpointError, PointError
 from scala_cli.models.checkpoint import save
-from scala_cli.models.source import Changes, is_checkpoint, open_model, open_slimmable
+from scala_cli.models.source import Changes, is_checkpoint, open_model, open_slimmable, slimmable
 from scala_cli.slicing.point import parse_points
 
 FOUR = parse_points("0.25,0.5,0.75,1")
@@ -204,3 +204,30 @@ def test_an_image_size_that_is_no_multiple_of_the_patch(timm_directory):
     assert "28" in error.value.hint
     with pytest.raises(CheckpointError, match="100 is not a multiple of patch size 16"):
         open_model("test_vit", FOUR, Changes(img_size=100), scratch=True)
+
+
+@pytest.mark.parametrize("kind", ["deit", "vit", "class token, registers", "norm before the blocks"])
+@torch.no_grad()
+def test_a_model_in_memory(kind, images):
+    vit, _ = build(kind)
+    net = slimmable(vit.train(), "0.5,1")
+    assert net.training and net.vit is vit
+    net.eval()
+    assert torch.equal(net(images), vit(images))
+    assert (net(images, 0.5) - net.slice(0.5)(images)).abs().max() <= 1e-5
+
+
+def test_a_model_in_memory_that_does_not_tell_how_it_was_made():
+    for changed, message in (
+        ({"qk_norm": True}, "q_norm"),
+        ({"act_layer": "relu"}, "computes something else"),
+    ):
+        vit, _ = build("vit", **changed)
+        with pytest.raises(CheckpointError, match=message) as error:
+            slimmable(vit)
+        assert "qk_norm=True" in error.value.hint
+        assert slimmable(vit, **changed).spec.embed_dim == 32
+    with pytest.raises(CheckpointError, match="ResNet"):
+        slimmable(timm.create_model("resnet18"))
+    with pytest.raises(PointError):
+        slimmable(build("vit")[0], "0.3,1")

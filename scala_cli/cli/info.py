@@ -1,13 +1,29 @@
+from typing import Annotated
+
+import typer
+
 from scala_cli.cli.console import Output
 from scala_cli.cli.options import Checkpoint
 from scala_cli.models.locate import resolve
 
 
-def info(checkpoint: Checkpoint = None, *, out: Output) -> None:
+def info(
+    checkpoint: Checkpoint = None,
+    architectures: Annotated[
+        bool,
+        typer.Option("--architectures", help="Instead: which of timm's Vision Transformers can be sliced."),
+    ] = False,
+    *,
+    out: Output,
+) -> None:
     """What a checkpoint holds: its widths, what they cost, and how well they did.
 
     Example: scala info runs/last
     """
+    if architectures:
+        if checkpoint is not None:
+            raise typer.BadParameter("--architectures is about timm, not about a checkpoint.")
+        return tell_architectures(out)
     directory = resolve(checkpoint)
 
     from scala_cli.measure import cost
@@ -31,6 +47,25 @@ def info(checkpoint: Checkpoint = None, *, out: Output) -> None:
             "attn_scale": net.rule.attn_scale,
             "provenance": dict(record.provenance),
             "points": rows,
+        },
+        rows,
+    )
+
+
+def tell_architectures(out: Output) -> None:
+    import timm
+
+    from scala_cli.models.architectures import survey
+
+    with out.progress() as live:
+        rows = survey(live)
+    supported = sum(row["supported"] for row in rows)
+    out.result(
+        {
+            "timm": timm.__version__,
+            "supported": supported,
+            "refused": len(rows) - supported,
+            "architectures": rows,
         },
         rows,
     )

@@ -14,11 +14,11 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
 
 from scala_cli.errors import CheckpointError
 from scala_cli.models.foreign import Foreign
 from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.models.stream import with_eps
 from scala_cli.models.vit import Spec, describe
 from scala_cli.slicing.point import Point
 from scala_cli.slicing.rule import Rule
@@ -27,11 +27,6 @@ NAME = re.compile(r"deit_(so_tiny|tiny|small|base)(_distilled)?_patch16_224_scal
 EPS = 1e-5
 DISTILLED_ENDS = Point.of("0.25"), Point.of("1")
 """In the distilled model these widths keep the first channels, whichever were trained."""
-
-WRITERS = re.compile(
-    r"cls_token|dist_token|pos_embed|patch_embed\.proj\..*|blocks\.\d+\.(attn\.proj|mlp\.fc2)\..*"
-)
-"""All that is written to the residual stream."""
 
 
 def is_theirs(content: Foreign) -> bool:
@@ -53,9 +48,8 @@ def open_theirs(content: Foreign, origin: str) -> SlimmableViT:
         spec.at(point)
     bounds = DISTILLED_ENDS if "_distilled" in content.named else None
     rule = Rule(points, spec.num_heads, isolated=True, layout="fused", attn_scale="fixed", bounds=bounds)
-    vit = spec.build_with(content.state, origin)
-    vit.load_state_dict(with_eps_of(vit, content.state), assign=True)
-    return SlimmableViT(vit, spec, rule)
+    spec.build_with(content.state, origin)
+    return SlimmableViT(spec.build_with(with_eps(content.state, spec, EPS)), spec, rule)
 
 
 def spec_of(content: Foreign) -> Spec:
@@ -83,14 +77,3 @@ def trained_points(options: Mapping[str, Any], origin: str) -> tuple[Point, ...]
             "Take the file that the training script saved, not one with the weights alone.",
         ) from None
     return tuple(Point(smallest + number * step) for number in range(math.floor(count) + 1))
-
-
-def with_eps_of(vit: timm.models.VisionTransformer, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same function, computed with the model's own eps instead of theirs.
-
-    x / sqrt(var(x) + a) is s x / sqrt(var(s x) + b) for s = sqrt(b / a), and the residual stream is read
-    through norms alone: so all that is written to it is multiplied by s, at every width alike.
-    """
-    assert isinstance(vit.norm, nn.LayerNorm)
-    scale = math.sqrt(vit.norm.eps / EPS)
-    return {name: tensor * scale if WRITERS.fullmatch(name) else tensor for name, tensor in state.items()}

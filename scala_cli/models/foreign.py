@@ -24,11 +24,15 @@ class Foreign:
         state: the state dict, in the file's own names.
         named: the architecture it names; "" if none.
         options: those of the training script, where it left them.
+        args: for `timm.create_model`, where the file's own configuration tells them.
+        cfg: of timm's input and label settings what it tells.
     """
 
     state: dict[str, Tensor]
     named: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    args: Mapping[str, Any] = field(default_factory=dict)
+    cfg: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_foreign(file: Path, average: bool = False) -> Foreign:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from scala_cli.errors import CheckpointError
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.models.stream import centre_reading, linear_heads, make_norms_plain, norms_of
+from scala_cli.models.stream import centre_reading, linear_heads, make_norms_plain, mlp_readers, norms_of
 from scala_cli.slicing.importance import (
     change_basis,
     channel_scores,
@@ -86,8 +86,8 @@ def put_first_what_matters(net: SlimmableViT, batches: Iterable[Tensor]) -> Slim
     vit = deepcopy(net.vit)
     vit.load_state_dict(state)
 
-    readers = [f"{block}.{layer}" for block in blocks for layer in ("attn.qkv", "mlp.fc1")]
-    readers += linear_heads(vit)
+    readers = [f"{block}.attn.qkv" for block in blocks] + linear_heads(vit)
+    readers += [name for block in blocks for name in mlp_readers(vit, block)]
     inputs = {name: Moments(spec.embed_dim if norms else 1) for name in readers}
     inputs |= {f"{block}.mlp.fc2": Moments() for block in blocks}
     inputs |= {f"{block}.attn.proj": Moments(spec.head_dim) for block in blocks}
@@ -157,8 +157,9 @@ def change_bases(state: dict[str, Tensor], attn: str, qkv: Moments, attended: Mo
     grouped = {name: state[name].unflatten(0, (3, heads, size)).clone() for name in parts}
     projection = state[f"{attn}proj.weight"].unflatten(1, (heads, size)).clone()
     for head in range(heads):
-        value, projection[:, head] = value_basis(attended.second[head], projection[:, head])
-        bases = {2: value}
+        bases = {}
+        if f"{attn}norm.weight" not in state:
+            bases[2], projection[:, head] = value_basis(attended.second[head], projection[:, head])
         if f"{attn}q_norm.weight" not in state:
             bases[0], bases[1] = query_key_bases(qkv.second[head], qkv.central[heads + head])
         for tensor in grouped.values():

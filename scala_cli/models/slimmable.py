@@ -80,7 +80,7 @@ class SlimmableViT(nn.Module):
     def slice(self, ratio: Ratio) -> VisionTransformer:
         """A plain timm model of one width with its own copy of the weights, in evaluation mode."""
         point = find_point(ratio, self.points)
-        state = self.rule.slice_state(dict(self.vit.named_parameters()), point, copy=True)
+        state = self.rule.slice_state(self.vit.state_dict(), point, copy=True)
         return self.spec.at(point).build_with(state)
 
     def _skeleton(self, point: Point) -> VisionTransformer:

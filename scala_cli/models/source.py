@@ -9,13 +9,14 @@ from typing import Any
 import timm
 import torch
 from timm.models import VisionTransformer, load_model_config_from_hf
-from torch import Tensor
+from torch import nn
 
 from scala_cli.errors import CheckpointError
 from scala_cli.models.authors import is_theirs, open_theirs
 from scala_cli.models.checkpoint import Record, load_with_record, read_weights
 from scala_cli.models.foreign import Foreign, read_foreign
 from scala_cli.models.hub import NO_WEIGHTS, fail_fast_offline, fetch, unreachable
+from scala_cli.models.huggingface import directory_of, read_transformers
 from scala_cli.models.locate import CONFIG, WEIGHTS, read_config, resolve
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.vit import ALIASES, Spec, describe, refuse_unless_plain
@@ -69,16 +70,19 @@ def open_model(
     """
     if weights is not None and (scratch or Path(model).is_file()):
         raise CheckpointError("two sources of weights are given.", "Leave out --weights, or the other one.")
-    if Path(model).is_file():
+    directory = directory_of(model) if weights is None and not scratch and model not in ALIASES else None
+    if Path(model).is_file() and not directory:
         model, weights = "", Path(model)
     if average and weights is None:
         raise CheckpointError("there is no file to take a moving average from.", "Name it: --weights FILE")
-    foreign = read_foreign(weights, average) if weights else None
+    foreign = None
+    if directory or weights:
+        foreign = read_transformers(directory) if directory else read_foreign(Path(weights or ""), average)
     if foreign and is_theirs(foreign):
         return open_family(foreign, str(weights), points, changes or Changes(), layout)
-    state, model = (foreign.state, model or foreign.named) if foreign else (None, model)
-    name, args = locate(model)
-    args |= (changes or Changes()).given()
+    given = foreign.named if foreign and (directory or not model) else model
+    name, args = locate(given)
+    args |= {**(foreign.args if foreign else {}), **(changes or Changes()).given()}
     with torch.device("meta"):  # what cannot be sliced is refused before any download
         skeleton_spec = describe(create(name, args))
     check_patches(skeleton_spec)
@@ -86,11 +90,50 @@ def open_model(
     for point in points:
         skeleton_spec.at(point)
     torch.manual_seed(0)  # random weights, or a new head, are the same on every call
-    vit = create(name, args, state, pretrained=not scratch)
+    vit = create(name, args, foreign, pretrained=not scratch)
     spec = describe(vit, args)
     net = SlimmableViT(vit.eval(), spec, Rule(tuple(sorted(points)), spec.num_heads, layout=layout))
     origin = "random" if scratch else str(weights.name if weights else model)
-    return net, Record(trained=not scratch, provenance={"model": model, "weights": origin})
+    return net, Record(trained=not scratch, provenance={"model": model or given, "weights": origin})
+
+
+def slimmable(model: nn.Module, ratios: str = DEFAULT_RATIOS, **created_with: Any) -> SlimmableViT:
+    """A timm model that is in memory already, at every width; it keeps its weights, and shares them.
+
+    Args:
+        ratios: the widths, "0.25,0.5,0.75,1".
+        created_with: what `timm.create_model` was given beside the name and sizes, where it changes what a
+            block computes: `qk_norm=True`, `act_layer="relu"`.
+
+    Raises:
+        CheckpointError: a model that cannot be sliced, or that was created with something it does not tell.
+        PointError: a width that does not divide its channels.
+    """
+    vit = refuse_unless_plain(model)
+    block: Any = vit.blocks[0]
+    hidden = block.mlp.fc2.in_features
+    sizes = {
+        "depth": len(vit.blocks),
+        "embed_dim": vit.embed_dim,
+        "num_heads": block.attn.num_heads,
+        "mlp_ratio": (hidden + 0.5) / vit.embed_dim,
+    }
+    spec, points = describe(vit, {**sizes, **created_with}), parse_points(ratios)
+    for point in points:
+        spec.at(point)
+    hint = "Say what it was created with: slimmable(model, qk_norm=True, ...)"
+    try:
+        again = spec.build_with(vit.state_dict(), "the model")
+    except (CheckpointError, TypeError) as error:
+        raise CheckpointError(f"timm builds another {spec.architecture}: {error}", hint) from None
+    device = next(vit.parameters()).device
+    probe, was_training = torch.randn(2, *spec.input_size, device=device), vit.training
+    with torch.no_grad():
+        same = torch.equal(again(probe), vit.eval()(probe))
+    vit.train(was_training)
+    if not same:
+        raise CheckpointError(f"timm's {spec.architecture} computes something else than this model.", hint)
+    return SlimmableViT(vit, spec, Rule(points, spec.num_heads)).train(was_training)
 
 
 def open_family(
@@ -192,18 +235,19 @@ def check_patches(spec: Spec) -> None:
 
 
 def create(
-    name: str, args: Mapping[str, Any], state: Mapping[str, Tensor] | None = None, pretrained: bool = False
+    name: str, args: Mapping[str, Any], foreign: Foreign | None = None, pretrained: bool = False
 ) -> VisionTransformer:
-    """timm's model: on a state dict, with the pretrained weights of its name, or random.
+    """timm's model: on somebody's state dict, with the pretrained weights of its name, or random.
 
     timm fits what differs: it resamples position and patch embeddings and leaves out a head of another
     number of classes.
     """
     kwargs: dict[str, Any] = dict(args)
-    if state is not None:
-        classes = len(state["head.weight"]) if "head.weight" in state else 1000
+    if foreign is not None:
+        classes = len(foreign.state["head.weight"]) if "head.weight" in foreign.state else 1000
         kwargs.setdefault("num_classes", classes)
-        kwargs["pretrained_cfg_overlay"] = {"state_dict": dict(state), "num_classes": classes}
+        overlay = {**foreign.cfg, "state_dict": dict(foreign.state), "num_classes": classes}
+        kwargs["pretrained_cfg_overlay"] = overlay
     elif pretrained and name.startswith("local-dir:"):
         read_weights(Path(name.removeprefix("local-dir:")) / WEIGHTS)
     elif pretrained and not name.startswith("hf-hub:"):

@@ -1,35 +1,58 @@
 """The residual stream of a ViT and the norms it is read through."""
 
+import math
+import re
+from collections.abc import Mapping
+
+import torch
+from timm.models import VisionTransformer
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from scala_cli.models.vit import Spec
 from scala_cli.slicing.table import Table, axes_of
 
 PARTS = ("weight", "bias")
+WRITERS = re.compile(
+    r"(cls|dist|reg)_token|pos_embed|patch_embed\.proj\..*|blocks\.\d+\.(attn\.proj|mlp\.fc2)\..*"
+)
+"""All that is written to the stream of a DeiT or a plain ViT."""
 Norms = dict[str, list[str]]
 """name of a norm -> the linear layers that read the stream through it"""
 
 
-def norms_of(vit: nn.Module) -> Norms:
+def norms_of(vit: VisionTransformer) -> Norms:
     """The norms between the stream and its readers, first to last.
 
     Empty where the stream has no free basis: where it passes a norm itself (norm_pre), or is read past one,
-    or through anything but LayerNorm, or by a layer without a bias to take a norm's up.
+    or through anything but LayerNorm, or by a layer without a bias to take a norm's up, or is pooled by
+    attention.
     """
     norms: Norms = {}
-    for name, module in vit.named_modules():
-        prefix, _, last = name.rpartition(".")
-        if last in ("norm1", "norm2"):
-            norms[name] = [f"{prefix}.{'attn.qkv' if last == 'norm1' else 'mlp.fc1'}"]
-        elif name in ("norm", "fc_norm") and not isinstance(module, nn.Identity):
+    for number in range(len(vit.blocks)):
+        block = f"blocks.{number}"
+        norms[f"{block}.norm1"] = [f"{block}.attn.qkv"]
+        norms[f"{block}.norm2"] = mlp_readers(vit, block)
+    for name in ("norm", "fc_norm"):
+        if not isinstance(vit.get_submodule(name), nn.Identity):
             norms[name] = linear_heads(vit)
     layers = [vit.get_submodule(name) for readers in norms.values() for name in readers]
     free = (
-        isinstance(vit.get_submodule("norm_pre"), nn.Identity)
+        isinstance(vit.norm_pre, nn.Identity)
+        and isinstance(getattr(vit.patch_embed, "norm", nn.Identity()), nn.Identity)
+        and vit.attn_pool is None
+        and all(type(block) is Block for block in vit.blocks)
         and ("norm" in norms or "fc_norm" in norms)
         and all(readers and is_affine_layer_norm(vit.get_submodule(name)) for name, readers in norms.items())
         and all(layer.bias is not None for layer in layers)
     )
     return norms if free else {}
+
+
+def mlp_readers(vit: nn.Module, block: str) -> list[str]:
+    """The names of the layers with which a block's MLP reads its input; a gated one has two."""
+    mlp = vit.get_submodule(f"{block}.mlp")
+    return [f"{block}.mlp.{name}" for name in ("fc1", "fc1_g", "fc1_x") if hasattr(mlp, name)]
 
 
 def linear_heads(vit: nn.Module) -> list[str]:
@@ -84,3 +107,22 @@ def centre_reading(state: dict[str, Tensor], norm: str, readers: list[str], mean
     state[f"{norm}.bias"] = -mean
     for reader in readers:
         state[f"{reader}.bias"] = state[f"{reader}.bias"] + state[f"{reader}.weight"] @ mean
+
+
+@torch.no_grad()
+def with_eps(state: Mapping[str, Tensor], spec: Spec, eps: float) -> dict[str, Tensor]:
+    """The weights with which timm, with its own eps, computes what these do where every norm has `eps`.
+
+    x / sqrt(var(x) + eps) is s x / sqrt(var(s x) + own) for s = sqrt(own / eps), and the residual stream is
+    read through norms alone: so all that is written to it is multiplied by s. Where it makes no difference
+    the weights stay as they are.
+    """
+    theirs, probe = spec.build_with(state), torch.randn(2, *spec.input_size)
+    ours = theirs(probe)
+    norms = [module for module in theirs.modules() if isinstance(module, nn.LayerNorm)]
+    scale = math.sqrt(norms[0].eps / eps)
+    for norm in norms:
+        norm.eps = eps
+    if (theirs(probe) - ours).abs().max() <= 1e-6:
+        return dict(state)
+    return {name: tensor * scale if WRITERS.fullmatch(name) else tensor for name, tensor in state.items()}

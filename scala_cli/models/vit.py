@@ -6,9 +6,9 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import Mlp, PatchEmbed, set_fused_attn
+from timm.layers import AttentionPoolLatent, Mlp, PatchEmbed, SwiGLU, set_fused_attn
 from timm.models import VisionTransformer, VisionTransformerDistilled, filter_pretrained_cfg
-from timm.models.vision_transformer import Attention, Block
+from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import Tensor, nn
 
 from scala_cli.errors import CheckpointError
@@ -137,7 +137,7 @@ def describe(model: nn.Module, args: Mapping[str, Any] | None = None) -> Spec:
         pretrained_cfg=cfg,
         embed_dim=vit.embed_dim,
         num_heads=block.attn.num_heads,
-        hidden_dim=block.mlp.fc1.out_features,
+        hidden_dim=block.mlp.fc2.in_features,
     )
 
 
@@ -186,14 +186,15 @@ def first_odd_part(vit: VisionTransformer) -> str:
     """What of a VisionTransformer is not stock; empty for a plain one."""
     if type(vit.patch_embed) is not PatchEmbed:
         return f"its patch embedding is a {type(vit.patch_embed).__name__}"
-    if vit.attn_pool is not None:
+    if type(vit.attn_pool) not in (type(None), AttentionPoolLatent):
         return f"it pools by {type(vit.attn_pool).__name__}"
     for block in vit.blocks:
-        if type(block) is not Block:
+        if type(block) not in (Block, ResPostBlock):
             return f"it has a {type(block).__name__} where a plain Block is needed"
-        for part, plain in ((block.attn, Attention), (block.mlp, Mlp)):
-            if type(part) is not plain:
-                return f"it has a {type(part).__name__} where a plain {plain.__name__} is needed"
+        if type(block.attn) is not Attention:
+            return f"it has a {type(block.attn).__name__} where a plain Attention is needed"
+        if type(block.mlp) not in (Mlp, SwiGLU):
+            return f"it has a {type(block.mlp).__name__} where a plain Mlp is needed"
         if block.attn.qkv.out_features != 3 * vit.embed_dim:
             return "its heads do not add up to its embedding"
     return ""
@@ -208,5 +209,5 @@ def choose_attention(vit: VisionTransformer, device: torch.device, bfloat16: boo
     fused = not (device.type == "cpu" and bfloat16)
     set_fused_attn(fused)
     for module in vit.modules():
-        if isinstance(module, Attention):
+        if isinstance(module, Attention | AttentionPoolLatent):
             module.fused_attn = fused  # type: ignore[misc]  # Final for TorchScript only

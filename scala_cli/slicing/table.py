@@ -38,7 +38,11 @@ def vit_table(num_heads: int, layout: Layout) -> Table:
     qkv = Axis("head", 3 * num_heads if layout == "aligned" else 1)
     attended = Axis("head", num_heads if layout == "aligned" else 1)
     within_head = Axis("head")
-    norms = ("norm_pre", "blocks.*.norm1", "blocks.*.norm2", "norm", "fc_norm")
+    pooled = Axis("head", num_heads if layout == "aligned" else 1)
+    pooled_pair = Axis("head", 2 * num_heads if layout == "aligned" else 1)
+    mlps = ("blocks.*.mlp", "attn_pool.mlp")
+    outer = ("patch_embed.norm", "norm_pre", "norm", "fc_norm", "attn_pool.norm")
+    norms = (*outer, "blocks.*.norm1", "blocks.*.norm2")
     return {
         "cls_token": (None, None, embed),
         "dist_token": (None, None, embed),
@@ -50,14 +54,23 @@ def vit_table(num_heads: int, layout: Layout) -> Table:
         "blocks.*.attn.qkv.weight": (qkv, embed),
         "blocks.*.attn.qkv.bias": (qkv,),
         **{f"blocks.*.attn.{n}_norm.{p}": (within_head,) for n in "qk" for p in ("weight", "bias")},
+        **{f"blocks.*.attn.norm.{part}": (attended,) for part in ("weight", "bias")},
         "blocks.*.attn.proj.weight": (embed, attended),
         "blocks.*.attn.proj.bias": (embed,),
         "blocks.*.ls1.gamma": (embed,),
-        "blocks.*.mlp.fc1.weight": (hidden, embed),
-        "blocks.*.mlp.fc1.bias": (hidden,),
-        "blocks.*.mlp.fc2.weight": (embed, hidden),
-        "blocks.*.mlp.fc2.bias": (embed,),
+        **{f"{mlp}.{fc}.weight": (hidden, embed) for mlp in mlps for fc in ("fc1", "fc1_g", "fc1_x")},
+        **{f"{mlp}.{part}.bias": (hidden,) for mlp in mlps for part in ("fc1", "fc1_g", "fc1_x", "norm")},
+        **{f"{mlp}.norm.weight": (hidden,) for mlp in mlps},
+        **{f"{mlp}.fc2.weight": (embed, hidden) for mlp in mlps},
+        **{f"{mlp}.fc2.bias": (embed,) for mlp in mlps},
         "blocks.*.ls2.gamma": (embed,),
+        "attn_pool.latent": (None, None, embed),
+        "attn_pool.q.weight": (pooled, embed),
+        "attn_pool.q.bias": (pooled,),
+        "attn_pool.kv.weight": (pooled_pair, embed),
+        "attn_pool.kv.bias": (pooled_pair,),
+        "attn_pool.proj.weight": (embed, pooled),
+        "attn_pool.proj.bias": (embed,),
         "head.weight": (None, embed),
         "head.bias": (None,),
         "head_dist.weight": (None, embed),

@@ -1,0 +1,56 @@
+"""Every Vision Transformer of timm that can be sliced, two blocks deep and 32 channels wide."""
+
+import pytest
+import timm
+import torch
+from timm.models import VisionTransformer
+
+from scala_cli.export import slice_model
+from scala_cli.models.architectures import survey
+from scala_cli.models.checkpoint import Record, save
+from scala_cli.models.order import put_first_what_matters
+from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.models.vit import describe
+from scala_cli.slicing.point import parse_points
+from scala_cli.slicing.rule import Rule
+from scala_cli.watch import QUIET
+
+ALL = survey(QUIET)
+SUPPORTED = [row["architecture"] for row in ALL if row["supported"]]
+
+
+def small(name: str) -> tuple[VisionTransformer, dict]:
+    """The architecture in little, its image two patches a side, its every parameter random."""
+    with torch.device("meta"):
+        patch = describe(timm.create_model(name, depth=1)).model_args["patch_size"]
+    args = {"depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "num_classes": 5}
+    args["img_size"] = 2 * patch
+    torch.manual_seed(0)
+    vit = timm.create_model(name, **args).eval()
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return vit, args
+
+
+def test_how_many_there_are():
+    assert len(SUPPORTED) >= 132
+    assert all(row["why_not"] for row in ALL if not row["supported"])
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+@torch.no_grad()
+def test_every_architecture(name, tmp_path):
+    """At full width timm's output, bit for bit; at others the slice's, read by timm; in order the same."""
+    vit, args = small(name)
+    spec = describe(vit, args)
+    net = SlimmableViT(vit, spec, Rule(parse_points("0.5,0.75,1"), spec.num_heads)).eval()
+    images = torch.randn(4, *spec.input_size)
+    assert torch.equal(net(images), vit(images))
+    save(net, Record(), tmp_path / "net")
+    for ratio in ("0.5", "0.75"):
+        slice_model(tmp_path / "net", ratio, tmp_path / ratio, False, QUIET)
+        again = timm.create_model(f"local-dir:{tmp_path / ratio}", pretrained=True).eval()
+        assert (again(images) - net(images, ratio)).abs().max() <= 1e-5
+    ordered = put_first_what_matters(net, [images])
+    assert (ordered(images) - net(images)).abs().max() <= 1e-4

@@ -1,0 +1,106 @@
+"""Models of Hugging Face's transformers, small and random, against what timm makes of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from scala_cli.errors import CheckpointError
+from scala_cli.models.source import Changes, open_model, open_slimmable
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 16,
+    "patch_size": 4,
+    "id2label": {0: "cat", 1: "dog", 2: "owl"},
+}
+KINDS = {
+    ViTForImageClassification: ViTConfig,
+    DeiTForImageClassification: DeiTConfig,
+    DeiTForImageClassificationWithTeacher: DeiTConfig,
+}
+
+
+def write(kind=ViTForImageClassification, folder="theirs", scale=0.1, **changes):
+    torch.manual_seed(0)
+    model = kind(KINDS[kind](**{**SIZES, **changes})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * scale)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.0])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": False}, {"layer_norm_eps": 1e-3}])
+@torch.no_grad()
+def test_logits_are_those_of_the_source(kind, changes, scale, images):
+    """Also as transformers initialises them, where the stream is so small that eps counts."""
+    model = write(kind, scale=scale, **changes)
+    net, record = open_model("theirs", None)
+    assert (net(images) - model(images).logits).abs().max() <= 1e-5
+    assert net.spec.label_names == ("cat", "dog", "owl") and record.trained
+    assert (net(images, 0.5) - net.slice(0.5)(images)).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_every_way_to_name_it(images, scala):
+    model = write()
+    for folder, state in (("old", load_file("theirs/model.safetensors")), ("new", model.state_dict())):
+        Path(folder).mkdir()
+        torch.save(state, f"{folder}/pytorch_model.bin")
+        Path(folder, "config.json").write_text(Path("theirs/config.json").read_text())
+    settings = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.4]}
+    Path("old/preprocessor_config.json").write_text(json.dumps(settings))
+    for name in ("theirs", "local-dir:theirs", "theirs/model.safetensors", "old", "new/pytorch_model.bin"):
+        net, _ = open_slimmable(name, None)
+        assert (net(images) - model(images).logits).abs().max() <= 1e-5
+    assert scala("convert", "old", "-o", "ours").code == 0
+    again = timm.create_model("local-dir:ours", pretrained=True).eval()
+    assert (again(images) - model(images).logits).abs().max() <= 1e-5
+    assert list(again.pretrained_cfg["mean"]) == [0.1, 0.2, 0.3]
+    assert open_model("old", None, Changes(num_classes=7, img_size=24))[0].spec.input_size == (3, 24, 24)
+
+
+def test_what_timm_does_not_compute_is_refused():
+    write(hidden_act="relu", folder="relu")
+    write(folder="half")
+    weights = Path("half/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    write(folder="lacking")
+    config = json.loads(Path("lacking/config.json").read_text())
+    Path("lacking/config.json").write_text(json.dumps({**config, "hidden_size": 64}))
+    write(folder="sizeless")
+    Path("sizeless/config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k != "patch_size"})
+    )
+    Path("bert").mkdir()
+    Path("bert/config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+    for name, message in {
+        "relu": "timm does not compute",
+        "bert": "BertModel",
+        "half": "truncated",
+        "lacking": r"has shape \(1, 1, 32\), not \(1, 1, 64\)",
+        "sizeless": "lacks 'patch_size'",
+    }.items():
+        with pytest.raises(CheckpointError, match=message):
+            open_model(name, None)
