@@ -9,11 +9,11 @@ from torch.func import functional_call
 
 from scala_cli.errors import CheckpointError
 from scala_cli.files import refuse_occupied, whole_directory
-from scala_cli.measure import cost, random_images
+from scala_cli.measure import cost
 from scala_cli.models.checkpoint import TensorByTensor, read_about, versions, write_timm
 from scala_cli.models.locate import CARD, FILES, WEIGHTS
 from scala_cli.models.slimmable import Ratio
-from scala_cli.models.vit import refuse_misfit
+from scala_cli.models.vit import random_images, refuse_misfit
 from scala_cli.report import model_card
 from scala_cli.slicing.point import Point, find_point
 from scala_cli.watch import QUIET, Watcher

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from scala_cli.device import autocast, choose_device, device_name, synchronize
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.models.vit import Spec
+from scala_cli.models.vit import Spec, random_images
 from scala_cli.settings import BenchSettings, DeviceSettings
 from scala_cli.slicing.point import Point
 from scala_cli.watch import Watcher
@@ -95,11 +95,6 @@ def timing(series: list[float], batch_size: int) -> Timing:
     median = statistics.median(series)
     p95 = sorted(series)[max(0, -(-len(series) * 95 // 100) - 1)]  # nearest rank
     return Timing(median, p95, batch_size / median * 1000)
-
-
-def random_images(spec: Spec, count: int) -> Tensor:
-    """(count, C, H, W), the same on every call."""
-    return torch.randn(count, *spec.input_size, generator=torch.Generator().manual_seed(0))
 
 
 @torch.inference_mode()

@@ -66,10 +66,11 @@ def convert(
 
     from scala_cli.data.loader import calibration_images
     from scala_cli.data.split import open_split
-    from scala_cli.measure import cost, largest_difference, random_images
+    from scala_cli.measure import cost, largest_difference
     from scala_cli.models.checkpoint import save
     from scala_cli.models.order import put_first_what_matters
     from scala_cli.models.source import Changes, open_model
+    from scala_cli.models.vit import random_images
 
     changes = Changes(num_classes, img_size, patch_size)
     net, record = open_model(

@@ -19,7 +19,7 @@ from scala_cli.models.hub import NO_WEIGHTS, fail_fast_offline, fetch, unreachab
 from scala_cli.models.huggingface import directory_of, read_transformers
 from scala_cli.models.locate import CONFIG, WEIGHTS, read_config, resolve
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.models.vit import ALIASES, Spec, describe, refuse_unless_plain
+from scala_cli.models.vit import ALIASES, Spec, describe, random_images, refuse_unless_plain
 from scala_cli.settings import DEFAULT_RATIOS
 from scala_cli.slicing.point import Point, find_point, parse_points
 from scala_cli.slicing.rule import Rule
@@ -59,7 +59,7 @@ def open_model(
     Args:
         points: the widths; None gives a checkpoint of the Scala authors its own, others the default ones.
         model: an alias (`deit_s`), a timm name, `hf-hub:org/repo`, a directory in timm's format, or a
-            weight file that names its architecture.
+            weight file that names its architecture, or a directory of transformers.
         weights: a file (.safetensors, or a pickle that holds tensors only) to read instead of downloading.
         scratch: random weights.
         average: take the moving average that a weight file of a training script holds beside the weights.
@@ -68,20 +68,11 @@ def open_model(
         CheckpointError: unknown name, no network, unreadable or unfitting weights, unsupported model.
         PointError: a width that does not divide the model's channels.
     """
-    if weights is not None and (scratch or Path(model).is_file()):
-        raise CheckpointError("two sources of weights are given.", "Leave out --weights, or the other one.")
-    directory = directory_of(model) if weights is None and not scratch and model not in ALIASES else None
-    if Path(model).is_file() and not directory:
-        model, weights = "", Path(model)
-    if average and weights is None:
-        raise CheckpointError("there is no file to take a moving average from.", "Name it: --weights FILE")
-    foreign = None
-    if directory or weights:
-        foreign = read_transformers(directory) if directory else read_foreign(Path(weights or ""), average)
+    foreign = given_weights(model, weights, scratch, average)
     if foreign and is_theirs(foreign):
-        return open_family(foreign, str(weights), points, changes or Changes(), layout)
-    given = foreign.named if foreign and (directory or not model) else model
-    name, args = locate(given)
+        return open_family(foreign, str(weights or model), points, changes or Changes(), layout)
+    model_of = foreign.named if foreign and weights is None else model
+    name, args = locate(model_of)
     args |= {**(foreign.args if foreign else {}), **(changes or Changes()).given()}
     with torch.device("meta"):  # what cannot be sliced is refused before any download
         skeleton_spec = describe(create(name, args))
@@ -93,8 +84,25 @@ def open_model(
     vit = create(name, args, foreign, pretrained=not scratch)
     spec = describe(vit, args)
     net = SlimmableViT(vit.eval(), spec, Rule(tuple(sorted(points)), spec.num_heads, layout=layout))
-    origin = "random" if scratch else str(weights.name if weights else model)
-    return net, Record(trained=not scratch, provenance={"model": model or given, "weights": origin})
+    file = weights or Path(model)
+    origin = "random" if scratch else file.name if file.is_file() else model
+    return net, Record(trained=not scratch, provenance={"model": model_of, "weights": origin})
+
+
+def given_weights(model: str, weights: Path | None, scratch: bool, average: bool) -> Foreign | None:
+    """What a file or a directory of transformers holds, where one is named; None for timm's own weights."""
+    if weights is not None and (scratch or Path(model).is_file()):
+        raise CheckpointError("two sources of weights are given.", "Leave out --weights, or the other one.")
+    if weights is None and not scratch and model not in ALIASES:
+        directory = directory_of(model)
+        if directory is not None:
+            return read_transformers(directory)
+    file = weights or Path(model)
+    if weights is not None or file.is_file():
+        return read_foreign(file, average)
+    if average:
+        raise CheckpointError("there is no file to take a moving average from.", "Name it: --weights FILE")
+    return None
 
 
 def slimmable(model: nn.Module, ratios: str = DEFAULT_RATIOS, **created_with: Any) -> SlimmableViT:
@@ -126,8 +134,7 @@ def slimmable(model: nn.Module, ratios: str = DEFAULT_RATIOS, **created_with: An
         again = spec.build_with(vit.state_dict(), "the model")
     except (CheckpointError, TypeError) as error:
         raise CheckpointError(f"timm builds another {spec.architecture}: {error}", hint) from None
-    device = next(vit.parameters()).device
-    probe, was_training = torch.randn(2, *spec.input_size, device=device), vit.training
+    probe, was_training = random_images(spec, 2).to(next(vit.parameters()).device), vit.training
     with torch.no_grad():
         same = torch.equal(again(probe), vit.eval()(probe))
     vit.train(was_training)

@@ -9,7 +9,7 @@ from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from scala_cli.models.vit import Spec
+from scala_cli.models.vit import Spec, random_images
 from scala_cli.slicing.table import Table, axes_of
 
 PARTS = ("weight", "bias")
@@ -117,7 +117,7 @@ def with_eps(state: Mapping[str, Tensor], spec: Spec, eps: float) -> dict[str, T
     read through norms alone: so all that is written to it is multiplied by s. Where it makes no difference
     the weights stay as they are.
     """
-    theirs, probe = spec.build_with(state), torch.randn(2, *spec.input_size)
+    theirs, probe = spec.build_with(state), random_images(spec, 2)
     ours = theirs(probe)
     norms = [module for module in theirs.modules() if isinstance(module, nn.LayerNorm)]
     scale = math.sqrt(norms[0].eps / eps)

@@ -95,6 +95,11 @@ class Spec:
         return model
 
 
+def random_images(spec: Spec, count: int) -> Tensor:
+    """(count, C, H, W), the same on every call."""
+    return torch.randn(count, *spec.input_size, generator=torch.Generator().manual_seed(0))
+
+
 def refuse_misfit(model: nn.Module, state: Mapping[str, Tensor], origin: object) -> None:
     """Raises CheckpointError for the first key that is missing, unknown or of another shape."""
     wanted = model.state_dict()

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scala_cli.device import autocast, choose_device, peak_memory, uses_bfloat16
-from scala_cli.measure import conditions, cost, random_images, take_turns
+from scala_cli.measure import conditions, cost, take_turns
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.models.vit import choose_attention
+from scala_cli.models.vit import choose_attention, random_images
 from scala_cli.settings import Settings
 from scala_cli.training.price import training_gmacs
 from scala_cli.training.step import Step
