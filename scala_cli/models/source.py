@@ -19,7 +19,7 @@ from scala_cli.models.hub import NO_WEIGHTS, fail_fast_offline, fetch, unreachab
 from scala_cli.models.huggingface import directory_of, read_transformers
 from scala_cli.models.locate import CONFIG, WEIGHTS, read_config, resolve
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.models.vit import ALIASES, Spec, describe, random_images, refuse_unless_plain
+from scala_cli.models.vit import ALIASES, Spec, describe, random_images, read_off, refuse_unless_plain
 from scala_cli.settings import DEFAULT_RATIOS
 from scala_cli.slicing.point import Point, find_point, parse_points
 from scala_cli.slicing.rule import Rule
@@ -105,41 +105,30 @@ def given_weights(model: str, weights: Path | None, scratch: bool, average: bool
     return None
 
 
-def slimmable(model: nn.Module, ratios: str = DEFAULT_RATIOS, **created_with: Any) -> SlimmableViT:
+def slimmable(model: nn.Module, ratios: str = DEFAULT_RATIOS) -> SlimmableViT:
     """A timm model that is in memory already, at every width; it keeps its weights, and shares them.
 
     Args:
         ratios: the widths, "0.25,0.5,0.75,1".
-        created_with: what `timm.create_model` was given beside the name and sizes, where it changes what a
-            block computes: `qk_norm=True`, `act_layer="relu"`.
 
     Raises:
-        CheckpointError: a model that cannot be sliced, or that was created with something it does not tell.
+        CheckpointError: a model that cannot be sliced, or that timm does not build again from what it shows.
         PointError: a width that does not divide its channels.
     """
-    vit = refuse_unless_plain(model)
-    block: Any = vit.blocks[0]
-    hidden = block.mlp.fc2.in_features
-    sizes = {
-        "depth": len(vit.blocks),
-        "embed_dim": vit.embed_dim,
-        "num_heads": block.attn.num_heads,
-        "mlp_ratio": (hidden + 0.5) / vit.embed_dim,
-    }
-    spec, points = describe(vit, {**sizes, **created_with}), parse_points(ratios)
+    vit, spec, points = refuse_unless_plain(model), read_off(model), parse_points(ratios)
     for point in points:
         spec.at(point)
-    hint = "Say what it was created with: slimmable(model, qk_norm=True, ...)"
-    try:
-        again = spec.build_with(vit.state_dict(), "the model")
-    except (CheckpointError, TypeError) as error:
-        raise CheckpointError(f"timm builds another {spec.architecture}: {error}", hint) from None
+    again = spec.build_with(vit.state_dict(), f"this {spec.architecture}")
     probe, was_training = random_images(spec, 2).to(next(vit.parameters()).device), vit.training
     with torch.no_grad():
         same = torch.equal(again(probe), vit.eval()(probe))
     vit.train(was_training)
     if not same:
-        raise CheckpointError(f"timm's {spec.architecture} computes something else than this model.", hint)
+        raise CheckpointError(
+            f"timm's {spec.architecture} computes something else than this model.",
+            "Save it with what it was created with, and load that: "
+            "timm.models.save_for_hf(model, DIR, model_args=...); scala convert DIR",
+        )
     return SlimmableViT(vit, spec, Rule(points, spec.num_heads)).train(was_training)
 
 

@@ -1,6 +1,6 @@
 """timm's Vision Transformers: the only file that knows their internals."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -144,6 +144,41 @@ def describe(model: nn.Module, args: Mapping[str, Any] | None = None) -> Spec:
         num_heads=block.attn.num_heads,
         hidden_dim=block.mlp.fc2.in_features,
     )
+
+
+TRAITS: Mapping[str, Callable[[Any], Any]] = {
+    "class_token": lambda vit: vit.cls_token is not None,
+    "reg_tokens": lambda vit: vit.num_reg_tokens,
+    "no_embed_class": lambda vit: vit.no_embed_class,
+    "pos_embed": lambda vit: "none" if vit.pos_embed is None else "learn",
+    "pre_norm": lambda vit: not isinstance(vit.norm_pre, nn.Identity),
+    "final_norm": lambda vit: (
+        not isinstance(vit.norm, nn.Identity) or not isinstance(vit.fc_norm, nn.Identity)
+    ),
+    "fc_norm": lambda vit: not isinstance(vit.fc_norm, nn.Identity),
+    "qkv_bias": lambda vit: vit.blocks[0].attn.qkv.bias is not None,
+    "proj_bias": lambda vit: vit.blocks[0].attn.proj.bias is not None,
+    "qk_norm": lambda vit: not isinstance(vit.blocks[0].attn.q_norm, nn.Identity),
+    "init_values": lambda vit: 1e-5 if hasattr(vit.blocks[0].ls1, "gamma") else None,
+}
+"""Arguments of timm's constructor that a model shows."""
+
+
+def read_off(model: nn.Module) -> Spec:
+    """The Spec of a model of which nobody knows what `timm.create_model` was given beside the name.
+
+    Raises CheckpointError as `describe`, and where what can be read off the model does not rebuild it.
+    """
+    vit: Any = refuse_unless_plain(model)
+    sizes = {
+        "depth": len(vit.blocks),
+        "embed_dim": vit.embed_dim,
+        "num_heads": vit.blocks[0].attn.num_heads,
+        "mlp_ratio": (vit.blocks[0].mlp.fc2.in_features + 0.5) / vit.embed_dim,
+    }
+    plain = describe(vit, sizes).build()
+    differing = {name: of(vit) for name, of in TRAITS.items() if of(vit) != of(plain)}
+    return describe(vit, {**sizes, **differing})
 
 
 def spec_of(config: Mapping[str, Any]) -> Spec:
