@@ -33,7 +33,7 @@ def test_every_parameter_has_a_row_that_fits_it(kind):
 
 
 @pytest.mark.parametrize(
-    "name", ["blocks.0.attn.gate.weight", "attn_pool.q.weight", "blocks.0.norm1.weight.x"]
+    "name", ["blocks.0.attn.gate.weight", "attn_pool.query.weight", "blocks.0.norm1.weight.x"]
 )
 def test_an_unknown_parameter_is_an_error(name):
     rule = Rule(WIDTHS, HEADS)

@@ -100,7 +100,7 @@ def test_an_untrained_width_is_refused(images):
     ("name", "args", "reason"),
     [
         ("resnet18", {}, "ResNet"),
-        ("vit_base_patch16_siglip_224", {"depth": 1}, "AttentionPoolLatent"),
+        ("vit_pwee_patch16_reg1_gap_256", {"depth": 1}, "a ParallelScalingBlock"),
         ("vit_base_patch16_rope_224", {"depth": 1}, "Eva"),
         ("vit_small_r26_s32_224", {"depth": 1}, "HybridEmbed"),
         ("vit_giant_patch14_dinov2", {"depth": 1}, "a GluMlp"),
