@@ -85,23 +85,19 @@ def peak_memory(device: torch.device, call: Callable[[], object]) -> int | None:
         before = torch.cuda.memory_allocated(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    if device.type != "cpu" or not can_reset_peak():
-        call()
-        return None
-    ctypes.CDLL(None).malloc_trim(0)  # gives back what is free, or it would count as held before
-    before = resident("VmRSS")
-    can_reset_peak()
+    held = begin_peak() if device.type == "cpu" else None
     call()
-    return resident("VmHWM") - before
+    return None if held is None else resident("VmHWM") - held
 
 
-def can_reset_peak() -> bool:
-    """Makes this process's peak of memory begin anew. Whether that is possible: on Linux with glibc."""
+def begin_peak() -> int | None:
+    """Makes this process's peak of memory begin anew: the bytes held now. None but on Linux with glibc."""
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # gives back what is free, or it would count as held before
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return hasattr(ctypes.CDLL(None), "malloc_trim")
+    except (OSError, AttributeError):
+        return None
+    return resident("VmRSS")
 
 
 def resident(field: str) -> int:

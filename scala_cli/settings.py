@@ -131,10 +131,30 @@ class BenchSettings:
     """How it is timed."""
 
     batch_size: int | None = option(
-        None, "Images a batch. Default: 1, or as many as training takes.", "-b", min=1
+        None,
+        "Images a batch. Default: 1 for the latency and the best for the throughput; in training 128.",
+        "-b",
+        min=1,
     )
     runs: int | None = option(
-        None, "How often each is timed. Default: 50 predictions, or 10 training steps.", min=1
+        None, "How often each is timed. Default: until the median is known to 2 %; 10 training steps.", min=1
+    )
+    runtime: str = option("torch", "Of torch, compile, onnx, openvino, pt2, executorch; several: torch,onnx.")
+    int8: bool = option(False, "Also with 8-bit weights, by ONNX Runtime.", only="on")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the width must fit, instead of --ratio."""
+
+    max_latency_ms: float | None = option(None, "Milliseconds for one image, measured here.", min=0)
+    max_gmacs: float | None = option(None, "Billions of multiply-accumulates of one image.", min=0)
+    max_params: float | None = option(None, "Parameters, for example 6e6.", min=0)
+    max_memory_mb: float | None = option(
+        None, "Megabytes by which memory peaks while it is loaded and answers once, measured here.", min=0
+    )
+    min_top1: float | None = option(
+        None, "Top-1 in percent, as evaluated; the narrowest such width.", min=0, max=100
     )
 
 
@@ -151,6 +171,22 @@ class Settings:
     seed: int = 0
     holdout: float = 0.0
     log_grads: bool = False
+
+    def words(self) -> list[str]:
+        """The options of `scala finetune` that differ from their defaults, but for data and device."""
+        groups = (self.method, self.optimizer, self.augment)
+        given = {f.name: (getattr(group, f.name), f.default) for group in groups for f in fields(group)}
+        given |= {"seed": (self.seed, 0), "holdout": (self.holdout, 0.0)}
+        words = []
+        for name, (value, default) in given.items():
+            flag = name.replace("_", "-")
+            if value == default:
+                continue
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+        return words
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Settings":

@@ -99,9 +99,15 @@ class Answer:
 
 
 @pytest.fixture
-def scala(tmp_path, monkeypatch) -> Callable[..., Answer]:
-    """Runs a command as a user would, in an empty directory."""
+def elsewhere(tmp_path, monkeypatch) -> Path:
+    """An empty directory, which is the working directory meanwhile."""
     monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def scala(elsewhere) -> Callable[..., Answer]:
+    """Runs a command as a user would, in an empty directory."""
 
     def run(*words: object) -> Answer:
         result = CliRunner().invoke(app, [str(word) for word in words])

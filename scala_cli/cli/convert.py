@@ -6,7 +6,6 @@ import typer
 
 from scala_cli.cli.console import Output
 from scala_cli.cli.options import Force, Ratios, Target
-from scala_cli.errors import CheckpointError
 from scala_cli.files import refuse_occupied
 from scala_cli.models.locate import FILES, short_name
 from scala_cli.settings import ReadSettings
@@ -18,7 +17,7 @@ def convert(
         str,
         typer.Argument(
             help="deit_ti, deit_s, deit_b (or ..._distilled), a timm name, hf-hub:org/repo, "
-            "a directory in timm's format, or a weight file."
+            "a directory of timm or transformers, or a weight file."
         ),
     ],
     output: Target = None,
@@ -77,10 +76,6 @@ def convert(
         model, points, changes, weights=weights, scratch=scratch, average=ema, layout=layout
     )
     original = net.vit
-    if order == "importance" and record.method:
-        raise CheckpointError(
-            f"{model} is a trained family: in another order its widths are lost.", "Leave out --order."
-        )
     if order == "importance":
         with out.progress() as live:
             noise = random_images(net.spec, 256).split(64)

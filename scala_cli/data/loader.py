@@ -121,9 +121,12 @@ def collate(items: Sequence[tuple[Tensor, int] | Corrupt]) -> Batch:
 
 
 def leave_stopping_to_the_parent(_: int) -> None:
-    """A terminal sends Ctrl-C to the processes that read as well; they go on until training has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """A terminal's Ctrl-C, or a scheduler's SIGTERM, also reaches the processes that read.
+
+    They go on until training has saved; then they are told to end, and they end with their parent.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Loader:

@@ -19,7 +19,7 @@ from scala_cli.errors import CheckpointError
 from scala_cli.models.foreign import Foreign
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.stream import with_eps
-from scala_cli.models.vit import Spec, describe
+from scala_cli.models.vit import Spec, describe, refuse_misfit
 from scala_cli.slicing.point import Point
 from scala_cli.slicing.rule import Rule
 
@@ -48,7 +48,7 @@ def open_theirs(content: Foreign, origin: str) -> SlimmableViT:
         spec.at(point)
     bounds = DISTILLED_ENDS if "_distilled" in content.named else None
     rule = Rule(points, spec.num_heads, isolated=True, layout="fused", attn_scale="fixed", bounds=bounds)
-    spec.build_with(content.state, origin)
+    refuse_misfit(spec.build(), content.state, origin)
     return SlimmableViT(spec.build_with(with_eps(content.state, spec, EPS)), spec, rule)
 
 

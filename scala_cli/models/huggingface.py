@@ -15,7 +15,7 @@ from scala_cli.models.foreign import Foreign, read_foreign
 from scala_cli.models.hub import fetch
 from scala_cli.models.locate import CONFIG, read_config
 from scala_cli.models.stream import with_eps
-from scala_cli.models.vit import describe
+from scala_cli.models.vit import describe, refuse_misfit
 
 KINDS = {
     "ViTForImageClassification": "vit_base",
@@ -96,7 +96,7 @@ def read_transformers(directory: Path) -> Foreign:
     with torch.device("meta"):
         classes = len(state.get("head.bias", ()))
         spec = describe(timm.create_model(architecture, **args, num_classes=classes), args)
-    spec.build_with(state, file)
+    refuse_misfit(spec.build(), state, file)
     state = with_eps(state, spec, config.get("layer_norm_eps", 1e-12))
     return Foreign(state, architecture, args=args, cfg=timm_cfg(directory, config))
 

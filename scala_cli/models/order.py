@@ -75,8 +75,13 @@ def put_first_what_matters(net: SlimmableViT, batches: Iterable[Tensor]) -> Slim
         batches: images (B, C, H, W), normalised; a few hundred suffice.
 
     Raises:
-        CheckpointError: where rounding would make more of a difference to the logits than 1e-4.
+        CheckpointError: where rounding would make more of a difference to the logits than 1e-4, or the widths
+            have been trained already, isolated.
     """
+    if net.rule.isolated:
+        raise CheckpointError(
+            "this is a trained family: in another order its widths are lost.", "Leave out --order."
+        )
     spec, table = net.spec, net.rule.table
     blocks = [f"blocks.{number}" for number in range(len(net.vit.blocks))]
     norms = norms_of(net.vit)

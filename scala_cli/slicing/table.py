@@ -38,8 +38,7 @@ def vit_table(num_heads: int, layout: Layout) -> Table:
     qkv = Axis("head", 3 * num_heads if layout == "aligned" else 1)
     attended = Axis("head", num_heads if layout == "aligned" else 1)
     within_head = Axis("head")
-    pooled = Axis("head", num_heads if layout == "aligned" else 1)
-    pooled_pair = Axis("head", 2 * num_heads if layout == "aligned" else 1)
+    key_value = Axis("head", 2 * num_heads if layout == "aligned" else 1)
     mlps = ("blocks.*.mlp", "attn_pool.mlp")
     outer = ("patch_embed.norm", "norm_pre", "norm", "fc_norm", "attn_pool.norm")
     norms = (*outer, "blocks.*.norm1", "blocks.*.norm2")
@@ -65,11 +64,11 @@ def vit_table(num_heads: int, layout: Layout) -> Table:
         **{f"{mlp}.fc2.bias": (embed,) for mlp in mlps},
         "blocks.*.ls2.gamma": (embed,),
         "attn_pool.latent": (None, None, embed),
-        "attn_pool.q.weight": (pooled, embed),
-        "attn_pool.q.bias": (pooled,),
-        "attn_pool.kv.weight": (pooled_pair, embed),
-        "attn_pool.kv.bias": (pooled_pair,),
-        "attn_pool.proj.weight": (embed, pooled),
+        "attn_pool.q.weight": (attended, embed),
+        "attn_pool.q.bias": (attended,),
+        "attn_pool.kv.weight": (key_value, embed),
+        "attn_pool.kv.bias": (key_value,),
+        "attn_pool.proj.weight": (embed, attended),
         "attn_pool.proj.bias": (embed,),
         "head.weight": (None, embed),
         "head.bias": (None,),

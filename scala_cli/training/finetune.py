@@ -12,9 +12,10 @@ from scala_cli.device import choose_device
 from scala_cli.errors import ScalaError, TrainingError
 from scala_cli.methods import METHODS
 from scala_cli.models.checkpoint import Record, load_with_record
+from scala_cli.models.locate import short_name
 from scala_cli.models.order import put_first_what_matters
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.settings import Settings
+from scala_cli.settings import DEFAULT_RATIOS, Settings
 from scala_cli.slicing.point import Point
 from scala_cli.training.loop import Trainer
 from scala_cli.training.run import Reader, Row, Run
@@ -88,7 +89,7 @@ def go_on(run: Run, watch: Watcher) -> Row:
     start, record = load_with_record(run.path / "start")
     trainer = Trainer(start, state["taught"], settings, open_splits(settings))
     trainer.restore(state)
-    return trainer.train(run, trained_by(record, settings, state["taught"]), watch)
+    return trainer.train(run, trained_by(record, start.points, settings, state["taught"]), watch)
 
 
 def prepare(
@@ -110,7 +111,7 @@ def begin(trainer: Trainer, start: SlimmableViT, record: Record, run: Run, watch
     taught = trainer.step.frozen is not None
     try:
         run.begin(start, record, trainer.state())
-        return trainer.train(run, trained_by(record, trainer.settings, taught), watch)
+        return trainer.train(run, trained_by(record, start.points, trainer.settings, taught), watch)
     except (ScalaError, OSError):
         nothing = not run.holds_state() or run.read_state()["step"] == 0
         if nothing and not run.teacher.holds_state():
@@ -186,7 +187,12 @@ def isolation(start: SlimmableViT, record: Record, settings: Settings) -> bool:
     return METHODS[settings.method.method].isolated and record.order != "importance"
 
 
-def trained_by(record: Record, settings: Settings, taught: bool) -> Record:
+def trained_by(record: Record, points: Sequence[Point], settings: Settings, taught: bool) -> Record:
     """The record of the model that comes of training: of the one it came from, and how."""
-    origin = {**record.provenance, "data": Path(settings.data).name, "teacher": taught}
+    model, data = str(record.provenance.get("model", "MODEL")), Path(settings.data).name
+    words = [model if model.startswith("hf-hub:") else short_name(model), "--data", data]
+    ratios = ",".join(map(str, points))
+    words += ["--ratios", ratios] if ratios != DEFAULT_RATIOS else []
+    command = " ".join(["scala finetune", *words, *settings.words()])
+    origin = {**record.provenance, "data": data, "teacher": taught, "command": command}
     return Record(True, settings.method.method, record.order, (), origin)

@@ -1,0 +1,198 @@
+"""Runs that are stopped, or fail, and go on with nothing lost."""
+
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import slimmable, write_timm_directory
+from runs import Listener, settings, start
+from safetensors.torch import load_file
+
+from scala_cli.errors import TrainingError
+from scala_cli.models.checkpoint import Record
+from scala_cli.settings import AugmentSettings
+from scala_cli.training.finetune import finetune, go_on
+from scala_cli.training.run import FILES, Run
+from scala_cli.watch import Stopped
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+def same_runs(one: str, other: str) -> bool:
+    """Whether two runs came to the same weights and losses, bit for bit."""
+    for checkpoint in ("last", "best"):
+        a, b = (load_file(f"{run}/{checkpoint}/model.safetensors") for run in (one, other))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    a, b = (
+        [json.loads(line)["loss"] for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+        for run in (one, other)
+    )
+    return a == b
+
+
+@pytest.mark.parametrize("epochs", [3, 2.4])
+@pytest.mark.parametrize("every", [None, 1, 2])
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, Stopped])
+def test_resuming_gives_the_run_that_was_never_stopped(photos, epochs, every, kind):
+    """Killed in step 5 of 9: what is saved then is the last epoch's end, step 4 (or 5), or, asked, step 5."""
+    chosen = settings(photos, epochs=epochs, augment=AugmentSettings(mixup=0.5, cutmix=0.5))
+    chosen = replace(chosen, optimizer=replace(chosen.optimizer, save_every_steps=every))
+    finetune(start(), Record(), chosen, Run(Path("whole")), Listener())
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(start(), Record(), chosen, Run(Path("cut")), Listener(stop_at=5, kind=kind))
+    assert len(Path("cut/metrics.jsonl").read_text().splitlines()) == 1
+    again = Listener()
+    go_on(Run(Path("cut")), again)
+    done = {None: 3, 1: 5, 2: 4}[every] if kind is KeyboardInterrupt else 5
+    assert len(again.losses) == round(3 * epochs) - done
+    assert same_runs("whole", "cut")
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "workers", "send"),
+    [
+        (signal.SIGKILL, -9, 0, os.kill),
+        (signal.SIGKILL, -9, 2, os.kill),
+        (signal.SIGTERM, 143, 2, os.kill),
+        (signal.SIGTERM, 143, 2, os.killpg),
+        (signal.SIGINT, 130, 2, os.killpg),
+    ],
+)
+def test_resuming_a_process_that_was_stopped(photos, tmp_path, number, code, workers, send):
+    """Some time after the first epoch; a terminal and a scheduler also stop what reads the images."""
+    write_timm_directory(tmp_path / "model", num_classes=3)
+    words = [
+        "finetune",
+        "model",
+        "--data",
+        str(photos),
+        "--epochs",
+        "15",
+        "-b",
+        "4",
+        "--no-amp",
+        "--device",
+        "cpu",
+    ]
+    words += ["--save-every-steps", "3", "--threads", "1", "-j", str(workers), "--ratios", "0.5,1", "-q"]
+    scala = [sys.executable, "-m", "scala_cli"]
+    subprocess.run([*scala, *words, "-o", "whole"], check=True, capture_output=True)
+    process = subprocess.Popen(
+        [*scala, *words, "-o", "cut"], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not Path("cut/metrics.jsonl").exists():
+        time.sleep(0.01)
+        assert process.poll() is None
+    time.sleep(0.3)
+    send(process.pid, number)
+    told = process.communicate()[1]
+    assert process.returncode == code
+    assert "Traceback" not in told and (code < 0 or "interrupted" in told)
+    assert len(Path("cut/metrics.jsonl").read_text().splitlines()) < 15
+    subprocess.run([*scala, "finetune", "--resume", "cut", "-q"], check=True, capture_output=True)
+    assert same_runs("whole", "cut")
+
+
+def test_resuming_a_run_stopped_in_its_first_epoch(photos):
+    with pytest.raises(KeyboardInterrupt):
+        finetune(start(), Record(), settings(photos, epochs=1), Run(Path("cut")), Listener(stop_at=1))
+    assert go_on(Run(Path("cut")), Listener())["epoch"] == 1
+
+
+def test_resuming_what_is_no_run(photos):
+    with pytest.raises(TrainingError, match="nothing to resume"):
+        go_on(Run(Path("nowhere")), Listener())
+    finetune(start(), Record(), settings(photos, epochs=1), Run(Path("one")), Listener())
+    state = Path("one/state.pt")
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(TrainingError, match="damaged") as error:
+        go_on(Run(Path("one")), Listener())
+    assert "one/last" in error.value.hint
+    torch.save({"rows": []}, state)
+    with pytest.raises(TrainingError, match="another version"):
+        go_on(Run(Path("one")), Listener())
+
+
+@pytest.mark.parametrize("every", [None, 1])
+def test_a_disk_that_takes_no_more_loses_nothing(photos, every):
+    """From step 5 of 9 on no file can grow past 20 kB: what fails is the state, or the epoch's weights."""
+    chosen = settings(photos, epochs=3)
+    chosen = replace(chosen, optimizer=replace(chosen.optimizer, save_every_steps=every))
+    finetune(start(), Record(), chosen, Run(Path("whole")), Listener())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Filling(Listener):
+        def step(self, count, losses=None):
+            super().step(count, losses)
+            if len(self.losses) == 5:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            finetune(start(), Record(), chosen, Run(Path("cut")), Filling())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.filename == ("cut/state.pt" if every else "cut/last")
+    assert {path.name for path in Path("cut").iterdir()} <= FILES
+    go_on(Run(Path("cut")), Listener())
+    assert same_runs("whole", "cut")
+
+
+def test_a_disk_that_takes_nothing_leaves_nothing(photos):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            finetune(start(), Record(), settings(photos), Run(Path("one")), Listener())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not Path("one").exists()
+
+
+def test_a_failure_in_the_first_epoch_keeps_the_steps_that_are_saved(photos):
+    chosen = settings(photos, epochs=2)
+    chosen = replace(chosen, optimizer=replace(chosen.optimizer, save_every_steps=1))
+    finetune(start(), Record(), chosen, Run(Path("whole")), Listener())
+    failing = Listener(stop_at=2, kind=partial(TrainingError, "not enough memory", ""))
+    with pytest.raises(TrainingError, match="memory"):
+        finetune(start(), Record(), chosen, Run(Path("cut")), failing)
+    again = Listener()
+    go_on(Run(Path("cut")), again)
+    assert len(again.losses) == 4 and same_runs("whole", "cut")
+
+
+def test_a_loss_that_is_not_finite_names_width_and_step(photos):
+    net = start()
+    chosen = settings(photos, epochs=3)
+    run = Run(Path("one"))
+    finetune(net, Record(), replace(chosen, optimizer=replace(chosen.optimizer, epochs=1)), run, Listener())
+    before = (run.path / "last/model.safetensors").read_bytes()
+    state = run.read_state()
+    state["weights"]["blocks.0.mlp.fc1.bias"][0] = math.nan
+    state["settings"]["optimizer"]["epochs"] = 3
+    run.write_state(state)
+    with pytest.raises(TrainingError, match=r"loss of width 1 is nan at step 4 \(epoch 2/3\)"):
+        go_on(run, Listener())
+    assert (run.path / "last/model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 4, 7])
+def test_a_run_with_a_new_head_is_resumed_in_either_part(photos, stop_at):
+    chosen = settings(photos, epochs=3)
+    finetune(slimmable(), Record(), chosen, Run(Path("whole")), Listener())
+    with pytest.raises(KeyboardInterrupt):
+        finetune(slimmable(), Record(), chosen, Run(Path("cut")), Listener(stop_at=stop_at))
+    go_on(Run(Path("cut")), Listener())
+    one, other = (load_file(f"{run}/last/model.safetensors") for run in ("whole", "cut"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
