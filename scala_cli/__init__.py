@@ -6,19 +6,21 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from scala_cli.export import slice_model
+    from scala_cli.cascade import Cascade
+    from scala_cli.deploy.slice import slice_model
     from scala_cli.models.checkpoint import load
     from scala_cli.models.slimmable import SlimmableViT
     from scala_cli.models.source import slimmable
     from scala_cli.slicing.point import Point
 
-__all__ = ["Point", "SlimmableViT", "__version__", "load", "slice_model", "slimmable"]
+__all__ = ["Cascade", "Point", "SlimmableViT", "__version__", "load", "slice_model", "slimmable"]
 
 _HOMES = {
     "load": "scala_cli.models.checkpoint",
     "SlimmableViT": "scala_cli.models.slimmable",
     "Point": "scala_cli.slicing.point",
-    "slice_model": "scala_cli.export",
+    "slice_model": "scala_cli.deploy.slice",
+    "Cascade": "scala_cli.cascade",
     "slimmable": "scala_cli.models.source",
 }
 

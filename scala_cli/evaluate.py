@@ -1,19 +1,26 @@
 """Accuracy of every width in one pass over the images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from timm.utils import AverageMeter, accuracy
+from torch import Tensor
 
+from scala_cli.cascade import Cascade, sweep
 from scala_cli.data.loader import Loader, transform_for
 from scala_cli.data.split import class_misfit, open_split
 from scala_cli.device import autocast
 from scala_cli.errors import DataError
+from scala_cli.measure import Predictor, cost
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.settings import DeviceSettings, ReadSettings
 from scala_cli.slicing.point import Point
 from scala_cli.watch import Watcher
 from scala_cli.world import ALONE, World
+
+Key = TypeVar("Key")
 
 
 def validation_loader(net: SlimmableViT, data: str, batch_size: int, read: ReadSettings) -> Loader:
@@ -45,32 +52,101 @@ def evaluate(
     Returns:
         per point {"ratio", "top1", "top5", "images"}; with fewer than five classes top-5 is 100.
     """
+    device = next(net.parameters()).device
+    found = accuracies(widths(net, points, settings), loader, device, watch, world)
+    return [{"ratio": float(point.ratio), **accuracy} for point, accuracy in found.items()]
+
+
+def widths(net: SlimmableViT, points: Sequence[Point], settings: DeviceSettings) -> dict[Point, Predictor]:
+    """The model at each width as it is evaluated."""
     net.eval()
     device = next(net.parameters()).device
-    meters = {point: (AverageMeter(), AverageMeter()) for point in points}
-    watch.phase("evaluate", len(loader.split))
-    for images, targets in loader:
-        if not len(images):
-            continue
-        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        for point, (top1, top5) in meters.items():
-            with autocast(device, settings):
-                logits = net(images, point)
+
+    def predict(point: Point, images: Tensor) -> Tensor:
+        with autocast(device, settings):
+            return net(images, point)
+
+    return {point: partial(predict, point) for point in points}
+
+
+@torch.inference_mode()
+def accuracies(
+    predictors: Mapping[Key, Predictor],
+    loader: Loader,
+    device: torch.device,
+    watch: Watcher,
+    world: World = ALONE,
+) -> dict[Key, dict[str, float]]:
+    """{"top1", "top5", "images"} of each predictor, as `evaluate`."""
+    meters = {key: (AverageMeter(), AverageMeter()) for key in predictors}
+    for images, targets in batches(loader, device, watch):
+        for key, (top1, top5) in meters.items():
+            logits = predictors[key](images)
             first, fifth = accuracy(logits.float(), targets, topk=(1, 5))
             top1.update(first.item(), len(targets))
             top5.update(fifth.item(), len(targets))
-        watch.step(len(targets))
     for meter in [meter for pair in meters.values() for meter in pair]:
         total, count = world.sum(torch.tensor([meter.sum, meter.count], device=device)).tolist()
         meter.count, meter.avg = int(count), total / max(count, 1)
     if not any(top1.count for top1, _ in meters.values()):
-        raise DataError("not one of the images could be read.", "Check the validation images.")
-    return [
+        raise nothing_read()
+    return {
+        key: {"top1": round(top1.avg, 4), "top5": round(top5.avg, 4), "images": top1.count}
+        for key, (top1, top5) in meters.items()
+    }
+
+
+@torch.inference_mode()
+def answers(
+    predictors: Mapping[Key, Predictor], loader: Loader, device: torch.device, watch: Watcher
+) -> tuple[dict[Key, Tensor], Tensor]:
+    """The logits (N, classes) of each predictor for all images that could be read, and their targets (N,)."""
+    seen: list[Tensor] = []
+    logits: dict[Key, list[Tensor]] = {key: [] for key in predictors}
+    for images, targets in batches(loader, device, watch):
+        seen.append(targets.cpu())
+        for key, predict in predictors.items():
+            logits[key].append(predict(images).float().cpu())
+    if not seen:
+        raise nothing_read()
+    return {key: torch.cat(each) for key, each in logits.items()}, torch.cat(seen)
+
+
+def evaluate_cascade(
+    cascade: Cascade,
+    loader: Loader,
+    thresholds: Sequence[float],
+    settings: DeviceSettings,
+    watch: Watcher,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What a cascade gives at every threshold, in one pass over the images.
+
+    Returns:
+        per width alone {"ratio", "top1", "gmacs"}, and per threshold what `sweep` tells.
+    """
+    net, points = cascade.net, cascade.points
+    device = next(net.parameters()).device
+    logits, targets = answers(widths(net, points, settings), loader, device, watch)
+    gmacs = [cost(net.spec.at(point))["gmacs"] for point in points]
+    alone = [
         {
             "ratio": float(point.ratio),
-            "top1": round(top1.avg, 4),
-            "top5": round(top5.avg, 4),
-            "images": top1.count,
+            "top1": round(100 * (logits[point].argmax(1) == targets).float().mean().item(), 4),
+            "gmacs": spent,
         }
-        for point, (top1, top5) in meters.items()
+        for point, spent in zip(points, gmacs, strict=True)
     ]
+    return alone, sweep([logits[point] for point in points], targets, gmacs, thresholds)
+
+
+def batches(loader: Loader, device: torch.device, watch: Watcher) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images, targets) of every batch of which anything could be read."""
+    watch.phase("evaluate", len(loader.split))
+    for images, targets in loader:
+        if len(images):
+            yield images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+            watch.step(len(targets))
+
+
+def nothing_read() -> DataError:
+    return DataError("not one of the images could be read.", "Check the validation images.")

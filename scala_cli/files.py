@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 
 from scala_cli.errors import ScalaError
 
@@ -54,6 +54,19 @@ def whole_file(target: Path) -> Iterator[Path]:
         flush(target.parent)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_files(target: Path) -> Iterator[Path]:
+    """A fresh directory for `target` and files that go with it; all take their places at the end."""
+    with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as name:
+        fresh = Path(name)
+        with naming_a_full_disk(target):
+            yield fresh
+        for file in sorted(fresh.iterdir(), key=lambda file: file.name == target.name):  # it comes last
+            flush(file)
+            file.replace(target.parent / file.name)
+        flush(target.parent)
 
 
 @contextmanager

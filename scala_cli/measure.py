@@ -1,26 +1,30 @@
-"""What each width costs: parameters, multiply-accumulates, milliseconds."""
+"""What a model costs: parameters, multiply-accumulates, milliseconds."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from scala_cli.device import autocast, choose_device, device_name, synchronize
-from scala_cli.models.checkpoint import Record
-from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.device import device_name, synchronize
 from scala_cli.models.vit import Spec, random_images
-from scala_cli.settings import BenchSettings, DeviceSettings
-from scala_cli.slicing.point import Point
 from scala_cli.watch import Watcher
 
-WARMUP_ROUNDS, RUNS = 5, 50
+WINDOW, WINDOWS = 3, 10
+"""Warming up is watched in windows of so many rounds, and over after so many windows at the latest."""
+STABLE = 0.97
+"""It is over as soon as no median falls below this share of the one in the window before."""
+FEWEST, MOST = 10, 200
+"""Rounds that are counted, where nobody says how many: enough that every median is SURE."""
+SURE = 0.02
+"""Half the width of a median's confidence interval, as a share of it, at which there are enough rounds."""
+SECONDS = 20.0
+"""Of measuring, after which what has been seen must do."""
 
 Key = TypeVar("Key")
 
@@ -34,12 +38,15 @@ def cost(spec: Spec) -> dict[str, Any]:
     Returns:
         {"embed_dim", "num_heads", "params", "gmacs"}; GMACs are 1e9 multiply-accumulates, half the FLOPs.
     """
-    skeleton = spec.build()
+    widths = {"embed_dim": spec.embed_dim, "num_heads": spec.num_heads}
+    return {**widths, **cost_of(spec.build(), spec.input_size)}
+
+
+def cost_of(skeleton: nn.Module, input_size: Sequence[int]) -> dict[str, Any]:
+    """{"params", "gmacs"} of any model on the meta device, for one image (C, H, W)."""
     with FlopCounterMode(display=False) as counter:
-        skeleton(torch.empty(1, *spec.input_size, device="meta"))
+        skeleton(torch.empty(1, *input_size, device="meta"))
     return {
-        "embed_dim": spec.embed_dim,
-        "num_heads": spec.num_heads,
         "params": sum(parameter.numel() for parameter in skeleton.parameters()),
         "gmacs": round(counter.get_total_flops() / 2e9, 4),
     }
@@ -47,31 +54,58 @@ def cost(spec: Spec) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Timing:
-    """Latency of one batch in milliseconds, median and 95th percentile; throughput in images/s."""
+    """Milliseconds of one call: the median, its 95 % confidence interval, the 95th percentile."""
 
-    latency_ms: float
-    latency_ms_p95: float
-    throughput: float
+    median: float
+    low: float
+    high: float
+    p95: float
+
+    @classmethod
+    def of(cls, series: Sequence[float]) -> "Timing":
+        """The Timing of measured milliseconds. The interval is that of order statistics: no shape assumed."""
+        ordered, count = sorted(series), len(series)
+        reach = 1.96 * math.sqrt(count) / 2
+        low, high = max(0, math.floor(count / 2 - reach)), min(count - 1, math.ceil(count / 2 + reach))
+        p95 = ordered[max(0, -(-count * 95 // 100) - 1)]  # nearest rank
+        return cls(statistics.median(ordered), ordered[low], ordered[high], p95)
+
+    @property
+    def is_sure(self) -> bool:
+        return self.high - self.low <= 2 * SURE * self.median
 
 
 @torch.inference_mode()
-def time_models(
-    models: Mapping[Point, nn.Module], images: Tensor, runs: int, watch: Watcher
-) -> dict[Point, Timing]:
-    """Times every model on one batch.
+def time_calls(
+    calls: Mapping[Key, Callable[[], object]], device: torch.device, rounds: int | None, watch: Watcher
+) -> dict[Key, Timing]:
+    """Times calls that take turns, so that a machine that heats up or is shared slows all alike.
 
-    The models take turns, so that a machine that heats up or is shared slows all alike; the first rounds
-    are not counted.
+    First they warm up until none gets faster. Without `rounds` they are timed until every median is known to
+    2 % (95 % confidence), 10 times at least, and 200 times or 20 seconds at most.
 
     Args:
-        images: (B, C, H, W), on the models' device.
-        runs: how often each model is timed.
+        rounds: how often each is timed.
     """
-    watch.phase("time", (WARMUP_ROUNDS + runs) * len(models), "runs")
-    calls = {point: partial(model, images) for point, model in models.items()}
-    take_turns(calls, WARMUP_ROUNDS, images.device, watch)
-    times = take_turns(calls, runs, images.device, watch)
-    return {point: timing(series, len(images)) for point, series in times.items()}
+    watch.phase("warm up", WINDOWS * WINDOW * len(calls), "runs")
+    medians = dict.fromkeys(calls, math.inf)
+    for _ in range(WINDOWS):
+        before = medians
+        times = take_turns(calls, WINDOW, device, watch)
+        medians = {key: statistics.median(series) for key, series in times.items()}
+        if all(medians[key] >= STABLE * before[key] for key in calls):
+            break
+    series: dict[Key, list[float]] = {key: [] for key in calls}
+    watch.phase("time", (rounds or MOST) * len(calls), "runs")
+    began = time.perf_counter()
+    for number in range(rounds or MOST):
+        for key, once in take_turns(calls, 1, device, watch).items():
+            series[key] += once
+        enough = number + 1 >= FEWEST and all(Timing.of(each).is_sure for each in series.values())
+        late = number + 1 >= FEWEST and time.perf_counter() - began > SECONDS
+        if not rounds and (enough or late):
+            break
+    return {key: Timing.of(each) for key, each in series.items()}
 
 
 def take_turns(
@@ -90,11 +124,21 @@ def take_turns(
     return times
 
 
-def timing(series: list[float], batch_size: int) -> Timing:
-    """The Timing of measured latencies in milliseconds."""
-    median = statistics.median(series)
-    p95 = sorted(series)[max(0, -(-len(series) * 95 // 100) - 1)]  # nearest rank
-    return Timing(median, p95, batch_size / median * 1000)
+def peak_gflops(device: torch.device, bfloat16: bool) -> float:
+    """The most that this machine was seen to do in one second of large matrix products, in GFLOP/s."""
+    size = 2048
+    one, other = (
+        torch.randn(size, size, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+        for _ in range(2)
+    )
+    times, began = [math.inf], time.perf_counter()
+    while time.perf_counter() - began < 1:
+        synchronize(device)
+        start = time.perf_counter()
+        one @ other
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times) / 1e9
 
 
 @torch.inference_mode()
@@ -102,44 +146,6 @@ def largest_difference(one: Predictor, other: Predictor, spec: Spec) -> float:
     """The largest absolute difference between the logits of two models on the same two random images."""
     probe = random_images(spec, 2)
     return (one(probe) - other(probe)).abs().max().item()
-
-
-def bench(
-    net: SlimmableViT,
-    record: Record,
-    points: Sequence[Point],
-    settings: BenchSettings,
-    where: DeviceSettings,
-    watch: Watcher,
-) -> dict[str, Any]:
-    """What every point costs on this machine, as plain timm models of that width.
-
-    Returns:
-        {"device", "threads", "precision", "batch_size", "runs", "points"}; per point {"ratio", "params",
-        "gmacs", "latency_ms", "latency_ms_p95", "throughput", "top1"}, top1 as the checkpoint records it.
-    """
-    device = choose_device(where)
-    net.to(device)
-    size, runs = settings.batch_size or 1, settings.runs or RUNS
-    images = random_images(net.spec, size).to(device)
-    models = {point: net.slice(point).to(device) for point in points}
-    with autocast(device, where) if where.amp else nullcontext():
-        timings = time_models(models, images, runs, watch)
-    rows = []
-    for point in points:
-        costs, timed = cost(net.spec.at(point)), timings[point]
-        rows.append(
-            {
-                "ratio": float(point.ratio),
-                "params": costs["params"],
-                "gmacs": costs["gmacs"],
-                "latency_ms": round(timed.latency_ms, 3),
-                "latency_ms_p95": round(timed.latency_ms_p95, 3),
-                "throughput": round(timed.throughput, 2),
-                "top1": record.top1(point),
-            }
-        )
-    return {**conditions(device, bool(where.amp)), "batch_size": size, "runs": runs, "points": rows}
 
 
 def conditions(device: torch.device, bfloat16: bool) -> dict[str, Any]:

@@ -2,29 +2,65 @@
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from scala_cli.errors import ScalaError
 from scala_cli.files import whole_file
 
-MISSING = "no picture without matplotlib: pip install 'scala-vit[plot]'"
+INSTALL = "pip install 'scala-vit[plot]'"
+MISSING = f"no picture without matplotlib: {INSTALL}"
+SUFFIXES = (".svg", ".png", ".pdf")
+
+Rows = Sequence[Mapping[str, Any]]
 
 
 def can_draw() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def draw_arms(arms: Sequence[Mapping[str, Any]], file: Path) -> None:
+def refuse_picture(file: Path) -> None:
+    """Raises ScalaError unless a picture can be drawn to this file."""
+    if not can_draw():
+        raise ScalaError("pictures need matplotlib, which is not installed.", INSTALL)
+    if file.suffix not in SUFFIXES:
+        raise ScalaError(f"{file} is no picture.", f"Let its name end in {', '.join(SUFFIXES)}.")
+    if not file.parent.is_dir():
+        raise ScalaError(f"there is no directory {file.parent}.", "Make it, or name another place.")
+
+
+def new_axes() -> tuple[Any, Any]:
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    rcParams["svg.hashsalt"] = "scala"  # the same picture from the same rows
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def save(figure: Any, file: Path) -> None:
+    metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(file.suffix)
+    with whole_file(file) as target:
+        figure.savefig(target, format=file.suffix[1:], dpi=200, metadata=metadata)
+
+
+def as_svg(figure: Any) -> str:
+    """The picture as an <svg> element."""
+    text = StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def arms_picture(arms: Rows) -> Any:
     """Top-1 of every width against its GMACs, a line for each arm of a comparison, spreads as bars.
 
     Args:
         arms: rows of compare.json.
-        file: .svg or .png
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = new_axes()
     for arm in arms:
         points = arm["points"]
         axes.errorbar(
@@ -42,7 +78,73 @@ def draw_arms(arms: Sequence[Mapping[str, Any]], file: Path) -> None:
     axes.minorticks_off()
     axes.set_xlabel("GMACs of one image (width)")
     axes.set_ylabel("top-1, %")
-    axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    with whole_file(file) as target:
-        figure.savefig(target, format=file.suffix[1:])
+    return figure
+
+
+def bench_picture(rows: Rows) -> Any:
+    """What every row of a bench gives against its latency, and the front that no other row beats.
+
+    Up is top-1 where it is known of every width, else GMACs. Named are the widths of the first runtime and
+    all that is on the front.
+    """
+    figure, axes = new_axes()
+    known = all(row["top1"] is not None for row in rows if row["ratio"] is not None)
+    column, name = ("top1", "top-1, %") if known else ("gmacs", "GMACs of one image")
+    drawn = [row for row in rows if row[column] is not None]
+    for runtime in dict.fromkeys(row["runtime"] for row in drawn):
+        some = [row for row in drawn if row["runtime"] == runtime]
+        axes.plot([row["latency_ms"] for row in some], [row[column] for row in some], "o", label=runtime)
+    front = pareto([(row["latency_ms"], row[column]) for row in drawn])
+    last = (max(row["latency_ms"] for row in drawn), front[-1][1])
+    axes.step(*zip(*front, last, strict=True), where="post", color="grey", linestyle="--", zorder=0)
+    named = [row for row in drawn if row["runtime"] == drawn[0]["runtime"]]
+    named += [row for row in drawn if row not in named and (row["latency_ms"], row[column]) in front]
+    for row in named:
+        label = row["model"] if row["ratio"] is None else f"{row['ratio']:g}"
+        place = (row["latency_ms"], row[column])
+        axes.annotate(label, place, xytext=(5, -10), textcoords="offset points", fontsize="small")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="minor", labelsize="x-small")
+    axes.margins(x=0.15)
+    axes.set_xlabel("latency, ms")
+    axes.set_ylabel(name)
+    axes.legend(fontsize="small", title="runtime; front dashed", title_fontsize="small")
+    return figure
+
+
+def pareto(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (cost, gain) those that none beats in both, cheapest first."""
+    front: list[tuple[float, float]] = []
+    for cost, gain in sorted(places, key=lambda place: (place[0], -place[1])):
+        if not front or gain > front[-1][1]:
+            front.append((cost, gain))
+    return front
+
+
+def cascade_picture(sweep: Rows, points: Rows) -> Any:
+    """Top-1 of a cascade against its mean GMACs, by threshold, beside the widths alone.
+
+    Args:
+        sweep: {"threshold", "top1", "gmacs"}
+        points: {"ratio", "top1", "gmacs"}
+    """
+    figure, axes = new_axes()
+    for rows, label, name in ((sweep, "cascade, threshold", "threshold"), (points, "one width", "ratio")):
+        line = "-" if rows is sweep else ""
+        axes.plot([r["gmacs"] for r in rows], [r["top1"] for r in rows], "o", linestyle=line, label=label)
+        for row in rows:
+            below = rows is points
+            axes.annotate(
+                f"{row[name]:g}",
+                (row["gmacs"], row["top1"]),
+                xytext=(4, -12 if below else 6),
+                textcoords="offset points",
+                fontsize="x-small",
+            )
+    axes.set_xlabel("GMACs of one image, mean")
+    axes.set_ylabel("top-1, %")
+    axes.legend(fontsize="small")
+    return figure

@@ -1,79 +1,70 @@
-"""What outlives a command beside the weights: the model card, tables as CSV."""
+"""Rows as somebody else reads them: CSV, Markdown, a page of HTML."""
 
 import csv
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from scala_cli.files import whole_file
 
-from scala_cli.models.checkpoint import Record
-from scala_cli.models.vit import Spec
-from scala_cli.slicing.point import Point
+Rows = Sequence[Mapping[str, Any]]
 
-CARD = """---
-{metadata}
----
-
-# {name}
-
-{architecture} at {ratio:g} of its width: {params:.1f} M parameters, {gmacs:.2f} GMACs
-at {height} x {width} pixels. Cut from a slimmable Vision Transformer{how} with scala-vit.
-
-| ratio | top-1 % | top-5 % |
-|---|---|---|
-{rows}
-
-```python
-import timm
-
-model = timm.create_model("local-dir:{name}", pretrained=True).eval()
-```
-
-Weights started from: {origin}.
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }}
+div {{ overflow-x: auto; }} svg {{ max-width: 100%; height: auto; }}
+</style>
+<h1>{title}</h1>
+<p>{conditions}</p>
+<div>{table}</div>
+{picture}
+</html>
 """
 
 
-def model_card(name: str, spec: Spec, record: Record, slice: Mapping[str, Any]) -> str:
-    """The README.md of a slice.
-
-    Args:
-        spec: the slice's own.
-        slice: {"ratio", "params", "gmacs"}
-    """
-    data = ModelCardData(
-        library_name="timm",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "timm", "scala-vit"],
-        license=spec.pretrained_cfg.get("license"),
-    )
-    rows = [
-        f"| {m['ratio']:g} | {m['top1']:.2f} | {m['top5']:.2f} |"
-        for m in record.metrics
-        if Point.of(m["ratio"]) == Point.of(slice["ratio"])
-    ]
-    _, height, width = spec.input_size
-    card = ModelCard(
-        CARD.format(
-            metadata=data.to_yaml(),
-            name=name,
-            architecture=spec.architecture,
-            ratio=slice["ratio"],
-            params=slice["params"] / 1e6,
-            gmacs=slice["gmacs"],
-            height=height,
-            width=width,
-            how=f" trained by the {record.method} method" if record.method else "",
-            rows="\n".join(rows) or f"| {slice['ratio']:g} | not evaluated | |",
-            origin=record.provenance.get("weights", "unknown"),
-        )
-    )
-    return str(card)
+def markdown(rows: Rows) -> str:
+    """Rows as a table of Markdown."""
+    lines = [[*rows[0]], ["---"] * len(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def cell(value: Any) -> str:
+    """A value as a table holds it; an empty cell for what is not known."""
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write_csv(file: Path, rows: Rows) -> None:
     """Rows as CSV, with every column that any of them has."""
     with file.open("w", newline="") as handle:
         writer = csv.DictWriter(handle, list(dict.fromkeys(column for row in rows for column in row)))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_page(file: Path, title: str, conditions: Mapping[str, Any], rows: Rows, svg: str) -> None:
+    """One HTML page that needs nothing beside it.
+
+    Args:
+        conditions: what the figures depend on.
+        svg: the picture, an <svg> element.
+    """
+    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell(value))}</td>" for value in row.values()) + "</tr>\n"
+        for row in rows
+    )
+    page = PAGE.format(
+        title=escape(title),
+        conditions=escape(", ".join(f"{name} {cell(value)}" for name, value in conditions.items())),
+        table=f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>",
+        picture=svg,
+    )
+    with whole_file(file) as target:
+        target.write_text(page)

@@ -5,7 +5,7 @@ import timm
 import torch
 from timm.models import VisionTransformer
 
-from scala_cli.export import slice_model
+from scala_cli.deploy.slice import slice_model
 from scala_cli.models.architectures import survey
 from scala_cli.models.checkpoint import Record, save
 from scala_cli.models.order import put_first_what_matters

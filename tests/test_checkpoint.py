@@ -11,8 +11,8 @@ import timm
 import torch
 from conftest import KINDS, slimmable
 
+from scala_cli.deploy.slice import slice_model
 from scala_cli.errors import CheckpointError, ScalaError
-from scala_cli.export import slice_model
 from scala_cli.files import refuse_occupied, whole_directory, whole_file
 from scala_cli.models.checkpoint import Record, TensorByTensor, load, load_with_record, save, write_timm
 from scala_cli.models.locate import resolve
@@ -96,7 +96,7 @@ def test_a_slice_that_reads_back_wrong_is_not_left_behind(tmp_path, monkeypatch)
         vit.head.bias.add_(1e-3)
         write_timm(vit, *rest)
 
-    monkeypatch.setattr("scala_cli.export.write_timm", write_badly)
+    monkeypatch.setattr("scala_cli.deploy.slice.write_timm", write_badly)
     with pytest.raises(CheckpointError, match=r"differs by 0\.001"):
         slice_model(tmp_path / "net", 0.5, tmp_path / "half")
     assert [path.name for path in tmp_path.iterdir()] == ["net"]

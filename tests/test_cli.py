@@ -12,7 +12,7 @@ import timm
 import torch
 from conftest import write_timm_directory
 
-from scala_cli.export import default_target
+from scala_cli.deploy.slice import default_target
 from scala_cli.slicing.point import Point
 
 QUICK = ("--epochs", 1, "-b", 4, "-j", 0, "--no-amp", "--device", "cpu")

@@ -13,7 +13,7 @@ from runs import Listener, accuracies, settings, start
 from scala_cli.errors import TrainingError
 from scala_cli.measure import cost
 from scala_cli.models.checkpoint import Record
-from scala_cli.plot import draw_arms
+from scala_cli.plot import arms_picture, save
 from scala_cli.settings import AugmentSettings
 from scala_cli.slicing.point import parse_points
 from scala_cli.training.compare import ARMS, arms_of, columns, compare, summary
@@ -201,7 +201,7 @@ def test_the_paper_has_all_its_parts():
 def test_a_picture_of_the_arms():
     point = {"ratio": 0.5, "gmacs": 0.1, "top1": 50.0, "spread": None, "seeds": [50.0]}
     row = {"arm": "scala", "points": [point], "gmacs_per_image": 1.0, "minutes": 2.0}
-    draw_arms([row], Path("one.svg"))
+    save(arms_picture([row]), Path("one.svg"))
     assert "<svg" in Path("one.svg").read_text()
     assert columns(row) == {"arm": "scala", "0.5": "50.00", "gmacs_per_image": 1.0, "minutes": 2.0}
 

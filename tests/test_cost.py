@@ -7,7 +7,7 @@ import timm
 import torch
 
 from scala_cli.device import peak_memory
-from scala_cli.measure import cost, timing
+from scala_cli.measure import cost
 from scala_cli.models.vit import describe
 from scala_cli.slicing.point import Point
 
@@ -51,14 +51,6 @@ def test_deit_small(ratio, gmacs, millions):
     assert counted["gmacs"] == pytest.approx(macs, abs=1e-4)
     assert macs == pytest.approx(gmacs, abs=0.01)
     assert params / 1e6 == pytest.approx(millions, abs=0.05)
-
-
-def test_timing_is_the_median_and_the_nearest_rank():
-    timed = timing([float(n) for n in range(1, 101)], batch_size=4)
-    assert timed.latency_ms == 50.5
-    assert timed.latency_ms_p95 == 95
-    assert timed.throughput == pytest.approx(4 / 0.0505)
-    assert timing([7.0], 1).latency_ms_p95 == 7
 
 
 def test_peak_memory_of_a_call():

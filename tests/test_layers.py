@@ -13,8 +13,9 @@ LAYERS = [
     {"models"},
     {"device", "world"},
     {"data", "methods"},
-    {"evaluate", "measure", "report", "plot"},
-    {"export", "training"},
+    {"measure", "report", "plot", "cascade"},
+    {"evaluate"},
+    {"deploy", "bench", "training"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

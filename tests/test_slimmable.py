@@ -1,5 +1,6 @@
 """The slimmable forward against the exported slice, on one of each kind of model."""
 
+import gc
 from itertools import product
 
 import pytest
@@ -74,6 +75,46 @@ def test_a_slice_owns_its_weights(images):
         before = piece(images)
         net.vit.blocks[0].mlp.fc1.weight.zero_()
         assert torch.equal(piece(images), before)
+
+
+CHANGES = {
+    "in place": lambda net: net.vit.blocks[0].attn.qkv.weight.mul_(2),
+    "another parameter": lambda net: setattr(
+        net.vit.blocks[0].attn.qkv, "weight", torch.nn.Parameter(net.vit.blocks[0].attn.qkv.weight * 2)
+    ),
+    "loaded": lambda net: net.vit.load_state_dict({k: 2 * v for k, v in net.vit.state_dict().items()}),
+    "an optimizer": lambda net: torch.optim.SGD(net.vit.parameters(), lr=1).step(),
+    "another precision and back": lambda net: net.double().float().vit.norm.weight.add_(1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_views_are_kept_only_as_long_as_the_weights(images, change):
+    net = slimmable()
+    net(images, 0.5).sum().backward()
+    with torch.no_grad():
+        before = net(images, 0.5)
+        first = net._skeleton(net.points[1]).blocks[0].attn.qkv.weight
+        net(images, 0.25)
+        assert torch.equal(net(images, 0.5), before)
+        assert net._skeleton(net.points[1]).blocks[0].attn.qkv.weight is first
+        CHANGES[change](net)
+        assert torch.equal(net(images, 0.5), net.slice(0.5)(images))
+        assert not torch.equal(net(images, 0.5), before)
+
+
+def test_switching_widths_holds_no_more_each_time(images):
+    net = slimmable()
+
+    def held() -> int:
+        gc.collect()
+        return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+
+    with torch.inference_mode():
+        [net(images, ratio) for ratio in net.points]
+        before = held()
+        [net(images, ratio) for ratio in net.points * 5]
+        assert held() == before
 
 
 @pytest.mark.parametrize("isolated", [True, False])

@@ -13,9 +13,11 @@ from scala_cli.cli.compare import compare
 from scala_cli.cli.convert import convert
 from scala_cli.cli.env import env
 from scala_cli.cli.evaluate import evaluate
+from scala_cli.cli.export import export
 from scala_cli.cli.finetune import finetune
 from scala_cli.cli.info import info
 from scala_cli.cli.options import add_command
+from scala_cli.cli.push import push
 from scala_cli.cli.slice import slice
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -25,6 +27,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "slice": slice,
     "bench": bench,
+    "export": export,
+    "push": push,
     "info": info,
     "env": env,
 }

@@ -1,6 +1,7 @@
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,7 +29,21 @@ def bench(
     ] = None,
     ratio: Some = None,
     data: Annotated[str | None, typer.Option("--data", help="Also evaluate on these images.")] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--compare",
+            help="Also time this timm model (a name or a directory), with random weights; repeat for more.",
+        ),
+    ] = None,
     csv: Annotated[Path | None, typer.Option("--csv", help="Also write the rows to this file.")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", help="Draw accuracy, or GMACs, against latency: .svg, .png or .pdf."),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write table and picture as one page that stands alone.")
+    ] = None,
     train: Annotated[
         bool, typer.Option("--train", help="Time steps of training instead, beside timm's of the full width.")
     ] = False,
@@ -41,26 +56,35 @@ def bench(
     device: DeviceSettings,
     out: Output,
 ) -> None:
-    """Latency, throughput, parameters and multiply-accumulates of every width.
+    """Latency, throughput, memory, parameters and multiply-accumulates of every width.
 
-    Example: scala bench runs/last -b 8 --threads 1; and before training: scala bench deit_s --train -b 64
+    All take turns in one run, with other runtimes (--runtime) and other models (--compare) where asked.
+
+    Example: scala bench runs/last --runtime torch,onnx --int8 --compare mobilenetv3_large_100 --plot b.svg;
+    before training: scala bench deit_s --train -b 64
     """
-    if csv is not None and not csv.parent.is_dir():
-        raise typer.BadParameter(f"--csv: there is no directory {csv.parent}.")
-    if train and data is not None:
-        raise typer.BadParameter("--train takes random images: leave out --data.")
+    for name, file in (("--csv", csv), ("--html", html)):
+        if file is not None and not file.parent.is_dir():
+            raise typer.BadParameter(f"{name}: there is no directory {file.parent}.")
+    elsewhere = (data, compare, plot, html, settings.int8, settings.runtime != "torch")
+    if train and any(elsewhere):
+        raise typer.BadParameter("--train times torch on random images: leave out what is for predictions.")
     if grad_checkpointing and not train:
         raise typer.BadParameter("--grad-checkpointing goes with --train.")
 
-    import scala_cli.measure
-    from scala_cli.evaluate import evaluate, validation_loader
     from scala_cli.models.checkpoint import load_with_record
     from scala_cli.models.source import is_checkpoint, open_slimmable
-    from scala_cli.report import write_csv
-    from scala_cli.training.speed import bench_training
+    from scala_cli.plot import as_svg, bench_picture, refuse_picture, save
+    from scala_cli.report import write_csv, write_page
+    from scala_cli.training.price import price_of_run
 
+    for picture in (plot, html.with_suffix(".svg") if html else None):
+        if picture:
+            refuse_picture(picture)
+    directory = None
     if checkpoint is None or is_checkpoint(checkpoint):
-        net, record = load_with_record(resolve(checkpoint))
+        directory = resolve(checkpoint)
+        net, record = load_with_record(directory)
     else:
         net, record = open_slimmable(checkpoint, None, scratch=data is None)
         if data is None:
@@ -70,19 +94,43 @@ def bench(
     points = choose_points(ratio, net.points)
     with out.progress() as live:
         if train:
+            from scala_cli.training.speed import bench_training
+
             size = settings.batch_size or OptimizerSettings().batch_size
             optimizer = OptimizerSettings(batch_size=size, grad_checkpointing=grad_checkpointing)
             training = Settings("", optimizer=optimizer, device=device)
             document = bench_training(net.with_points(points), training, settings.runs or 10, live)
         else:
+            from scala_cli.bench import bench as measure
+            from scala_cli.evaluate import validation_loader
+
             device = replace(device, amp=bool(device.amp))
-            document = scala_cli.measure.bench(net, record, points, settings, device, live)
+            size = EvalSettings().batch_size
+            loader = validation_loader(net, data, size, read) if data is not None else None
+            document = measure(net, record, points, compare or (), settings, device, live, loader)
+            if loader:
+                loader.tell_skipped(live)
+            if directory and (spent := price_of_run(net, record, directory)):
+                document["training"] = spent
+                out.note(
+                    f"trained in {spent['minutes']:.4g} minutes, all widths at once; each alone, on as many "
+                    f"images, would take {spent['separate']:.3g} times the multiply-accumulates."
+                )
         rows = document["steps" if train else "points"]
-        if data is not None:
-            loader = validation_loader(net, data, EvalSettings().batch_size, read)
-            for row, found in zip(rows, evaluate(net, loader, points, device, live), strict=True):
-                row["top1"] = found["top1"]
-            loader.tell_skipped(live)
-    out.result(document, rows)
     if csv is not None:
         write_csv(csv, rows)
+    if plot is not None:
+        save(bench_picture(rows), plot)
+    if html is not None:
+        facts = {name: value for name, value in document.items() if isinstance(value, str | int | float)}
+        write_page(
+            html, f"{net.spec.architecture}: what each width costs", facts, rows, as_svg(bench_picture(rows))
+        )
+    out.result(document, told(rows))
+
+
+def told(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without the columns that say the same, or nothing, in all of them."""
+    same = {"model", "runtime", "memory_mb", "roofline", "top1"}
+    dull = {name for name in same if len({row.get(name) for row in rows}) == 1}
+    return [{name: value for name, value in row.items() if name not in dull} for row in rows]

@@ -46,7 +46,7 @@ def compare(
     Example: scala compare deit_s --data DIR --methods scala,separate --seeds 3 --epochs 2
     """
     from scala_cli.models.source import open_slimmable
-    from scala_cli.plot import MISSING, can_draw, draw_arms
+    from scala_cli.plot import MISSING, arms_picture, can_draw, save
     from scala_cli.training.compare import arms_of, columns
     from scala_cli.training.compare import compare as run
 
@@ -73,7 +73,7 @@ def compare(
             out.note("the same command goes on where this one stopped.")
             raise
     if can_draw():
-        draw_arms(rows, target / "compare.svg")
+        save(arms_picture(rows), target / "compare.svg")
     out.result(
         {"path": str(target), "seeds": seeds, "equal": equal, "arms": rows},
         [columns(row) for row in rows],

@@ -1,8 +1,15 @@
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
 from scala_cli.cli.console import Output
 from scala_cli.cli.options import Checkpoint, Data, Some
 from scala_cli.models.locate import resolve
 from scala_cli.settings import DeviceSettings, EvalSettings, ReadSettings
 from scala_cli.slicing.point import choose_points
+
+THRESHOLDS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
 def evaluate(
@@ -10,28 +17,57 @@ def evaluate(
     *,
     data: Data,
     ratio: Some = None,
+    cascade: Annotated[
+        str | None,
+        typer.Option(help="Widths, 0.25,1: the first answers, the next is asked where it is unsure."),
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="The cascade's: the probability at which an answer stands.")
+    ] = 0.8,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the cascade at every threshold: .svg, .png or .pdf.")
+    ] = None,
     settings: EvalSettings,
     read: ReadSettings,
     device: DeviceSettings,
     out: Output,
 ) -> None:
-    """Accuracy of every width on the validation images.
+    """Accuracy of every width on the validation images, or of several widths as a cascade.
 
-    Example: scala eval runs/last --data DIR --ratio 0.5
+    Example: scala eval runs/last --data DIR; and: scala eval --data DIR --cascade 0.25,1 --threshold 0.8
     """
+    if cascade and ratio:
+        raise typer.BadParameter("--cascade names its widths itself: leave out --ratio.")
+    if plot and not cascade:
+        raise typer.BadParameter("--plot goes with --cascade.")
     directory = resolve(checkpoint)
 
+    from scala_cli.cascade import Cascade
     from scala_cli.device import choose_device, uses_bfloat16
-    from scala_cli.evaluate import evaluate, validation_loader
+    from scala_cli.evaluate import evaluate, evaluate_cascade, validation_loader
     from scala_cli.models.checkpoint import load_with_record
     from scala_cli.models.vit import choose_attention
+    from scala_cli.plot import cascade_picture, refuse_picture, save
 
+    if plot:
+        refuse_picture(plot)
     place = choose_device(device)
     net, _ = load_with_record(directory)
+    net.to(place)
     choose_attention(net.vit, place, uses_bfloat16(place, device))
-    points = choose_points(ratio, net.points)
     loader = validation_loader(net, data, settings.batch_size, read)
+    document: dict[str, Any]
     with out.progress() as live:
-        rows = evaluate(net.to(place), loader, points, device, live)
+        if cascade:
+            asked = Cascade(net, cascade.split(","), threshold)
+            thresholds = sorted({*THRESHOLDS, threshold})
+            rows, sweep = evaluate_cascade(asked, loader, thresholds, device, live)
+            document = next({**row} for row in sweep if row["threshold"] == threshold)
+            document |= {"cascade": [str(point) for point in asked.points], "points": rows, "sweep": sweep}
+        else:
+            rows = evaluate(net, loader, choose_points(ratio, net.points), device, live)
+            document = {"points": rows}
         loader.tell_skipped(live)
-    out.result({"points": rows, "skipped": list(loader.skipped)}, rows)
+    if cascade and plot:
+        save(cascade_picture(document["sweep"], rows), plot)
+    out.result({**document, "skipped": list(loader.skipped)}, document.get("sweep", rows))

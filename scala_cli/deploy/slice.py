@@ -7,6 +7,7 @@ import timm
 import torch
 from torch.func import functional_call
 
+from scala_cli.deploy.card import model_card
 from scala_cli.errors import CheckpointError
 from scala_cli.files import refuse_occupied, whole_directory
 from scala_cli.measure import cost
@@ -14,7 +15,6 @@ from scala_cli.models.checkpoint import TensorByTensor, read_about, versions, wr
 from scala_cli.models.locate import CARD, FILES, WEIGHTS
 from scala_cli.models.slimmable import Ratio
 from scala_cli.models.vit import random_images, refuse_misfit
-from scala_cli.report import model_card
 from scala_cli.slicing.point import Point, find_point
 from scala_cli.watch import QUIET, Watcher
 
@@ -67,7 +67,7 @@ def slice_model(
         piece = spec.build_with(rule.slice_state(weights, point, copy=True))
         write_timm(piece, spec, about, fresh)
         del piece
-        (fresh / CARD).write_text(model_card(target.name, spec, record, result))
+        (fresh / CARD).write_text(model_card(target.name, spec, record, [result], family=False))
         again = timm.create_model(f"local-dir:{fresh}", pretrained=True).eval()
         difference = (again(probe) - expected).abs().max().item()
         if not difference <= TOLERANCE:

@@ -36,6 +36,7 @@ class SlimmableViT(nn.Module):
         super().__init__()
         self.vit, self.spec, self.rule = vit, spec, rule
         self._skeletons: dict[Point, VisionTransformer] = {}
+        self._filled: dict[Point, Stamp | None] = {}
         for name, _ in vit.named_parameters():
             axes_of(name, rule.table)
         for point in rule.points:
@@ -59,6 +60,10 @@ class SlimmableViT(nn.Module):
     def forward(self, images: Tensor, ratio: Ratio | None = None) -> Tensor:
         """Logits at a width.
 
+        Without gradients the views of a width are kept until the weights change, so that switching to it
+        again costs a fraction of a millisecond (docs/performance.md). What changes weights through `.data`
+        is not noticed.
+
         Args:
             images: (B, C, H, W), normalised.
             ratio: one of `points`; left out, the widest.
@@ -72,16 +77,24 @@ class SlimmableViT(nn.Module):
         point = self.widest if ratio is None else find_point(ratio, self.points)
         if point.ratio == 1:
             return self.vit(images)
-        skeleton = self._skeleton(point)
-        fill(skeleton, self.rule.slice_state(dict(self.vit.named_parameters()), point))
+        skeleton, weights = self._skeleton(point), dict(self.vit.named_parameters())
+        now = None if torch.is_grad_enabled() else stamp(weights)
+        if now is None or self._filled.get(point) != now:
+            fill(skeleton, self.rule.slice_state(weights, point))
+            self._filled[point] = now
         return skeleton(images)
 
     @torch.no_grad()
-    def slice(self, ratio: Ratio) -> VisionTransformer:
-        """A plain timm model of one width with its own copy of the weights, in evaluation mode."""
+    def slice(self, ratio: Ratio, fixed_size: bool = False) -> VisionTransformer:
+        """A plain timm model of one width with its own copy of the weights, in evaluation mode.
+
+        Args:
+            fixed_size: where timm's model takes images of any size, one that takes those of its own size
+                only: what exporters can trace.
+        """
         point = find_point(ratio, self.points)
-        state = self.rule.slice_state(self.vit.state_dict(), point, copy=True)
-        return self.spec.at(point).build_with(state)
+        state, spec = self.rule.slice_state(self.vit.state_dict(), point, copy=True), self.spec.at(point)
+        return (spec.of_fixed_size() if fixed_size else spec).build_with(state)
 
     def _skeleton(self, point: Point) -> VisionTransformer:
         if point not in self._skeletons:
@@ -94,7 +107,17 @@ class SlimmableViT(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the skeletons, whose tensors are views of the weights: a copy makes its own."""
-        return {**self.__dict__, "_skeletons": {}}
+        return {**self.__dict__, "_skeletons": {}, "_filled": {}}
+
+
+Stamp = tuple[tuple[int, int], ...]
+
+
+def stamp(weights: Mapping[str, Tensor]) -> Stamp:
+    """What changes whenever one of these tensors does: where it lies, and how often it was written to."""
+    return tuple(
+        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in weights.values()
+    )
 
 
 def fill(skeleton: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -71,6 +71,10 @@ class Spec:
         narrow = {"embed_dim": dim, "num_heads": self.num_heads, "mlp_ratio": (hidden + 0.5) / dim}
         return replace(self, model_args={**self.model_args, **narrow}, embed_dim=dim, hidden_dim=hidden)
 
+    def of_fixed_size(self) -> "Spec":
+        """The same model, which does not resample its position embedding to the image."""
+        return replace(self, model_args={**self.model_args, "dynamic_img_size": False})
+
     def naming(self, classes: Sequence[str]) -> "Spec":
         """The same model with a class of its head for each name."""
         cfg = {**self.pretrained_cfg, "num_classes": len(classes), "label_names": list(classes)}

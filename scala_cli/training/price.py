@@ -1,14 +1,20 @@
-"""What training costs: multiply-accumulates of an image."""
+"""What training costs: multiply-accumulates of an image, minutes of a run."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from random import Random
 
 import torch
 from torch import Tensor
 
+from scala_cli.measure import cost
 from scala_cli.methods import METHODS
+from scala_cli.models.checkpoint import Record
+from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.settings import MethodSettings
 from scala_cli.slicing.point import Point
+from scala_cli.training.run import METRICS
 
 STEPS = 1000
 
@@ -37,3 +43,23 @@ def training_gmacs(gmacs: Mapping[Point, float], method: MethodSettings, pretrai
         for _ in kind(tuple(gmacs), method).passes(student, images, targets, None, Random(step)):
             pass
     return round(3 * sum(drawn) / STEPS + teacher, 4)
+
+
+def price_of_run(net: SlimmableViT, record: Record, checkpoint: Path) -> dict[str, float] | None:
+    """What the run that wrote a checkpoint has spent; None where there is no such run beside it.
+
+    Returns:
+        {"minutes", "separate"}: of its training, and how many times its multiply-accumulates the separate
+        training of each width takes on as many images, with the same teacher.
+    """
+    metrics = checkpoint.resolve().parent / METRICS
+    if record.method is None or not metrics.is_file():
+        return None
+    minutes = sum(json.loads(line)["minutes"] for line in metrics.read_text().splitlines())
+    gmacs = {point: cost(net.spec.at(point))["gmacs"] for point in net.points}
+    taught = bool(record.provenance.get("teacher"))
+    joint, apart = (
+        training_gmacs(gmacs, MethodSettings(method=method), taught)  # type: ignore[arg-type]
+        for method in (record.method, "separate")
+    )
+    return {"minutes": round(minutes, 3), "separate": round(apart / joint, 3)}

@@ -1,0 +1,86 @@
+"""A small width answers; a larger one is asked only where it is unsure."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scala_cli.errors import PointError
+from scala_cli.models.slimmable import Ratio, SlimmableViT
+from scala_cli.slicing.point import find_point
+
+
+class Cascade(nn.Module):
+    """Several widths of one family as one classifier that spends little on easy images.
+
+    Args:
+        net: the family.
+        ratios: the widths in the order in which they are asked, narrowest first.
+        threshold: an answer stands where the probability of its class is at least this.
+
+    Raises:
+        PointError: a width that was not trained, or widths that do not grow.
+    """
+
+    def __init__(self, net: SlimmableViT, ratios: Sequence[Ratio], threshold: float) -> None:
+        super().__init__()
+        self.net, self.threshold = net, threshold
+        self.points = tuple(find_point(ratio, net.points) for ratio in ratios)
+        if len(self.points) < 2 or list(self.points) != sorted(set(self.points)):
+            raise PointError(
+                "a cascade needs two widths or more, each wider than the one before.",
+                "For example: --cascade 0.25,1",
+            )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W) -> logits (B, classes), of the first width that is sure, else the last."""
+        first, *others = self.points
+        logits = self.net(images, first)
+        for point in others:
+            unsure = (confidence(logits) < self.threshold).nonzero().flatten()
+            if not len(unsure):
+                break
+            # those that were sure before stay so: what a wider width says replaces only what is unsure
+            logits = logits.index_copy(0, unsure, self.net(images[unsure], point).to(logits.dtype))
+        return logits
+
+
+def confidence(logits: Tensor) -> Tensor:
+    """(...,) the probability of the most probable class of (..., classes)."""
+    return logits.float().softmax(-1).amax(-1)
+
+
+def sweep(
+    answers: Sequence[Tensor], targets: Tensor, gmacs: Sequence[float], thresholds: Sequence[float]
+) -> list[dict[str, Any]]:
+    """What a cascade gives at every threshold, from the answers of its widths to all images.
+
+    Args:
+        answers: the logits (N, classes) of each width, in the order in which they are asked.
+        targets: (N,)
+        gmacs: of one image at each width.
+
+    Returns:
+        per threshold {"threshold", "top1" in percent, "gmacs" of an image on average, "escalated": the share
+        of images in percent that the first width did not decide}
+    """
+    rows = []
+    sure, right = (
+        torch.stack([confidence(logits) for logits in answers]),
+        torch.stack([logits.argmax(-1) == targets for logits in answers]),
+    )
+    for threshold in thresholds:
+        decides = sure >= threshold
+        decides[-1] = True
+        last = decides.int().argmax(0)  # the number of the first width that is sure
+        spent = torch.tensor(gmacs, dtype=torch.float64).cumsum(0)[last]
+        rows.append(
+            {
+                "threshold": threshold,
+                "top1": round(100 * right.gather(0, last[None]).float().mean().item(), 4),
+                "gmacs": round(spent.mean().item(), 4),
+                "escalated": round(100 * (last > 0).float().mean().item(), 2),
+            }
+        )
+    return rows

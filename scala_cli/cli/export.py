@@ -1,0 +1,92 @@
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from scala_cli.cli.console import Output
+from scala_cli.cli.options import DATA_HELP, Checkpoint
+from scala_cli.models.locate import resolve
+from scala_cli.settings import ReadSettings
+
+COMPARED = 64
+"""images"""
+
+
+def export(
+    checkpoint: Checkpoint = None,
+    *,
+    ratio: Annotated[str | None, typer.Option("--ratio", help="One of the trained widths.")] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every width, as ONNX graphs over one copy of the weights.")
+    ] = False,
+    format: Annotated[
+        Literal["onnx", "pt2", "openvino", "executorch"], typer.Option("--format", help="What to write.")
+    ] = "onnx",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; with --all a directory.")
+    ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="With 8-bit weights (onnx).")] = False,
+    with_preprocess: Annotated[
+        bool,
+        typer.Option("--with-preprocess", help="Take pixels, 0 to 255 (uint8), and normalise them within."),
+    ] = False,
+    data: Annotated[
+        str | None, typer.Option("--data", help=f"Images to compare the runtimes on, else noise. {DATA_HELP}")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    read: ReadSettings,
+    out: Output,
+) -> None:
+    """Write one width as ONNX, torch's pt2, OpenVINO or ExecuTorch, for any batch size.
+
+    Its own runtime reads it again and must answer as torch does before it takes its place.
+
+    Example: scala export --ratio 0.5 --format onnx -o half.onnx
+    """
+    if (ratio is None) is not every:
+        raise typer.BadParameter("Give one width with --ratio, or --all.")
+    if int8 and format != "onnx":
+        raise typer.BadParameter("--int8 goes with --format onnx.")
+    if every and (int8 or with_preprocess or format != "onnx"):
+        raise typer.BadParameter("--all writes plain ONNX: leave out --format, --int8 and --with-preprocess.")
+    directory = resolve(checkpoint)
+
+    from itertools import islice
+
+    import torch
+
+    from scala_cli.deploy.export import export as write
+    from scala_cli.deploy.export import export_all
+    from scala_cli.deploy.formats import FORMATS
+    from scala_cli.deploy.slice import default_target
+    from scala_cli.evaluate import validation_loader
+    from scala_cli.models.checkpoint import load_with_record
+    from scala_cli.models.vit import random_images
+    from scala_cli.slicing.point import find_point
+
+    net, _ = load_with_record(directory)
+    point = net.widest if every else find_point(ratio or "", net.points)
+    target = output or default_target(directory, point)
+    with out.progress() as live:
+        images = random_images(net.spec, COMPARED if net.spec.input_size[1] <= 64 else 4)
+        if data is not None:
+            loader = validation_loader(net, data, COMPARED, read)
+            images = torch.cat([some for some, _ in islice(loader, 1)])
+        if every:
+            target = output or target.with_name(target.name.removesuffix(f"-{point.label}") + "-onnx")
+            result = export_all(net, directory, target, images, force=force, watch=live)
+        else:
+            kind = f"{format}-int8" if int8 else format
+            target = output or target.with_name(f"{target.name}{FORMATS[kind].suffix}")
+            result = write(
+                net,
+                point,
+                kind,
+                target,
+                images,
+                real=data is not None,
+                pixels=with_preprocess,
+                force=force,
+                watch=live,
+            )
+    out.result(result, result.get("points", []))

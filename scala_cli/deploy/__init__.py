@@ -1,0 +1,1 @@
+"""From a family of widths to the file, or the repository, that somebody runs."""

@@ -1,0 +1,77 @@
+"""Which width fits: the widest within what may be spent, or the narrowest that is good enough."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from scala_cli.bench import bench
+from scala_cli.errors import PointError
+from scala_cli.measure import cost
+from scala_cli.models.checkpoint import load_with_record, read_about
+from scala_cli.settings import BenchSettings, Budget, DeviceSettings
+from scala_cli.watch import Watcher
+
+MEASURED = {"latency_ms", "memory_mb"}
+"""What is known only on the machine itself."""
+
+
+def candidates(
+    checkpoint: Path, budget: Budget, where: DeviceSettings, watch: Watcher
+) -> list[dict[str, Any]]:
+    """Every trained width, narrowest first, with all that the budget asks for.
+
+    Returns:
+        per width {"ratio", "params", "gmacs", "top1"}, where they are asked for "latency_ms" and "memory_mb"
+        as well, and "fits".
+    """
+    limits = limits_of(budget)
+    if MEASURED & {name for name, _, _ in limits}:
+        net, record = load_with_record(checkpoint)
+        once, exact = BenchSettings(batch_size=1), replace(where, amp=bool(where.amp))
+        rows = bench(net, record, net.points, (), once, exact, watch)["points"]
+    else:
+        spec, rule, record = read_about(checkpoint)
+        rows = [
+            {"ratio": float(point.ratio), **cost(spec.at(point)), "top1": record.top1(point)}
+            for point in rule.points
+        ]
+    names = dict.fromkeys(["ratio", "params", "gmacs", "top1", *(name for name, _, _ in limits)])
+    return [{**{name: row[name] for name in names}, "fits": excess(row, budget) <= 1} for row in rows]
+
+
+def choose(rows: Sequence[dict[str, Any]], budget: Budget) -> dict[str, Any]:
+    """The widest row that fits; where accuracy is asked for, the narrowest.
+
+    Raises PointError where none fits, naming the one that comes closest.
+    """
+    fitting = [row for row in rows if row["fits"]]
+    if fitting:
+        return fitting[0 if budget.min_top1 is not None else -1]
+    closest = min(rows, key=lambda row: excess(row, budget))
+    has = ", ".join(f"{name} {shown(closest[name])}" for name, _, _ in limits_of(budget))
+    raise PointError(
+        f"no trained width fits; the closest is {closest['ratio']:g} with {has}.",
+        f"Allow more, or cut that one: scala slice --ratio {closest['ratio']:g}; "
+        "or train narrower: scala finetune ... --ratios",
+    )
+
+
+def shown(value: float | None) -> str:
+    return "unknown (run scala finetune first)" if value is None else f"{value:.4g}"
+
+
+def limits_of(budget: Budget) -> list[tuple[str, float, bool]]:
+    """What is asked for: the column of a row, the limit, whether that is the least instead of the most."""
+    given = {name: limit for name, limit in asdict(budget).items() if limit is not None}
+    return [(name[4:], limit, name.startswith("min_")) for name, limit in given.items()]
+
+
+def excess(row: dict[str, Any], budget: Budget) -> float:
+    """By what factor a row misses its worst limit; at most 1 where it fits."""
+    factors = [0.0]
+    for name, limit, least in limits_of(budget):
+        value = row[name]
+        over, under = (limit, value) if least else (value, limit)
+        factors.append(float("inf") if value is None or (not under and over) else over / (under or 1))
+    return max(factors)

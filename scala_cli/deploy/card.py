@@ -1,0 +1,126 @@
+"""The model card: README.md of a slice, and of what is pushed to the Hub."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from scala_cli.models.checkpoint import Record
+from scala_cli.models.vit import Spec
+from scala_cli.report import Rows, markdown
+from scala_cli.slicing.point import Point
+
+CARD = """---
+{metadata}
+---
+
+# {name}
+
+{what}
+
+{table}
+{picture}
+```python
+{code}
+```
+
+Weights started from: {origin}.{command}
+"""
+
+PLAIN = """import timm
+
+model = timm.create_model("{place}", pretrained=True).eval()"""
+
+FAMILY = """
+
+# every width; needs: pip install scala-vit
+import scala_cli
+
+net = scala_cli.load("{source}")
+small = net.slice({ratio:g})"""
+
+
+def model_card(
+    name: str,
+    spec: Spec,
+    record: Record,
+    rows: Rows,
+    *,
+    family: bool,
+    repository: bool = False,
+    picture: str = "",
+) -> str:
+    """The card of a slice, or of a whole family.
+
+    Args:
+        name: of the directory, or, where `repository`, of the one on the Hub.
+        spec: of the model that timm loads.
+        rows: {"ratio", "params", "gmacs"} of every width that it holds.
+        picture: the name of one beside the card.
+    """
+    found = {Point.of(metric["ratio"]): metric for metric in record.metrics}
+    place = f"{'hf-hub' if repository else 'local-dir'}:{name}"
+    code = PLAIN.format(place=place)
+    if family:
+        code += FAMILY.format(source=place if repository else name, ratio=rows[0]["ratio"])
+    command = record.provenance.get("command")
+    card = CARD.format(
+        metadata=metadata(name, spec, record, rows).to_yaml(),
+        name=name,
+        what=description(spec, record, rows, family),
+        table=markdown([{**line(row), **accuracy(found.get(Point.of(row["ratio"])))} for row in rows]),
+        picture=f"\n![top-1 against GMACs]({picture})\n" if picture else "",
+        code=code,
+        origin=record.provenance.get("weights", "unknown"),
+        command=f" Trained with: `{command}`." if command else "",
+    )
+    return str(ModelCard(card))
+
+
+def description(spec: Spec, record: Record, rows: Rows, family: bool) -> str:
+    _, height, width = spec.input_size
+    method = f", trained by the {record.method} method" if record.method else ""
+    if not family:
+        return (
+            f"{spec.architecture} at {rows[0]['ratio']:g} of its width, for images of {height} x {width} "
+            f"pixels. Cut from a slimmable Vision Transformer{method}, with scala-vit."
+        )
+    return (
+        f"{spec.architecture} in {len(rows)} widths that share these weights{method}, for images of "
+        f"{height} x {width} pixels. timm loads the full width; scala-vit cuts the others."
+    )
+
+
+def line(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"width": row["ratio"], "parameters, M": row["params"] / 1e6, "GMACs": row["gmacs"]}
+
+
+def accuracy(metric: Mapping[str, float] | None) -> dict[str, Any]:
+    return {f"top-{k}, %": f"{metric[f'top{k}']:.2f}" if metric else None for k in (1, 5)}
+
+
+def metadata(name: str, spec: Spec, record: Record, rows: Rows) -> ModelCardData:
+    """What the Hub reads of a card; the accuracy of every width as its model-index."""
+    data, base = str(record.provenance.get("data", "")), str(record.provenance.get("model", ""))
+    held = {Point.of(row["ratio"]) for row in rows}
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=data,
+            dataset_name=data,
+            metric_type="accuracy",
+            metric_name=f"top-1 at width {metric['ratio']:g}",
+            metric_value=round(metric["top1"], 2),
+        )
+        for metric in record.metrics
+        if data and Point.of(metric["ratio"]) in held
+    ]
+    return ModelCardData(
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "scala-vit"],
+        license=spec.pretrained_cfg.get("license"),
+        base_model=base.removeprefix("hf-hub:") if base.startswith("hf-hub:") else None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )

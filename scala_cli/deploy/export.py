@@ -1,0 +1,245 @@
+"""One width, or all of them, in a format for another runtime."""
+
+import json
+import struct
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from shutil import copyfile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from scala_cli.deploy.formats import Format, format_named, open_onnx, to_onnx, write
+from scala_cli.errors import CheckpointError, ScalaError
+from scala_cli.files import refuse_occupied, whole_directory, whole_files
+from scala_cli.measure import Predictor
+from scala_cli.models.locate import CONFIG, WEIGHTS
+from scala_cli.models.slimmable import Ratio, SlimmableViT
+from scala_cli.models.vit import Spec
+from scala_cli.slicing.point import Point, find_point
+from scala_cli.watch import QUIET, Watcher
+
+TOLERANCE = 1e-4
+"""Largest difference of logits in float32 between torch and another runtime."""
+AGREEMENT = 0.9
+"""Least share of real images to which 8-bit weights give the same class."""
+
+
+class FromPixels(nn.Module):
+    """A model with its normalisation: of pixels from 0 to 255, (B, C, H, W) uint8."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, spec: Spec) -> None:
+        super().__init__()
+        self.model = model
+        for name in ("mean", "std"):
+            channels = torch.tensor(spec.pretrained_cfg[name], dtype=torch.float32)
+            self.register_buffer(name, channels[:, None, None])
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model((pixels.float() / 255 - self.mean) / self.std)
+
+    def pixels_of(self, images: Tensor) -> Tensor:
+        """The pixels that are normalised to `images`, but for rounding."""
+        return ((images * self.std + self.mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How another runtime answers the same images: the largest difference, the share of equal classes."""
+
+    largest: float
+    same_top1: float
+
+    @classmethod
+    @torch.inference_mode()
+    def between(cls, model: Predictor, again: Predictor, images: Tensor) -> "Difference":
+        """In batches of at most 32, the last of another size, as a user's may be."""
+        ours, theirs = (torch.cat([run(some) for some in images.split(32)]) for run in (model, again))
+        same = (ours.argmax(1) == theirs.argmax(1)).float().mean().item()
+        return cls((ours - theirs).abs().max().item(), round(same, 4))
+
+
+@torch.no_grad()
+def export(
+    net: SlimmableViT,
+    ratio: Ratio,
+    kind: str,
+    target: Path,
+    images: Tensor,
+    *,
+    real: bool = False,
+    pixels: bool = False,
+    force: bool = False,
+    watch: Watcher = QUIET,
+) -> dict[str, Any]:
+    """Writes one width in a format; its own runtime reads it again before it takes its place.
+
+    Args:
+        kind: a name of `formats.FORMATS`.
+        images: (B, C, H, W), normalised, on which the runtime is compared with torch.
+        real: whether these are photographs and not noise; then 8-bit weights must agree on their classes.
+        pixels: the file takes pixels from 0 to 255, uint8, and normalises them itself.
+
+    Returns:
+        {"path", "format", "ratio", "max_abs_diff", "same_top1", "images", "bytes"}
+
+    Raises:
+        ScalaError: a missing package; PointError: a width that was not trained.
+        CheckpointError: where the runtime answers something else; nothing is left behind then.
+    """
+    chosen = format_named(kind)
+    refuse_file(target, chosen, force)
+    point = find_point(ratio, net.points)
+    model: nn.Module = net.slice(point, fixed_size=True)
+    if pixels:
+        model = FromPixels(model, net.spec).eval()
+        images = model.pixels_of(images)
+    watch.phase("export", 2, "steps")
+    with whole_files(target) as fresh:
+        file = fresh / target.name
+        write(kind, model, twice(images[:1]), file, net.spec.label_names or ())
+        watch.step(1)
+        found = Difference.between(model, chosen.open(file), images)
+        watch.step(1)
+        refuse_difference(found, kind, real)
+        size = sum(part.stat().st_size for part in fresh.iterdir())
+    return {
+        "path": str(target),
+        "format": kind,
+        "ratio": float(point.ratio),
+        "max_abs_diff": found.largest,
+        "same_top1": found.same_top1,
+        "images": len(images),
+        "bytes": size,
+    }
+
+
+class AtWidth(nn.Module):
+    """A family at one width, with the full weights as its parameters, under their own names."""
+
+    def __init__(self, net: SlimmableViT, point: Point) -> None:
+        super().__init__()
+        for name, part in net.vit.named_children():
+            self.add_module(name, part)
+        for name, parameter in net.vit.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        self.cut = lambda state: net.rule.slice_state(state, point)
+        # in a list, for its parameters are not this model's
+        self.skeleton = [net.spec.at(point).of_fixed_size().build()]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return functional_call(self.skeleton[0], self.cut(dict(self.named_parameters())), (images,))
+
+
+@torch.no_grad()
+def export_all(
+    net: SlimmableViT,
+    checkpoint: Path,
+    target: Path,
+    images: Tensor,
+    *,
+    force: bool = False,
+    watch: Watcher = QUIET,
+) -> dict[str, Any]:
+    """Writes every width as an ONNX graph over one copy of the weights.
+
+    The weights are the checkpoint's own model.safetensors: each graph holds only where in that file its
+    tensors lie, and how they are cut. With config.json the folder still is a checkpoint.
+
+    Args:
+        checkpoint: the directory that `net` was loaded from.
+
+    Returns:
+        {"path", "format", "bytes", "bytes_of_full", "points": [{"ratio", "file", "max_abs_diff"}]}; the
+        bytes of the folder, and of the weights and the graph of the full width alone.
+
+    Raises as `export`.
+    """
+    format_named("onnx")
+    import onnx_ir
+
+    names = {point: f"{point.label.replace('/', '_')}.onnx" for point in net.points}
+    refuse_occupied(target, force, {CONFIG, WEIGHTS, *names.values()}, source=checkpoint)
+    watch.phase("export", len(net.points), "widths")
+    rows = []
+    with whole_directory(target) as fresh:
+        for name in (CONFIG, WEIGHTS):
+            copyfile(checkpoint / name, fresh / name)
+        places = places_of(fresh / WEIGHTS)
+        for point, name in names.items():
+            model = AtWidth(net, point).eval()
+            # not optimised: that would fold the cuts into tensors of their own
+            graph = to_onnx(model, twice(images[:1]), net.spec.label_names or (), optimize=False)
+            for initializer, value in graph.graph.initializers.items():
+                if initializer in places:
+                    place = (WEIGHTS, *places[initializer], value.dtype)
+                    value.const_value = onnx_ir.ExternalTensor(
+                        *place, shape=value.shape, name=initializer, base_dir=fresh
+                    )
+            onnx_ir.save(graph, fresh / name)
+            ours: Predictor = partial(net, ratio=point)
+            found = Difference.between(ours, open_onnx(fresh / name), images)
+            refuse_difference(found, "onnx", real=False)
+            rows.append({"ratio": float(point.ratio), "file": name, "max_abs_diff": found.largest})
+            watch.step(1)
+        sizes = {file.name: file.stat().st_size for file in fresh.iterdir()}
+    full = sizes[WEIGHTS] + sizes[names[net.widest]]
+    return {
+        "path": str(target),
+        "format": "onnx",
+        "bytes": sum(sizes.values()),
+        "bytes_of_full": full,
+        "points": rows,
+    }
+
+
+def twice(image: Tensor) -> Tensor:
+    """A batch of two, since exporters take a batch of one for a size that never changes."""
+    return torch.cat([image, image])
+
+
+def places_of(file: Path) -> dict[str, tuple[int, int]]:
+    """Where in a safetensors file each tensor lies: (first byte, bytes)."""
+    with file.open("rb") as handle:
+        (length,) = struct.unpack("<Q", handle.read(8))
+        header = json.loads(handle.read(length))
+    begins = 8 + length
+    header.pop("__metadata__", None)
+    spans = {name: about["data_offsets"] for name, about in header.items()}
+    return {name: (begins + first, last - first) for name, (first, last) in spans.items()}
+
+
+def refuse_file(target: Path, chosen: Format, force: bool) -> None:
+    """Raises ScalaError unless a file of the format can be written there."""
+    if target.suffix != chosen.suffix:
+        raise ScalaError(
+            f"{target} does not end in {chosen.suffix}.",
+            f"Name it so: -o {target.with_suffix(chosen.suffix)}",
+        )
+    if not target.parent.is_dir():
+        raise ScalaError(f"there is no directory {target.parent}.", "Make it, or name another place: -o FILE")
+    if target.is_dir():
+        raise ScalaError(f"{target} is a directory.", "Name a file: -o FILE")
+    if target.exists() and not force:
+        raise ScalaError(f"{target} exists.", "Choose another name with -o FILE, or replace it: --force")
+
+
+def refuse_difference(found: Difference, kind: str, real: bool) -> None:
+    """Raises CheckpointError where another runtime answers something else."""
+    if kind.endswith("int8"):
+        good = not real or found.same_top1 >= AGREEMENT
+        what = f"gives another class to {1 - found.same_top1:.0%} of the images"
+    else:
+        good = found.largest <= TOLERANCE
+        what = f"differs by {found.largest:.2g}, more than {TOLERANCE:g}"
+    if not good:
+        raise CheckpointError(
+            f"the {kind} file read back by its runtime {what}; nothing was written.",
+            "Leave out --int8." if kind.endswith("int8") else "Please report this with: scala env",
+        )

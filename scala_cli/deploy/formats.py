@@ -1,0 +1,194 @@
+"""The formats of a file to deploy: how each is written, and how its own runtime runs it."""
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scala_cli.errors import ScalaError
+from scala_cli.measure import Predictor
+
+LARGEST_BATCH = 64
+"""ExecuTorch plans its memory ahead, for batches up to this one; the other formats take any."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format.
+
+    Args:
+        suffix: of its file.
+        modules: what must be installed, beside torch; the extra of that name brings it.
+        write: model, an example (B, C, H, W) of its input, the file, the names of the classes.
+        open: the file -> images to logits, in float32, with as many threads as torch uses.
+    """
+
+    suffix: str
+    modules: Sequence[str]
+    write: Callable[[nn.Module, Tensor, Path, Sequence[str]], None]
+    open: Callable[[Path], Predictor]
+
+
+def format_named(name: str) -> Format:
+    """Raises ScalaError for an unknown name, and where its packages are missing."""
+    if name not in FORMATS:
+        raise ScalaError(f"there is no format {name!r}.", f"Formats are {', '.join(FORMATS)}.")
+    missing = [module for module in FORMATS[name].modules if find_spec(module) is None]
+    if missing:
+        extra = name.partition("-")[0]
+        raise ScalaError(
+            f"{name} needs {missing[0]}, which is not installed.", f"pip install 'scala-vit[{extra}]'"
+        )
+    return FORMATS[name]
+
+
+def write(kind: str, model: nn.Module, example: Tensor, file: Path, labels: Sequence[str] = ()) -> None:
+    """Writes a model in the format of that name.
+
+    Raises ScalaError where the format has no way to express it.
+    """
+    try:
+        FORMATS[kind].write(model, example, file, labels)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # of many kinds, each exporter's own
+        said = " ".join(str(error).split())
+        raise ScalaError(
+            f"{kind} cannot express this {type(model).__name__}: {type(error).__name__}: {said[:160]}",
+            f"Choose another format: {', '.join(name for name in FORMATS if name != kind)}",
+        ) from error
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without what exporters warn of: their own deprecations, and passes that did not apply."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def traced(model: nn.Module, example: Tensor, largest_batch: int | None = None) -> Any:
+    """torch.export's program, for any batch."""
+    batch = torch.export.Dim("batch", min=1, max=largest_batch)
+    with quietly():
+        return torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
+
+
+def to_onnx(model: nn.Module, example: Tensor, labels: Sequence[str], optimize: bool = True) -> Any:
+    """The model as onnx_ir holds it, without the exporter's notes, which name the paths of this machine."""
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    with quietly():
+        program = torch.onnx.export(
+            model,
+            (example,),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: "batch"},),
+            verbose=False,
+            optimize=optimize,
+        )
+    assert program is not None
+    graph: Any = program.model
+    ClearMetadataAndDocStringPass()(graph)
+    graph.metadata_props["labels"] = json.dumps(list(labels))
+    return graph
+
+
+def write_onnx(model: nn.Module, example: Tensor, file: Path, labels: Sequence[str]) -> None:
+    import onnx_ir
+
+    onnx_ir.save(to_onnx(model, example, labels), file)
+
+
+def write_onnx_int8(model: nn.Module, example: Tensor, file: Path, labels: Sequence[str]) -> None:
+    """ONNX with the weights of all matrix products in 8 bits; activations are quantised as they come."""
+    import onnx_ir
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    graph = onnx_ir.to_proto(to_onnx(model, example, labels))
+    del graph.graph.value_info[:]  # shapes that the quantiser would take for contradictions of its own
+    with quietly():
+        quantize_dynamic(graph, file, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+
+
+def open_onnx(file: Path) -> Predictor:
+    from onnxruntime import InferenceSession, SessionOptions
+
+    options = SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    session = InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def write_pt2(model: nn.Module, example: Tensor, file: Path, labels: Sequence[str]) -> None:
+    torch.export.save(traced(model, example), file, extra_files={"labels.json": json.dumps(list(labels))})
+
+
+def open_pt2(file: Path) -> Predictor:
+    return torch.export.load(file).module()
+
+
+def write_openvino(model: nn.Module, example: Tensor, file: Path, labels: Sequence[str]) -> None:
+    """OpenVINO's two files: the graph, and beside it the weights as .bin."""
+    import openvino
+
+    graph = openvino.convert_model(traced(model, example), example_input=example)
+    graph.inputs[0].tensor.set_names({"images"})
+    graph.outputs[0].tensor.set_names({"logits"})
+    graph.set_rt_info(json.dumps(list(labels)), "labels")
+    openvino.save_model(graph, file, compress_to_fp16=False)
+
+
+def open_openvino(file: Path) -> Predictor:
+    import openvino
+
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.Core().compile_model(file, "CPU", settings)
+    return lambda images: torch.from_numpy(compiled(images.numpy())[0].copy())
+
+
+def write_executorch(model: nn.Module, example: Tensor, file: Path, labels: Sequence[str]) -> None:
+    """ExecuTorch's program, its products by XNNPACK; the method `labels` returns the names as JSON."""
+    with quietly():
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+
+        lowered = to_edge_transform_and_lower(
+            traced(model, example, LARGEST_BATCH),
+            partitioner=[XnnpackPartitioner()],
+            constant_methods={"labels": json.dumps(list(labels))},
+        )
+        file.write_bytes(lowered.to_executorch().buffer)
+
+
+def open_executorch(file: Path) -> Predictor:
+    from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(file).load_method("forward")
+    return lambda images: method.execute([images])[0].clone()
+
+
+ONNX = ("onnx", "onnxscript", "onnxruntime")
+FORMATS: dict[str, Format] = {
+    "onnx": Format(".onnx", ONNX, write_onnx, open_onnx),
+    "onnx-int8": Format(".onnx", ONNX, write_onnx_int8, open_onnx),
+    "pt2": Format(".pt2", (), write_pt2, open_pt2),
+    "openvino": Format(".xml", ("openvino",), write_openvino, open_openvino),
+    "executorch": Format(".pte", ("executorch",), write_executorch, open_executorch),
+}

@@ -1,0 +1,89 @@
+"""A family, or one width of it, as a repository on the Hugging Face Hub."""
+
+from pathlib import Path
+from shutil import copyfile
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from scala_cli.deploy.card import model_card
+from scala_cli.deploy.slice import slice_model
+from scala_cli.errors import ScalaError
+from scala_cli.files import refuse_occupied, whole_directory
+from scala_cli.measure import cost
+from scala_cli.models.checkpoint import read_about
+from scala_cli.models.hub import fail_fast_offline
+from scala_cli.models.locate import CARD, CONFIG, FILES, WEIGHTS
+from scala_cli.models.slimmable import Ratio
+from scala_cli.plot import arms_picture, can_draw, save
+from scala_cli.slicing.point import find_point
+from scala_cli.watch import Watcher
+
+PICTURE = "widths.svg"
+OURS = {*FILES, PICTURE}
+TRANSPORT: type[Exception] = HfHubHTTPError.__bases__[0]
+"""What the HTTP library raises that this version of the Hub's client is built on."""
+
+
+def write_repository(
+    checkpoint: Path, repo: str, ratio: Ratio | None, target: Path, force: bool, watch: Watcher
+) -> None:
+    """Writes the folder that is to be uploaded: the weights and settings as timm reads them, and a card.
+
+    Args:
+        ratio: the one width to publish; None publishes the family.
+
+    Raises:
+        ScalaError: for a name that the Hub does not take, an occupied target; others as `slice_model`.
+    """
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise ScalaError(f"{repo!r} is no name of a repository.", "Name it so: org/name") from None
+    refuse_occupied(target, force, OURS, source=checkpoint)
+    full, rule, record = read_about(checkpoint)
+    points = rule.points if ratio is None else (find_point(ratio, rule.points),)
+    rows = [{"ratio": float(point.ratio), **cost(full.at(point))} for point in points]
+    known = {point: record.top1(point) for point in rule.points}
+    with whole_directory(target) as fresh:
+        if ratio is None:
+            for name in (CONFIG, WEIGHTS):
+                copyfile(checkpoint / name, fresh / name)
+        else:
+            slice_model(checkpoint, points[0], fresh, force=True, watch=watch)
+        drawn = ratio is None and can_draw() and all(top1 is not None for top1 in known.values())
+        if drawn:
+            tops = {float(point.ratio): {"top1": top1, "spread": None} for point, top1 in known.items()}
+            arm = {"arm": repo, "points": [{**row, **tops[row["ratio"]]} for row in rows]}
+            save(arms_picture([arm]), fresh / PICTURE)
+        spec = full if ratio is None else full.at(points[0])
+        card = model_card(
+            repo, spec, record, rows, family=ratio is None, repository=True, picture=PICTURE if drawn else ""
+        )
+        (fresh / CARD).write_text(card)
+
+
+def upload(folder: Path, repo: str, private: bool) -> str:
+    """Uploads a folder as a repository, which is made where there is none. Returns its address.
+
+    Raises ScalaError without a token, without a network, and where the Hub refuses.
+    """
+    if get_token() is None:
+        raise ScalaError("there is no token for the Hub.", "Log in: hf auth login; or set HF_TOKEN")
+    fail_fast_offline()
+    hub = HfApi()
+    try:
+        hub.create_repo(repo, private=private or None, exist_ok=True)
+        told = hub.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload with scala-vit")
+    except HfHubHTTPError as error:
+        raise ScalaError(
+            f"the Hub refuses {repo}: {error.server_message or type(error).__name__}.",
+            "Check its name, and that your token may write there: hf auth whoami",
+        ) from None
+    except (OSError, TRANSPORT) as error:
+        raise ScalaError(
+            f"the Hub cannot be reached: {type(error).__name__}.",
+            "Write the folder with --dry-run, and upload it later: hf upload",
+        ) from None
+    return str(told.commit_url).partition("/commit/")[0]

@@ -1,0 +1,178 @@
+"""The honesty of a measurement: what is counted, when it is enough, and what is told of it."""
+
+import statistics
+from functools import partial
+from html.parser import HTMLParser
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from scala_cli import measure
+from scala_cli.measure import Timing, peak_gflops, time_calls
+from scala_cli.plot import pareto
+from scala_cli.watch import QUIET
+
+CPU = torch.device("cpu")
+
+
+def test_a_timing_tells_the_median_and_how_sure_it_is():
+    series = [float(n) for n in range(1, 101)]
+    Random(0).shuffle(series)
+    found = Timing.of(series)
+    assert found.median == 50.5 and found.p95 == 95
+    assert found.low <= 41 and found.high >= 60  # binomial: ranks 40 to 61 of 100 hold the median in 95 %
+    assert Timing.of([7.0]) == Timing(7, 7, 7, 7)
+
+
+def test_the_interval_holds_the_median_as_often_as_it_says():
+    """4,000 samples of a skewed distribution whose median is log 2."""
+    random, held = Random(0), 0
+    for _ in range(4000):
+        found = Timing.of([random.expovariate(1) for _ in range(30)])
+        held += found.low <= 0.693147 <= found.high
+    assert 0.94 <= held / 4000 <= 0.99
+
+
+class Clock:
+    """Time that passes only when a call says so."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.order = 0.0, []
+        monkeypatch.setattr(measure.time, "perf_counter", lambda: self.now)
+
+    def spend(self, name, milliseconds):
+        self.order.append(name)
+        self.now += next(milliseconds) / 1000
+
+
+def steadily(value, *first):
+    yield from first
+    while True:
+        yield value
+
+
+def test_calls_take_turns_until_all_are_sure(monkeypatch):
+    clock = Clock(monkeypatch)
+    calls = {name: partial(clock.spend, name, steadily(ms)) for name, ms in (("a", 1.0), ("b", 5.0))}
+    found = time_calls(calls, CPU, None, QUIET)
+    assert clock.order == ["a", "b"] * (len(clock.order) // 2)
+    assert {name: round(each.median, 6) for name, each in found.items()} == {"a": 1, "b": 5}
+    warm = 2 * measure.WINDOW
+    assert len(clock.order) == 2 * (warm + measure.FEWEST)
+
+
+def test_what_is_slow_at_first_is_not_counted(monkeypatch):
+    clock = Clock(monkeypatch)
+    calls = {"a": partial(clock.spend, "a", steadily(1.0, *range(40, 28, -1)))}
+    assert round(time_calls(calls, CPU, 5, QUIET)["a"].high, 6) == 1
+
+
+def test_noise_is_measured_longer_but_not_for_ever(monkeypatch):
+    clock, random = Clock(monkeypatch), Random(0)
+    noisy = (random.choice([1.0, 2.0]) for _ in iter(int, 1))
+    time_calls({"a": partial(clock.spend, "a", noisy)}, CPU, None, QUIET)
+    assert len(clock.order) >= measure.MOST
+    slow = Clock(monkeypatch)
+    noisy = (random.choice([1000.0, 9000.0]) for _ in iter(int, 1))
+    time_calls({"a": partial(slow.spend, "a", noisy)}, CPU, None, QUIET)
+    assert measure.FEWEST <= len(slow.order) <= measure.FEWEST + measure.WINDOW * measure.WINDOWS
+
+
+def test_the_peak_is_at_least_what_a_naive_clock_sees():
+    import time
+
+    one = torch.randn(2048, 2048)
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        one @ one
+        times.append(time.perf_counter() - began)
+    assert peak_gflops(CPU, False) > 0.5 * 2 * 2048**3 / statistics.median(times) / 1e9
+
+
+def test_the_front_holds_what_nothing_beats():
+    random = Random(0)
+    places = [(random.randint(1, 20), random.randint(1, 20)) for _ in range(60)]
+    beaten = {
+        place
+        for place in places
+        for other in places
+        if other != place and other[0] <= place[0] and other[1] >= place[1]
+    }
+    assert pareto(places) == sorted(set(places) - beaten)
+
+
+class Page(HTMLParser):
+    """Counts elements, and remembers whatever a page would fetch."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.fetched = {}, []
+
+    def handle_starttag(self, tag, attrs):
+        self.count[tag] = self.count.get(tag, 0) + 1
+        self.fetched += [
+            v for k, v in attrs if k in ("src", "href", "xlink:href", "data") and v and v[0] != "#"
+        ]
+
+
+def test_runtimes_and_other_models_in_one_run(scala, tiny, photos):
+    words = ("bench", tiny, "--ratio", "0.5", "--ratio", "1", "--runtime", "torch,onnx", "--int8")
+    words += ("--compare", "test_vit3", "--data", photos, "-j", 0, "--runs", 3, "-b", 2)
+    told = scala(*words, "--csv", "b.csv", "--html", "b.html", "--plot", "b.png", "--json").json
+    rows = told["points"]
+    assert [(row["ratio"], row["runtime"]) for row in rows] == [
+        (ratio, runtime) for ratio in (0.5, 1, None) for runtime in ("torch", "onnx", "onnx-int8")
+    ]
+    assert all(row["model"] == "test_vit3" for row in rows[6:])
+    assert all(row["top1"] is not None for row in rows[:6]) and all(row["top1"] is None for row in rows[6:])
+    for row in rows:
+        assert 0 < row["latency_ms"] <= row["latency_ms_p95"] and row["batch"] == 2
+        if row["runtime"] == "onnx-int8":
+            assert row["roofline"] is None
+        else:
+            reached = 2 * row["gmacs"] * 2 / row["latency_ms"] * 1000 / told["peak_gflops"]
+            assert row["roofline"] == pytest.approx(reached, rel=0.05, abs=1e-3)
+    page = Page()
+    page.feed(Path("b.html").read_text())
+    assert page.count["tr"] == 10 and page.count["svg"] == 1 and page.count["table"] == 1
+    assert not page.fetched, "the page must stand alone"
+    assert Path("b.png").read_bytes().startswith(b"\x89PNG")
+    assert len(Path("b.csv").read_text().splitlines()) == 10
+
+
+def test_the_best_batch_is_searched_for(scala, tiny):
+    (row,) = scala("bench", tiny, "--ratio", "0.5", "--json").json["points"]
+    assert row["batch"] > 1 and row["throughput"] > 1000 / row["latency_ms"]
+
+
+def test_what_training_cost_is_told_beside(scala, tiny, photos):
+    scala("finetune", tiny, "--data", photos, "-o", "run", "--epochs", 1, "-b", 4, "-j", 0, "--no-amp")
+    answer = scala("bench", "run", "--ratio", "0.5", "--runs", 1, "--json")
+    spent = answer.json["training"]
+    gmacs = [row["gmacs"] for row in scala("info", "run", "--json").json["points"]]
+    joint, apart = 3 * sum(gmacs) + gmacs[-1], 3 * sum(gmacs) + 4 * gmacs[-1]
+    assert spent["separate"] == pytest.approx(apart / joint, rel=1e-3) and spent["minutes"] > 0
+    assert "all widths at once" in answer.stderr
+    assert "training" not in scala("bench", tiny, "--ratio", "0.5", "--runs", 1, "--json").json
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--runtime", "magic"], "there is no format 'magic'"),
+        (["--runtime", "onnx", "--amp"], "onnx is timed on the CPU in its own precision"),
+        (["--compare", "nosuchmodel"], "there is no model 'nosuchmodel'"),
+        (["--plot", "x.txt"], "is no picture"),
+        (["--plot", "nowhere/x.svg"], "there is no directory nowhere"),
+        (["--html", "nowhere/x.html"], "there is no directory nowhere"),
+        (["--train", "--int8"], "--train times torch on random images"),
+        (["--train", "--compare", "deit_s"], "--train times torch on random images"),
+    ],
+)
+def test_mistakes_in_measuring(scala, tiny, words, message):
+    answer = scala("bench", tiny, *words)
+    assert answer.code == 2 and answer.stdout == ""
+    assert message in " ".join(answer.stderr.replace("│", " ").split())

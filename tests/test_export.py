@@ -1,0 +1,183 @@
+"""Files for other runtimes: each is run by its own, on a batch of another size than it was traced with."""
+
+import json
+import re
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from conftest import KINDS, slimmable
+
+from scala_cli.deploy import formats
+from scala_cli.deploy.export import export, export_all
+from scala_cli.errors import CheckpointError, ScalaError
+from scala_cli.models.checkpoint import Record, load, save
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+SUFFIXES = {name: form.suffix for name, form in formats.FORMATS.items()}
+
+
+def labels_in(kind: str, file: Path) -> str:
+    """The names of the classes as a user of the runtime reads them."""
+    if kind.startswith("onnx"):
+        return onnxruntime.InferenceSession(str(file)).get_modelmeta().custom_metadata_map["labels"]
+    if kind == "pt2":
+        held = {"labels.json": ""}
+        torch.export.load(file, extra_files=held)
+        return held["labels.json"]
+    if kind == "openvino":
+        import openvino
+
+        return openvino.Core().read_model(file).get_rt_info("labels").astype(str)
+    from executorch.runtime import Runtime
+
+    return Runtime.get().load_program(file).load_method("labels").execute([])[0]
+
+
+@pytest.mark.parametrize("kind", formats.FORMATS)
+def test_every_format_is_what_torch_computes(kind, images):
+    net = slimmable()
+    net = type(net)(net.vit, net.spec.naming(["ant", "bee", "cow", "doe", "eel"]), net.rule)
+    file = Path(f"half{SUFFIXES[kind]}")
+    told = export(net, 0.5, kind, file, images)
+    assert told["bytes"] == sum(path.stat().st_size for path in Path().iterdir())
+    assert json.loads(labels_in(kind, file)) == ["ant", "bee", "cow", "doe", "eel"]
+    again, seven = formats.FORMATS[kind].open(file), torch.randn(7, 3, 16, 16)
+    with torch.no_grad():
+        difference = (again(seven) - net(seven, 0.5)).abs().max().item()
+    if kind == "onnx-int8":
+        assert 1e-4 < difference < 0.2
+    else:
+        assert max(difference, told["max_abs_diff"]) <= 1e-4 and told["same_top1"] == 1
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "deit"])
+def test_every_kind_of_vit_as_pt2(kind, images):
+    assert export(slimmable(kind), 0.5, "pt2", Path("half.pt2"), images)["max_abs_diff"] <= 1e-5
+
+
+def test_pixels_are_normalised_within(images):
+    net = slimmable()
+    export(net, 0.5, "onnx", Path("half.onnx"), images, pixels=True)
+    pixels = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
+    cfg = net.spec.pretrained_cfg
+    mean, std = (torch.tensor(cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        wanted = net((pixels / 255 - mean) / std, 0.5)
+    session = onnxruntime.InferenceSession("half.onnx")
+    assert session.get_inputs()[0].type == "tensor(uint8)"
+    found = session.run(None, {"images": pixels.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_that_answers_something_else_is_not_left_behind(images, monkeypatch):
+    Path("half.pt2").write_text("an earlier one")
+    wrong = formats.Format(
+        ".pt2", (), formats.write_pt2, lambda file: lambda images: torch.zeros(len(images), 5)
+    )
+    monkeypatch.setitem(formats.FORMATS, "pt2", wrong)
+    with pytest.raises(CheckpointError, match="read back by its runtime differs by"):
+        export(slimmable(), 0.5, "pt2", Path("half.pt2"), images, force=True)
+    assert [path.name for path in Path().iterdir()] == ["half.pt2"]
+    assert Path("half.pt2").read_text() == "an earlier one"
+
+
+def test_eight_bits_that_change_the_class_of_photographs_are_refused(images, monkeypatch):
+    opposite = lambda file: lambda images: -slimmable()(images, 0.5)  # noqa: E731
+    kind = formats.Format(".onnx", (), lambda *_: _[2].write_text(""), opposite)
+    monkeypatch.setitem(formats.FORMATS, "onnx-int8", kind)
+    assert export(slimmable(), 0.5, "onnx-int8", Path("noise.onnx"), images)["same_top1"] < 0.9
+    with pytest.raises(CheckpointError, match="another class to 100% of the images"):
+        export(slimmable(), 0.5, "onnx-int8", Path("half.onnx"), images, real=True)
+
+
+def test_what_a_format_cannot_express_is_named(images, monkeypatch):
+    def fail(*_):
+        raise NotImplementedError("no rule for aten::magic")
+
+    kind = formats.Format(".xml", (), fail, formats.open_openvino)
+    monkeypatch.setitem(formats.FORMATS, "openvino", kind)
+    with pytest.raises(ScalaError, match="openvino cannot express this VisionTransformer"):
+        export(slimmable(), 0.5, "openvino", Path("half.xml"), images)
+    assert not list(Path().iterdir())
+
+
+def test_a_missing_package_is_named_with_what_installs_it(images, monkeypatch):
+    monkeypatch.setattr(formats, "find_spec", lambda name: None if name == "onnxruntime" else True)
+    with pytest.raises(ScalaError, match="onnx-int8 needs onnxruntime") as error:
+        formats.format_named("onnx-int8")
+    assert error.value.hint == "pip install 'scala-vit[onnx]'"
+    assert formats.format_named("pt2")
+
+
+@pytest.mark.parametrize(
+    "rule", [{}, {"layout": "fused", "attn_scale": "fixed", "isolated": True}], ids=["aligned", "fused"]
+)
+def test_all_widths_over_one_copy_of_the_weights(rule, images):
+    net = slimmable(**rule)
+    save(net, Record(), Path("net"))
+    told = export_all(net, Path("net"), Path("all"), images)
+    weights = Path("net/model.safetensors")
+    assert Path("all/model.safetensors").read_bytes() == weights.read_bytes()
+    assert told["bytes"] == sum(path.stat().st_size for path in Path("all").iterdir())
+    for row in told["points"]:
+        graph = onnx.load(f"all/{row['file']}", load_external_data=False)
+        held = sum(len(tensor.raw_data) for tensor in graph.graph.initializer)
+        assert held == 0 and not re.search(rb"/\w+/\w+\.py", graph.SerializeToString())
+        session = onnxruntime.InferenceSession(f"all/{row['file']}")
+        found = session.run(None, {"images": images.numpy()})[0]
+        with torch.no_grad():
+            difference = (torch.from_numpy(found) - net(images, row["ratio"])).abs().max()
+        assert difference <= 1e-5 and row["max_abs_diff"] <= 1e-4
+    with torch.no_grad():
+        assert torch.equal(load("all")(images, 0.5), net(images, 0.5))
+        assert torch.equal(timm.create_model("local-dir:all", pretrained=True).eval()(images), net(images))
+
+
+def test_the_graphs_of_a_whole_model_are_small_beside_its_weights():
+    """Bytes, by arithmetic on depth: a graph grows with the blocks, not with their width."""
+    net = slimmable()
+    save(net, Record(), Path("net"))
+    told = export_all(net, Path("net"), Path("all"), torch.randn(2, 3, 16, 16))
+    graphs = (
+        told["bytes"] - Path("net/model.safetensors").stat().st_size - Path("net/config.json").stat().st_size
+    )
+    a_block = graphs / len(net.points) / len(net.vit.blocks)
+    deit_s = 22_050_664 * 4
+    assert (deit_s + 4 * 12 * a_block) / deit_s < 1.1
+
+
+def test_export_as_a_user_runs_it(scala, tiny, photos):
+    told = scala("export", tiny, "--ratio", "0.5", "--data", photos, "-j", 0, "--json").json
+    assert told["path"] == "tiny-0.5.onnx" and told["images"] == 6 and told["max_abs_diff"] <= 1e-4
+    again = scala("export", tiny, "--ratio", "0.5")
+    assert again.code == 2 and "exists" in again.stderr and "--force" in again.stderr
+    whole = scala("export", tiny, "--all", "--json").json
+    assert whole["path"] == "tiny-onnx" and len(whole["points"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "Give one width with --ratio, or --all."),
+        (["--ratio", "0.5", "--all"], "Give one width with --ratio, or --all."),
+        (["--ratio", "0.5", "--int8", "--format", "pt2"], "--int8 goes with --format onnx"),
+        (["--all", "--format", "pt2"], "--all writes plain ONNX"),
+        (["--ratio", "0.3"], "not trained"),
+        (["--ratio", "0.5", "-o", "half.pt"], "does not end in .onnx"),
+        (["--ratio", "0.5", "-o", "folder.onnx"], "is a directory"),
+        (["--ratio", "0.5", "-o", "nowhere/half.onnx"], "there is no directory nowhere"),
+        (["--all", "-o", "tiny"], "is what is read"),
+        (["--ratio", "0.5", "--data", "nowhere"], "no such folder"),
+    ],
+)
+def test_mistakes_in_exporting(scala, tiny, words, message):
+    Path("folder.onnx").mkdir()
+    before = sorted(Path().rglob("*"))
+    answer = scala("export", tiny, *words)
+    assert answer.code == 2 and answer.stdout == ""
+    assert message in " ".join(answer.stderr.replace("│", " ").split())
+    assert sorted(Path().rglob("*")) == before
