@@ -1,8 +1,7 @@
 """What every width costs on this machine, beside other runtimes and other models, in one run."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,40 +12,203 @@ import torch
 from torch import Tensor, nn
 
 from scala_cli.data.loader import Loader
-from scala_cli.deploy.formats import format_named, write
-from scala_cli.device import autocast, choose_device, peak_memory
-from scala_cli.errors import ScalaError
+from scala_cli.device import autocast, choose_device, naming_lack_of_memory, peak_memory
+from scala_cli.errors import CheckpointError, ScalaError
 from scala_cli.evaluate import accuracies, widths
-from scala_cli.measure import Predictor, Timing, conditions, cost_of, peak_gflops, take_turns, time_calls
+from scala_cli.formats import FORMATS, format_named, write
+from scala_cli.measure import (
+    Predictor,
+    Timing,
+    conditions,
+    cost_of,
+    peak_gflops,
+    take_turns,
+    time_calls,
+    warm_up,
+)
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.locate import short_name
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.source import locate
 from scala_cli.settings import BenchSettings, DeviceSettings
 from scala_cli.slicing.point import Point
-from scala_cli.watch import Watcher
+from scala_cli.watch import QUIET, Watcher
 
-LARGEST_BATCH, SLOWEST_MS = 64, 3000
-"""Where the search for the best batch ends."""
+LARGEST_BATCH = {"cpu": 64}
+"""Where the search for the best batch ends, by kind of device."""
+LARGEST_ELSEWHERE, SLOWEST_MS = 1024, 3000
+TORCH = ("torch", "compile")
+"""Runtimes that take the model as it is; all others take a file."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model to be timed.
+
+    Args:
+        name: timm's.
+        point: the width; None for a model that is only compared with.
+        costs: {"params", "gmacs"}
+        build: the model on the CPU, in evaluation mode; told so, as exporters want it.
+    """
+
+    name: str
+    point: Point | None
+    input_size: tuple[int, ...]
+    costs: Mapping[str, Any]
+    build: Callable[[bool], nn.Module]
 
 
 @dataclass(frozen=True)
-class Subject:
-    """One thing to be timed: a model in a runtime.
+class Bench:
+    """How all subjects are timed.
 
     Args:
-        model: timm's name.
-        point: the width; None for a model that is only compared with.
-        build: the model, as it is trained ("cpu"), to be exported ("file"), or its skeleton ("meta").
-        load: as it is run.
+        size: images a batch of the latency.
+        rounds: how often each is timed; None until the medians are known.
+        peak: GFLOP/s of large matrix products.
+        search: whether to look for the batch that gives most.
     """
 
-    model: str
-    point: Point | None
-    runtime: str
-    input_size: tuple[int, ...]
-    build: Callable[[str], nn.Module]
-    load: Callable[[], Predictor]
+    device: torch.device
+    where: DeviceSettings
+    size: int
+    rounds: int | None
+    search: bool
+    peak: float
+    watch: Watcher
+
+    def rows(
+        self, subjects: Sequence[Subject], runtime: str, top1: Callable[[dict[Point, Predictor]], Any]
+    ) -> list[dict[str, Any]]:
+        """A row of every subject in one runtime. Nothing of it is left when the next runtime has its turn.
+
+        Args:
+            top1: measures or knows the accuracy of each width.
+        """
+        with TemporaryDirectory() as folder:
+            loads = {each: self.loading(each, runtime, Path(folder)) for each in subjects}
+            images = {each: torch.randn(self.size, *each.input_size).to(self.device) for each in subjects}
+            self.load(loads[subjects[0]], images[subjects[0]], runtime)  # what only a runtime's first costs
+            models: dict[Subject, Predictor] = {}
+            peaks: dict[Subject, int | None] = {}
+            self.watch.phase(f"load ({runtime})", len(subjects), "models")
+            for each in subjects:
+                models[each], peaks[each] = self.load(loads[each], images[each], runtime)
+                self.watch.step(1)
+            calls = {each: partial(model, images[each]) for each, model in models.items()}
+            warm_up(calls, self.device, self.watch)
+            timings = time_calls(calls, self.device, self.rounds, self.watch)
+            most = self.most(models) if self.search else {s: (self.size, t) for s, t in timings.items()}
+            accuracy = top1({each.point: model for each, model in models.items() if each.point})
+            return [
+                {
+                    "model": each.name,
+                    "ratio": float(each.point.ratio) if each.point else None,
+                    "runtime": runtime,
+                    **each.costs,
+                    **self.told(each, timings[each], runtime),
+                    "throughput": round(most[each][0] / most[each][1].median * 1000, 2),
+                    "batch": most[each][0],
+                    "memory_mb": megabytes(peaks[each]),
+                    "top1": accuracy.get(each.point),
+                }
+                for each in subjects
+            ]
+
+    def told(self, subject: Subject, timing: Timing, runtime: str) -> dict[str, Any]:
+        """The columns of a latency."""
+        reached = 2 * subject.costs["gmacs"] * self.size / (timing.median / 1000) / self.peak
+        return {
+            "latency_ms": round(timing.median, 3),
+            "latency_ms_low": round(timing.low, 3) if timing.low else None,
+            "latency_ms_high": round(timing.high, 3) if timing.high else None,
+            "latency_ms_p95": round(timing.p95, 3),
+            "of_peak": None if is_int8(runtime) else round(reached, 3),
+        }
+
+    def loading(self, subject: Subject, runtime: str, folder: Path) -> Callable[[], Predictor]:
+        """How a subject is loaded to be run; where that is from a file, it is written now."""
+        if runtime in TORCH:
+            return partial(self.in_torch, subject, runtime == "compile")
+        chosen = FORMATS[runtime]
+        file = folder / f"{len(list(folder.iterdir()))}{chosen.suffix}"
+        write(runtime, subject.build(True), torch.randn(2, *subject.input_size), file)
+        return partial((self.where.amp and chosen.open_bfloat16) or chosen.open, file)
+
+    def in_torch(self, subject: Subject, compiled: bool) -> Predictor:
+        model: Any = subject.build(False).to(self.device)
+        if compiled:
+            allow_compiling_all()
+            model = torch.compile(model)
+        if not self.where.amp:
+            return model
+
+        def predict(images: Tensor) -> Tensor:
+            with autocast(self.device, self.where):  # entered for each batch: weights are cast every time
+                return model(images)
+
+        return predict
+
+    @torch.inference_mode()
+    def load(
+        self, load: Callable[[], Predictor], images: Tensor, runtime: str
+    ) -> tuple[Predictor, int | None]:
+        """The model as it is run, and by how many bytes memory peaked, where that is not the compiler's.
+
+        Raises ScalaError where the runtime cannot run it.
+        """
+        kept: list[Predictor] = []
+
+        def answer() -> None:
+            kept.append(load())
+            kept[0](images)
+
+        with naming_lack_of_memory(len(images)):
+            try:
+                peak = peak_memory(self.device, answer)
+            except Exception as error:  # of many kinds, each runtime's own
+                if runtime == "torch" or isinstance(error, OSError | MemoryError):
+                    raise
+                said = " ".join(str(error).split())[:160]
+                raise ScalaError(
+                    f"{runtime} cannot run this model on {len(images)} images: "
+                    f"{type(error).__name__}: {said}",
+                    "Leave that runtime out, or try a smaller --batch-size.",
+                ) from error
+        return kept[0], None if runtime == "compile" else peak
+
+    def most(self, models: Mapping[Subject, Predictor]) -> dict[Subject, tuple[int, Timing]]:
+        """The batch that gives most images/s of each, and its time, measured in turns once it is found."""
+        self.watch.phase("find the best batch", len(models), "models")
+        best = {}
+        for each, model in models.items():
+            best[each] = self.best_batch(model, each)
+            self.watch.step(1)
+        calls = {
+            each: partial(models[each], torch.randn(size, *each.input_size).to(self.device))
+            for each, size in best.items()
+        }
+        timings = time_calls(calls, self.device, 5, self.watch)
+        return {each: (best[each], timings[each]) for each in models}
+
+    @torch.inference_mode()
+    def best_batch(self, predict: Predictor, subject: Subject) -> int:
+        """Sizes double until two in a row gain nothing, or one takes too long or too much memory."""
+        best, rate, size, idle = 1, 0.0, 1, 0
+        while size <= LARGEST_BATCH.get(self.device.type, LARGEST_ELSEWHERE) and idle < 2:
+            try:
+                images = torch.randn(size, *subject.input_size).to(self.device)
+                once = take_turns({0: partial(predict, images)}, 3, self.device, QUIET)[0]
+            except (MemoryError, RuntimeError):
+                break
+            found = size / min(once) * 1000
+            idle = 0 if found > 1.02 * rate else idle + 1
+            best, rate = max((best, rate), (size, found), key=lambda each: each[1])
+            if min(once) > SLOWEST_MS:
+                break
+            size *= 2
+        return best
 
 
 def bench(
@@ -61,196 +223,119 @@ def bench(
 ) -> dict[str, Any]:
     """What every point costs on this machine, as plain timm models of that width.
 
+    All points and compared models take turns, so that a machine that heats up or is shared slows all alike.
+    Runtimes come one after the other: threads of one that still spin would slow the next.
+
     Args:
         compared: timm models to be timed beside them, with random weights: names, or directories.
         loader: images to measure accuracy on.
 
     Returns:
         {"device", "threads", "precision", "batch_size", "peak_gflops", "points"}; per point and runtime
-        {"model", "ratio", "runtime", "params", "gmacs", "latency_ms", "latency_ms_ci95", "latency_ms_p95",
-        "roofline", "throughput", "batch", "memory_mb", "top1"}: half the width of the median's 95 %
-        confidence interval; the share of the peak that the latency stands for; images/s at the batch that
-        gives most; by how much memory peaks while the model is loaded and answers once; top1 as measured,
-        or as the checkpoint records it. Compared models come after the points, their ratio None.
+        {"model", "ratio", "runtime", "params", "gmacs", "latency_ms", "latency_ms_low", "latency_ms_high",
+        "latency_ms_p95", "of_peak", "throughput", "batch", "memory_mb", "top1"}: the median and its 95 %
+        confidence interval; the share of the machine's peak that the latency stands for; images/s at the
+        batch that gives most; by how much memory peaks while the model is loaded and answers once; top1 as
+        measured, or as the checkpoint records it. Compared models have no ratio.
 
     Raises:
         ScalaError: an unknown model or runtime, or one that is not installed or not for this device.
     """
+    where = replace(where, amp=bool(where.amp))
     device = choose_device(where)
-    runtimes = [name.strip() for name in settings.runtime.split(",") if name.strip()]
+    runtimes = list(dict.fromkeys(name.strip() for name in settings.runtime.split(",") if name.strip()))
     runtimes += ["onnx-int8"] if settings.int8 else []
     refuse_runtimes(runtimes, device, bool(where.amp))
-    size = settings.batch_size or 1
-    with TemporaryDirectory() as folder, autocast(device, where) if where.amp else nullcontext():
-        subjects = list(subjects_of(net, points, compared, runtimes, device, Path(folder), watch))
-        images = {each.input_size: torch.randn(size, *each.input_size).to(device) for each in subjects}
-        watch.phase("load", len(subjects), "models")
-        models: dict[Subject, Predictor] = {}
-        peaks: dict[Subject, int | None] = {}
-        for first in {each.runtime: each for each in reversed(subjects)}.values():
-            load_and_answer(first, images[first.input_size], device)  # what only the first of a runtime costs
-        for each in subjects:
-            models[each], peaks[each] = load_and_answer(each, images[each.input_size], device)
-            watch.step(1)
-        peak = peak_gflops(device, bool(where.amp))
-        calls = {each: partial(model, images[each.input_size]) for each, model in models.items()}
-        timings = time_calls(calls, device, settings.runs, watch)
-        most = {
-            each: (size, size / timings[each].median * 1000)
-            if settings.batch_size
-            else best_batch(model, each, device, watch)
-            for each, model in models.items()
-        }
-        known = top1_of(net, record, points, models, where, loader, watch)
-    rows = [row_of(each, timings[each], size, most[each], peaks[each], peak) for each in subjects]
-    for each, row in zip(subjects, rows, strict=True):
-        row["top1"] = known.get((each.point, is_int8(each)))
+    subjects = [*points_of(net, points), *map(other, compared)]
+    net.slice(net.widest)  # maps all of the weights: what a width takes is not to depend on who came before
+    run = Bench(
+        device,
+        where,
+        settings.batch_size or 1,
+        settings.runs,
+        not settings.batch_size,
+        peak_gflops(device, bool(where.amp)),
+        watch,
+    )
+    exact: dict[Any, float | None] = {point: record.top1(point) for point in points}
+    if loader:
+        exact = {**top1_of(widths(net.to(device), points, where), loader, device, watch)}
+        net.to("cpu")
+    rows: list[dict[str, Any]] = []
+    for runtime in runtimes:
+        known: Callable[[dict[Point, Predictor]], Any] = lambda _: exact  # noqa: E731
+        if is_int8(runtime):
+            known = lambda models: top1_of(models, loader, device, watch) if loader else {}  # noqa: E731
+        rows += run.rows(subjects, runtime, known)
     told = conditions(device, bool(where.amp))
-    return {**told, "batch_size": size, "peak_gflops": round(peak, 1), "points": rows}
+    return {**told, "batch_size": run.size, "peak_gflops": round(run.peak, 1), "points": rows}
+
+
+def megabytes(size: int | None) -> float | None:
+    return None if size is None else round(size / 1e6, 1)
+
+
+def is_int8(runtime: str) -> bool:
+    return runtime.endswith("int8")
 
 
 def top1_of(
-    net: SlimmableViT,
-    record: Record,
-    points: Sequence[Point],
-    models: Mapping[Subject, Predictor],
-    where: DeviceSettings,
-    loader: Loader | None,
-    watch: Watcher,
-) -> dict[tuple[Point | None, bool], float | None]:
-    """Top-1 of every point, and of those with 8-bit weights, of which no record tells."""
-    if loader is None:
-        return {(point, False): record.top1(point) for point in points}
-    device = choose_device(where)
-    predictors = {(point, False): run for point, run in widths(net.to(device), points, where).items()}
-    rounded = {(each.point, True): run for each, run in models.items() if each.point and is_int8(each)}
-    found = accuracies({**predictors, **rounded}, loader, device, watch)
-    return {key: accuracy["top1"] for key, accuracy in found.items()}
-
-
-def is_int8(subject: Subject) -> bool:
-    return subject.runtime.endswith("int8")
+    models: Mapping[Point, Predictor], loader: Loader, device: torch.device, watch: Watcher
+) -> dict[Point, float]:
+    return {point: found["top1"] for point, found in accuracies(models, loader, device, watch).items()}
 
 
 def refuse_runtimes(runtimes: Sequence[str], device: torch.device, bfloat16: bool) -> None:
     """Raises ScalaError for a runtime that does not exist here, or does not run as asked."""
-    for name in runtimes:
-        if name in ("torch", "compile"):
-            continue
-        format_named(name)
-        if device.type != "cpu" or bfloat16:
-            raise ScalaError(
-                f"{name} is timed on the CPU in its own precision.", "Leave out --amp, or give --device cpu."
-            )
+    if not runtimes:
+        raise ScalaError("no runtime is given.", f"Runtimes are {', '.join([*TORCH, *FORMATS])}.")
+    for name in [name for name in runtimes if name not in TORCH]:
+        if name not in FORMATS:
+            known = ", ".join([*TORCH, *FORMATS])
+            raise ScalaError(f"there is no runtime {name!r}.", f"Runtimes are {known}.")
+        if format_named(name).open_bfloat16 is None and bfloat16:
+            raise ScalaError(f"{name} does not compute in bfloat16.", "Leave out --amp, or that runtime.")
+        if device.type != "cpu":
+            raise ScalaError(f"{name} is timed on the CPU only.", "Give --device cpu.")
 
 
-def subjects_of(
-    net: SlimmableViT,
-    points: Sequence[Point],
-    compared: Sequence[str],
-    runtimes: Sequence[str],
-    device: torch.device,
-    folder: Path,
-    watch: Watcher,
-) -> Iterator[Subject]:
-    """Every point, then every compared model, in every runtime; files are written to `folder`."""
-
-    def width(point: Point, place: str) -> nn.Module:
-        return net.spec.at(point).build() if place == "meta" else net.slice(point, fixed_size=place == "file")
-
-    def other(name: str, args: Mapping[str, Any], place: str) -> Any:
-        with torch.device("meta" if place == "meta" else "cpu"):
-            return timm.create_model(name, **args).eval()
-
-    models: list[tuple[str, Point | None, tuple[int, ...], Callable[[str], nn.Module]]] = [
-        (net.spec.architecture, point, net.spec.input_size, partial(width, point)) for point in points
+def points_of(net: SlimmableViT, points: Sequence[Point]) -> list[Subject]:
+    size = net.spec.input_size
+    return [
+        Subject(
+            net.spec.architecture,
+            point,
+            size,
+            cost_of(net.spec.at(point).build(), size),
+            partial(net.slice, point),
+        )
+        for point in points
     ]
-    for asked in compared:
-        named = partial(other, *locate(asked))
-        models.append((short_name(asked), None, tuple(named("meta").pretrained_cfg["input_size"]), named))
-    watch.phase("prepare", len(models) * len(runtimes), "models")
-    for number, (name, point, input_size, build) in enumerate(models):
-        for runtime in runtimes:
-            load = loader(runtime, build, device, input_size, folder / str(number))
-            yield Subject(name, point, runtime, input_size, build, load)
-            watch.step(1)
 
 
-def loader(
-    runtime: str,
-    build: Callable[[str], nn.Module],
-    device: torch.device,
-    input_size: tuple[int, ...],
-    stem: Path,
-) -> Callable[[], Predictor]:
-    """How a model is loaded to be run; where that is from a file, it is written now."""
-    if runtime == "torch":
-        return lambda: build("cpu").to(device)
-    if runtime == "compile":
-        return lambda: torch.compile(build("cpu").to(device))
-    chosen = format_named(runtime)
-    file = stem.with_name(f"{stem.name}-{runtime}{chosen.suffix}")
-    write(runtime, build("file"), torch.randn(2, *input_size), file)
-    return partial(chosen.open, file)
+def other(asked: str) -> Subject:
+    """A timm model with random weights. Raises CheckpointError where timm has none of that name."""
+    name, args = locate(asked)
+
+    def build(_: bool) -> Any:
+        return timm.create_model(name, **args).eval()
+
+    try:
+        with torch.device("meta"):
+            skeleton = build(False)
+        size = tuple(skeleton.pretrained_cfg["input_size"])
+        costs = cost_of(skeleton, size)
+    except (RuntimeError, ValueError, TypeError, KeyError, NotImplementedError) as error:
+        said = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{asked} cannot be compared with: {said}", "Name another.") from None
+    return Subject(short_name(asked), None, size, costs, build)
 
 
-@torch.inference_mode()
-def load_and_answer(subject: Subject, images: Tensor, device: torch.device) -> tuple[Predictor, int | None]:
-    """The model as it is run, and by how many bytes memory peaked, where that is not the compiler's."""
-    kept: list[Predictor] = []
+def allow_compiling_all() -> None:
+    """All widths share timm's forward; past a limit torch would quietly run further ones uncompiled."""
+    import torch._dynamo.config as dynamo
 
-    def answer() -> None:
-        kept.append(subject.load())
-        kept[0](images)
-
-    peak = peak_memory(device, answer)
-    return kept[0], None if subject.runtime == "compile" else peak
-
-
-@torch.inference_mode()
-def best_batch(
-    predict: Predictor, subject: Subject, device: torch.device, watch: Watcher
-) -> tuple[int, float]:
-    """The batch that gives the most images/s, and how many; sizes double until two in a row gain nothing."""
-    best, size, idle = (1, 0.0), 1, 0
-    watch.phase("find the best batch", LARGEST_BATCH.bit_length(), "sizes")
-    while size <= LARGEST_BATCH and idle < 2:
-        images = torch.randn(size, *subject.input_size).to(device)
-        call = {0: partial(predict, images)}
-        first = take_turns(call, 1, device, Watcher())[0][0]
-        times = take_turns(call, 2, device, Watcher())[0]
-        rate = size / min(times) * 1000
-        idle = 0 if rate > 1.02 * best[1] else idle + 1
-        best = max(best, (size, rate), key=lambda found: found[1])
-        watch.step(1)
-        if first > SLOWEST_MS:
-            break
-        size *= 2
-    return best
-
-
-def row_of(
-    subject: Subject,
-    timing: Timing,
-    size: int,
-    most: tuple[int, float],
-    memory: int | None,
-    peak: float,
-) -> dict[str, Any]:
-    """The row of one subject; its accuracy is filled in by who knows it."""
-    costs = cost_of(subject.build("meta"), subject.input_size)
-    reached = 2 * costs["gmacs"] * size / (timing.median / 1000) / peak
-    return {
-        "model": subject.model,
-        "ratio": float(subject.point.ratio) if subject.point else None,
-        "runtime": subject.runtime,
-        **costs,
-        "latency_ms": round(timing.median, 3),
-        "latency_ms_ci95": round((timing.high - timing.low) / 2, 3),
-        "latency_ms_p95": round(timing.p95, 3),
-        "roofline": None if is_int8(subject) else round(reached, 3),
-        "throughput": round(most[1], 2),
-        "batch": most[0],
-        "memory_mb": None if memory is None else round(memory / 1e6, 1),
-        "top1": None,
-    }
+    for name in ("recompile_limit", "cache_size_limit"):  # by version of torch
+        if hasattr(dynamo, name):
+            setattr(dynamo, name, 256)
+            return

@@ -52,13 +52,13 @@ def confidence(logits: Tensor) -> Tensor:
 
 
 def sweep(
-    answers: Sequence[Tensor], targets: Tensor, gmacs: Sequence[float], thresholds: Sequence[float]
+    sure: Tensor, right: Tensor, gmacs: Sequence[float], thresholds: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """What a cascade gives at every threshold, from the answers of its widths to all images.
+    """What a cascade gives at every threshold, from how all its widths answer all images.
 
     Args:
-        answers: the logits (N, classes) of each width, in the order in which they are asked.
-        targets: (N,)
+        sure: (widths, N) the confidence of each width, in the order in which they are asked.
+        right: (widths, N) whether it is right.
         gmacs: of one image at each width.
 
     Returns:
@@ -66,10 +66,6 @@ def sweep(
         of images in percent that the first width did not decide}
     """
     rows = []
-    sure, right = (
-        torch.stack([confidence(logits) for logits in answers]),
-        torch.stack([logits.argmax(-1) == targets for logits in answers]),
-    )
     for threshold in thresholds:
         decides = sure >= threshold
         decides[-1] = True

@@ -8,7 +8,7 @@ import torch
 from timm.utils import AverageMeter, accuracy
 from torch import Tensor
 
-from scala_cli.cascade import Cascade, sweep
+from scala_cli.cascade import Cascade, confidence, sweep
 from scala_cli.data.loader import Loader, transform_for
 from scala_cli.data.split import class_misfit, open_split
 from scala_cli.device import autocast
@@ -97,21 +97,6 @@ def accuracies(
 
 
 @torch.inference_mode()
-def answers(
-    predictors: Mapping[Key, Predictor], loader: Loader, device: torch.device, watch: Watcher
-) -> tuple[dict[Key, Tensor], Tensor]:
-    """The logits (N, classes) of each predictor for all images that could be read, and their targets (N,)."""
-    seen: list[Tensor] = []
-    logits: dict[Key, list[Tensor]] = {key: [] for key in predictors}
-    for images, targets in batches(loader, device, watch):
-        seen.append(targets.cpu())
-        for key, predict in predictors.items():
-            logits[key].append(predict(images).float().cpu())
-    if not seen:
-        raise nothing_read()
-    return {key: torch.cat(each) for key, each in logits.items()}, torch.cat(seen)
-
-
 def evaluate_cascade(
     cascade: Cascade,
     loader: Loader,
@@ -125,18 +110,20 @@ def evaluate_cascade(
         per width alone {"ratio", "top1", "gmacs"}, and per threshold what `sweep` tells.
     """
     net, points = cascade.net, cascade.points
-    device = next(net.parameters()).device
-    logits, targets = answers(widths(net, points, settings), loader, device, watch)
+    predictors = widths(net, points, settings)
+    seen: list[tuple[Tensor, Tensor]] = []  # of each batch, both (widths, B)
+    for images, targets in batches(loader, next(net.parameters()).device, watch):
+        logits = torch.stack([predict(images) for predict in predictors.values()])
+        seen.append((confidence(logits).cpu(), (logits.argmax(-1) == targets).cpu()))
+    if not seen:
+        raise nothing_read()
+    sure, right = (torch.cat(part, dim=1) for part in zip(*seen, strict=True))
     gmacs = [cost(net.spec.at(point))["gmacs"] for point in points]
     alone = [
-        {
-            "ratio": float(point.ratio),
-            "top1": round(100 * (logits[point].argmax(1) == targets).float().mean().item(), 4),
-            "gmacs": spent,
-        }
-        for point, spent in zip(points, gmacs, strict=True)
+        {"ratio": float(point.ratio), "top1": round(100 * share, 4), "gmacs": spent}
+        for point, share, spent in zip(points, right.float().mean(1).tolist(), gmacs, strict=True)
     ]
-    return alone, sweep([logits[point] for point in points], targets, gmacs, thresholds)
+    return alone, sweep(sure, right, gmacs, thresholds)
 
 
 def batches(loader: Loader, device: torch.device, watch: Watcher) -> Iterator[tuple[Tensor, Tensor]]:

@@ -57,12 +57,21 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_files(target: Path) -> Iterator[Path]:
-    """A fresh directory for `target` and files that go with it; all take their places at the end."""
+def whole_files(target: Path, force: bool) -> Iterator[Path]:
+    """A fresh directory for `target` and files that go with it; all take their places at the end.
+
+    Raises ScalaError where, without `force`, one of them would replace another file.
+    """
     with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as name:
         fresh = Path(name)
         with naming_a_full_disk(target):
             yield fresh
+        for file in fresh.iterdir():
+            if (target.parent / file.name).exists() and not force:
+                raise ScalaError(
+                    f"{target.parent / file.name} exists.",
+                    "Choose another name with -o FILE, or replace it: --force",
+                )
         for file in sorted(fresh.iterdir(), key=lambda file: file.name == target.name):  # it comes last
             flush(file)
             file.replace(target.parent / file.name)

@@ -19,8 +19,8 @@ WINDOW, WINDOWS = 3, 10
 """Warming up is watched in windows of so many rounds, and over after so many windows at the latest."""
 STABLE = 0.97
 """It is over as soon as no median falls below this share of the one in the window before."""
-FEWEST, MOST = 10, 200
-"""Rounds that are counted, where nobody says how many: enough that every median is SURE."""
+ROUNDS = (10, 20, 40, 80, 160)
+"""Rounds after which it is looked whether every median is SURE, where nobody says how many."""
 SURE = 0.02
 """Half the width of a median's confidence interval, as a share of it, at which there are enough rounds."""
 SECONDS = 20.0
@@ -54,25 +54,32 @@ def cost_of(skeleton: nn.Module, input_size: Sequence[int]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call: the median, its 95 % confidence interval, the 95th percentile."""
+    """Milliseconds of one call: the median, its 95 % confidence interval, the 95th percentile.
+
+    Of fewer than six measurements there is no such interval.
+    """
 
     median: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     p95: float
 
     @classmethod
     def of(cls, series: Sequence[float]) -> "Timing":
         """The Timing of measured milliseconds. The interval is that of order statistics: no shape assumed."""
         ordered, count = sorted(series), len(series)
+        median, p95 = statistics.median(ordered), ordered[max(0, -(-count * 95 // 100) - 1)]  # nearest rank
+        if count < 6:
+            return cls(median, None, None, p95)
         reach = 1.96 * math.sqrt(count) / 2
         low, high = max(0, math.floor(count / 2 - reach)), min(count - 1, math.ceil(count / 2 + reach))
-        p95 = ordered[max(0, -(-count * 95 // 100) - 1)]  # nearest rank
-        return cls(statistics.median(ordered), ordered[low], ordered[high], p95)
+        return cls(median, ordered[low], ordered[high], p95)
 
     @property
     def is_sure(self) -> bool:
-        return self.high - self.low <= 2 * SURE * self.median
+        return (
+            self.low is not None and self.high is not None and self.high - self.low <= 2 * SURE * self.median
+        )
 
 
 @torch.inference_mode()
@@ -81,12 +88,30 @@ def time_calls(
 ) -> dict[Key, Timing]:
     """Times calls that take turns, so that a machine that heats up or is shared slows all alike.
 
-    First they warm up until none gets faster. Without `rounds` they are timed until every median is known to
-    2 % (95 % confidence), 10 times at least, and 200 times or 20 seconds at most.
+    Without `rounds` they are timed until every median is known to about 2 % (95 % confidence), 10 times at
+    least, and 160 times or 20 seconds at most.
 
     Args:
+        calls: warmed up.
         rounds: how often each is timed.
     """
+    series: dict[Key, list[float]] = {key: [] for key in calls}
+    watch.phase("time", (rounds or ROUNDS[-1]) * len(calls), "runs")
+    began = time.perf_counter()
+    for number in range(1, (rounds or ROUNDS[-1]) + 1):
+        for key, once in take_turns(calls, 1, device, watch).items():
+            series[key] += once
+        if rounds or number < ROUNDS[0]:
+            continue
+        late = time.perf_counter() - began > SECONDS
+        if late or (number in ROUNDS and all(Timing.of(each).is_sure for each in series.values())):
+            break
+    return {key: Timing.of(each) for key, each in series.items()}
+
+
+@torch.inference_mode()
+def warm_up(calls: Mapping[Key, Callable[[], object]], device: torch.device, watch: Watcher) -> None:
+    """Runs calls in turns until none of them gets faster any more."""
     watch.phase("warm up", WINDOWS * WINDOW * len(calls), "runs")
     medians = dict.fromkeys(calls, math.inf)
     for _ in range(WINDOWS):
@@ -95,17 +120,6 @@ def time_calls(
         medians = {key: statistics.median(series) for key, series in times.items()}
         if all(medians[key] >= STABLE * before[key] for key in calls):
             break
-    series: dict[Key, list[float]] = {key: [] for key in calls}
-    watch.phase("time", (rounds or MOST) * len(calls), "runs")
-    began = time.perf_counter()
-    for number in range(rounds or MOST):
-        for key, once in take_turns(calls, 1, device, watch).items():
-            series[key] += once
-        enough = number + 1 >= FEWEST and all(Timing.of(each).is_sure for each in series.values())
-        late = number + 1 >= FEWEST and time.perf_counter() - began > SECONDS
-        if not rounds and (enough or late):
-            break
-    return {key: Timing.of(each) for key, each in series.items()}
 
 
 def take_turns(
@@ -126,7 +140,7 @@ def take_turns(
 
 def peak_gflops(device: torch.device, bfloat16: bool) -> float:
     """The most that this machine was seen to do in one second of large matrix products, in GFLOP/s."""
-    size = 2048
+    size = 2048 if device.type == "cpu" else 8192
     one, other = (
         torch.randn(size, size, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
         for _ in range(2)

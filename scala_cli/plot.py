@@ -83,27 +83,37 @@ def arms_picture(arms: Rows) -> Any:
 
 
 def bench_picture(rows: Rows) -> Any:
-    """What every row of a bench gives against its latency, and the front that no other row beats.
+    """What every width gives against its latency: top-1, with the front that no other beats, or GMACs.
 
-    Up is top-1 where it is known of every width, else GMACs. Named are the widths of the first runtime and
-    all that is on the front.
+    Top-1 where it is known of all widths; a model that is only compared with, of which it is not, is a
+    vertical line. Named are the widths of the first runtime and all that is on the front.
     """
     figure, axes = new_axes()
-    known = all(row["top1"] is not None for row in rows if row["ratio"] is not None)
+    first = rows[0]["runtime"]
+    known = all(
+        row["top1"] is not None for row in rows if row["ratio"] is not None and row["runtime"] == first
+    )
     column, name = ("top1", "top-1, %") if known else ("gmacs", "GMACs of one image")
     drawn = [row for row in rows if row[column] is not None]
     for runtime in dict.fromkeys(row["runtime"] for row in drawn):
         some = [row for row in drawn if row["runtime"] == runtime]
         axes.plot([row["latency_ms"] for row in some], [row[column] for row in some], "o", label=runtime)
-    front = pareto([(row["latency_ms"], row[column]) for row in drawn])
-    last = (max(row["latency_ms"] for row in drawn), front[-1][1])
-    axes.step(*zip(*front, last, strict=True), where="post", color="grey", linestyle="--", zorder=0)
-    named = [row for row in drawn if row["runtime"] == drawn[0]["runtime"]]
-    named += [row for row in drawn if row not in named and (row["latency_ms"], row[column]) in front]
-    for row in named:
-        label = row["model"] if row["ratio"] is None else f"{row['ratio']:g}"
+    front = pareto([(row["latency_ms"], row[column]) for row in drawn]) if known else []
+    if front:
+        last = (max(row["latency_ms"] for row in drawn), front[-1][1])
+        axes.step(*zip(*front, last, strict=True), where="post", color="grey", linestyle="--", label="front")
+    for row in drawn:
         place = (row["latency_ms"], row[column])
-        axes.annotate(label, place, xytext=(5, -10), textcoords="offset points", fontsize="small")
+        if row["runtime"] == first or place in front:
+            label = row["model"] if row["ratio"] is None else f"{row['ratio']:g}"
+            axes.annotate(label, place, xytext=(5, -10), textcoords="offset points", fontsize="small")
+    for row in rows:
+        if row not in drawn and row["ratio"] is None and row["runtime"] == first:
+            axes.axvline(row["latency_ms"], color="grey", linestyle=":")
+            place = (row["latency_ms"], 0.02)
+            axes.annotate(
+                row["model"], place, xycoords=("data", "axes fraction"), rotation=90, fontsize="small"
+            )
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
@@ -111,7 +121,7 @@ def bench_picture(rows: Rows) -> Any:
     axes.margins(x=0.15)
     axes.set_xlabel("latency, ms")
     axes.set_ylabel(name)
-    axes.legend(fontsize="small", title="runtime; front dashed", title_fontsize="small")
+    axes.legend(fontsize="small")
     return figure
 
 

@@ -114,7 +114,8 @@ class DeviceSettings:
 
     device: str | None = option(None, "cpu, cuda, cuda:1, mps. Default: a GPU where there is one.")
     amp: bool | None = option(
-        None, "bfloat16 autocast. Default: where the hardware computes in it; in bench off."
+        None,
+        "bfloat16 autocast. Default: where hardware computes in it; not where predictions are timed.",
     )
     threads: int | None = option(None, "CPU threads. Default: as torch chooses.", min=1)
 

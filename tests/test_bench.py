@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scala_cli import measure
-from scala_cli.measure import Timing, peak_gflops, time_calls
+from scala_cli.measure import Timing, peak_gflops, time_calls, warm_up
 from scala_cli.plot import pareto
 from scala_cli.watch import QUIET
 
@@ -23,7 +23,7 @@ def test_a_timing_tells_the_median_and_how_sure_it_is():
     found = Timing.of(series)
     assert found.median == 50.5 and found.p95 == 95
     assert found.low <= 41 and found.high >= 60  # binomial: ranks 40 to 61 of 100 hold the median in 95 %
-    assert Timing.of([7.0]) == Timing(7, 7, 7, 7)
+    assert Timing.of([7.0] * 5) == Timing(7, None, None, 7)
 
 
 def test_the_interval_holds_the_median_as_often_as_it_says():
@@ -59,25 +59,27 @@ def test_calls_take_turns_until_all_are_sure(monkeypatch):
     found = time_calls(calls, CPU, None, QUIET)
     assert clock.order == ["a", "b"] * (len(clock.order) // 2)
     assert {name: round(each.median, 6) for name, each in found.items()} == {"a": 1, "b": 5}
-    warm = 2 * measure.WINDOW
-    assert len(clock.order) == 2 * (warm + measure.FEWEST)
+    assert len(clock.order) == 2 * measure.ROUNDS[0]
 
 
-def test_what_is_slow_at_first_is_not_counted(monkeypatch):
+def test_warming_up_lasts_until_nothing_gets_faster(monkeypatch):
     clock = Clock(monkeypatch)
     calls = {"a": partial(clock.spend, "a", steadily(1.0, *range(40, 28, -1)))}
-    assert round(time_calls(calls, CPU, 5, QUIET)["a"].high, 6) == 1
+    warm_up(calls, CPU, QUIET)
+    assert 12 < len(clock.order) <= 12 + 2 * measure.WINDOW
+    warm_up({"a": partial(clock.spend, "a", (1000 * 0.9**n for n in range(10**6)))}, CPU, QUIET)
+    assert len(clock.order) <= 12 + 2 * measure.WINDOW + measure.WINDOW * measure.WINDOWS
 
 
 def test_noise_is_measured_longer_but_not_for_ever(monkeypatch):
     clock, random = Clock(monkeypatch), Random(0)
     noisy = (random.choice([1.0, 2.0]) for _ in iter(int, 1))
     time_calls({"a": partial(clock.spend, "a", noisy)}, CPU, None, QUIET)
-    assert len(clock.order) >= measure.MOST
+    assert len(clock.order) == measure.ROUNDS[-1]
     slow = Clock(monkeypatch)
     noisy = (random.choice([1000.0, 9000.0]) for _ in iter(int, 1))
     time_calls({"a": partial(slow.spend, "a", noisy)}, CPU, None, QUIET)
-    assert measure.FEWEST <= len(slow.order) <= measure.FEWEST + measure.WINDOW * measure.WINDOWS
+    assert len(slow.order) == measure.ROUNDS[0]
 
 
 def test_the_peak_is_at_least_what_a_naive_clock_sees():
@@ -124,17 +126,17 @@ def test_runtimes_and_other_models_in_one_run(scala, tiny, photos):
     told = scala(*words, "--csv", "b.csv", "--html", "b.html", "--plot", "b.png", "--json").json
     rows = told["points"]
     assert [(row["ratio"], row["runtime"]) for row in rows] == [
-        (ratio, runtime) for ratio in (0.5, 1, None) for runtime in ("torch", "onnx", "onnx-int8")
+        (ratio, runtime) for runtime in ("torch", "onnx", "onnx-int8") for ratio in (0.5, 1, None)
     ]
-    assert all(row["model"] == "test_vit3" for row in rows[6:])
-    assert all(row["top1"] is not None for row in rows[:6]) and all(row["top1"] is None for row in rows[6:])
+    assert all(row["model"] == "test_vit3" for row in rows[2::3])
+    assert all((row["top1"] is None) == (row["ratio"] is None) for row in rows)
     for row in rows:
         assert 0 < row["latency_ms"] <= row["latency_ms_p95"] and row["batch"] == 2
         if row["runtime"] == "onnx-int8":
-            assert row["roofline"] is None
+            assert row["of_peak"] is None
         else:
             reached = 2 * row["gmacs"] * 2 / row["latency_ms"] * 1000 / told["peak_gflops"]
-            assert row["roofline"] == pytest.approx(reached, rel=0.05, abs=1e-3)
+            assert row["of_peak"] == pytest.approx(reached, rel=0.05, abs=1e-3)
     page = Page()
     page.feed(Path("b.html").read_text())
     assert page.count["tr"] == 10 and page.count["svg"] == 1 and page.count["table"] == 1
@@ -162,8 +164,8 @@ def test_what_training_cost_is_told_beside(scala, tiny, photos):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--runtime", "magic"], "there is no format 'magic'"),
-        (["--runtime", "onnx", "--amp"], "onnx is timed on the CPU in its own precision"),
+        (["--runtime", "magic"], "there is no runtime 'magic'"),
+        (["--runtime", "onnx", "--amp"], "onnx does not compute in bfloat16"),
         (["--compare", "nosuchmodel"], "there is no model 'nosuchmodel'"),
         (["--plot", "x.txt"], "is no picture"),
         (["--plot", "nowhere/x.svg"], "there is no directory nowhere"),

@@ -72,7 +72,9 @@ def test_slice_by_budget(scala, tiny):
     assert all(row["latency_ms"] > 0 and row["memory_mb"] >= 0 for row in measured["candidates"])
 
     answer = scala("slice", tiny, "--min-top1", 50)
-    assert answer.code == 2 and "top1 unknown" in answer.stderr
+    assert answer.code == 2 and "top1 not known" in answer.stderr
     assert scala("slice", tiny, "--max-params", 1).code == 2
     assert scala("slice", tiny, "--ratio", "0.5", "--max-params", 1).code == 2
     assert scala("slice", tiny).code == 2
+    assert scala("slice", tiny, "--max-params", 1e9, "--threads", 1).code == 2
+    assert "not empty" in scala("slice", tiny, "--max-latency-ms", 1e6, "-o", "half").stderr

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import slimmable
 
-from scala_cli.cascade import Cascade, sweep
+from scala_cli.cascade import Cascade, confidence, sweep
 from scala_cli.errors import PointError
 
 RATIOS = (0.25, 0.5, 1)
@@ -36,7 +36,8 @@ def test_a_sweep_counts_what_a_cascade_does():
     net, images, gmacs = slimmable(), 3 * torch.randn(40, 3, 16, 16), [1.0, 3.0, 10.0]
     targets = net(images, 1).argmax(1)
     thresholds = [0, 0.25, 0.3, 0.35, 1]
-    for row in sweep([net(images, ratio) for ratio in RATIOS], targets, gmacs, thresholds):
+    logits = torch.stack([net(images, ratio) for ratio in RATIOS])
+    for row in sweep(confidence(logits), logits.argmax(-1) == targets, gmacs, thresholds):
         found = [one_by_one(net, image, row["threshold"]) for image in images]
         right = [logits.argmax() == target for (logits, _), target in zip(found, targets, strict=True)]
         assert row["top1"] == pytest.approx(100 * sum(right).item() / 40, abs=1e-4)
@@ -74,5 +75,6 @@ def test_a_cascade_as_a_user_asks_for_it(scala, tiny, photos):
     assert [row["top1"] for row in told["points"]] == [alone[0]["top1"], alone[-1]["top1"]]
     assert "<svg" in Path("cascade.svg").read_text()
     assert scala(*words, "--ratio", "0.5").code == 2
+    assert scala("eval", tiny, "--data", photos, "--threshold", 0.5).code == 2
     assert scala("eval", tiny, "--data", photos, "--plot", "x.svg").code == 2
     assert "no picture" in scala(*words, "--plot", "x.txt").stderr

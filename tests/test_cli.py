@@ -64,7 +64,7 @@ def test_from_pretrained_weights_to_a_slice(scala, tiny, photos):
     assert row["params"] == cut["params"] and row["top1"] == answer.json["points"][1]["top1"]
     assert 0 < row["latency_ms"] <= row["latency_ms_p95"]
     assert row["throughput"] == pytest.approx(2000 / row["latency_ms"], rel=0.01)
-    assert Path("rows.csv").read_text().startswith("ratio,params,gmacs,latency_ms")
+    assert Path("rows.csv").read_text().startswith("model,ratio,runtime,params,gmacs,latency_ms")
 
     known = scala("info", "--json").json
     assert known["method"] == "scala" and known["order"] == "importance" and known["classes"] == 3
@@ -226,7 +226,9 @@ def test_bench_names_the_images_it_skipped(scala, tiny, photos, tmp_path):
 def test_csv_is_written_through_a_link(scala, tiny, tmp_path):
     (tmp_path / "link.csv").symlink_to("rows.csv")
     assert scala("bench", tiny, "--ratio", "1", "--runs", 1, "--csv", "link.csv").code == 0
-    assert (tmp_path / "link.csv").is_symlink() and (tmp_path / "rows.csv").read_text().startswith("ratio")
+    assert (tmp_path / "link.csv").is_symlink() and (tmp_path / "rows.csv").read_text().startswith(
+        "model,ratio"
+    )
 
 
 def test_a_run_without_an_epoch_names_the_way_on(scala, tiny, photos, monkeypatch):

@@ -3,12 +3,24 @@
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import typer
+from conftest import build
+from PIL import Image
 
 from scala_cli.cli.app import app
+from scala_cli.deploy.export import FromPixels, export
+from scala_cli.formats import FORMATS
+from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.models.vit import describe, random_images
+from scala_cli.slicing.point import parse_points
+from scala_cli.slicing.rule import Rule
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = typer.main.get_command(app).commands
@@ -40,6 +52,29 @@ def test_commands_in_the_documentation_exist(line):
     flags = {flag for p in COMMANDS[name].params for flag in (*p.opts, *p.secondary_opts)}
     given = {word for word in words if word.startswith("-") and not re.match(r"-\d", word)}
     assert given <= flags | {"-h"}
+
+
+def test_what_docs_say_of_deploying_runs_without_us(tmp_path):
+    """Every example of docs/deploy.md, on the files that its commands write."""
+    vit, args = build("deit", img_size=224, patch_size=32)
+    spec = describe(vit, args).naming(["ant", "bee", "cow", "doe", "eel"])
+    net = SlimmableViT(vit, spec, Rule(parse_points("0.5,1"), spec.num_heads)).eval()
+    noise = torch.rand(224, 224, 3, generator=torch.Generator().manual_seed(0)).mul(255).byte().numpy()
+    Image.fromarray(noise).save(tmp_path / "cat.jpg", quality=100)
+    pixels = np.asarray(Image.open(tmp_path / "cat.jpg")).transpose(2, 0, 1)[None]
+    with torch.no_grad():
+        told = spec.label_names[FromPixels(net.slice(0.5), spec)(torch.tensor(pixels)).argmax()]
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs/deploy.md").read_text(), re.S)
+    assert len(examples) == 4
+    for example in examples:
+        (file,) = set(re.findall(r"half\.\w+", example))
+        (kind,) = [name for name, form in FORMATS.items() if form.suffix == Path(file).suffix][:1]
+        export(net, 0.5, kind, tmp_path / file, random_images(spec, 2), pixels=True)
+        script = (
+            example + "\nimport sys\nassert 'scala_cli' not in sys.modules and 'timm' not in sys.modules\n"
+        )
+        done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+        assert done.stdout.strip() == told, (kind, done.stdout, done.stderr)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -11,7 +11,7 @@ import timm
 import torch
 from conftest import KINDS, slimmable
 
-from scala_cli.deploy import formats
+from scala_cli import formats
 from scala_cli.deploy.export import export, export_all
 from scala_cli.errors import CheckpointError, ScalaError
 from scala_cli.models.checkpoint import Record, load, save

@@ -14,8 +14,9 @@ LAYERS = [
     {"device", "world"},
     {"data", "methods"},
     {"measure", "report", "plot", "cascade"},
-    {"evaluate"},
-    {"deploy", "bench", "training"},
+    {"evaluate", "formats"},
+    {"bench", "training"},
+    {"deploy"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -48,7 +48,9 @@ class Hub(BaseHTTPRequestHandler):
         return self.answer(404, {"error": self.path})
 
     def do_GET(self) -> None:
-        self.answer(200, {"id": "org/net", "sha": "0", "siblings": []})
+        private = all(each.get("private") or each.get("visibility") for each in self.server.created)
+        about = {"id": "org/net", "sha": "0", "siblings": [], "private": private and not self.server.open}
+        self.answer(200, about)
 
     def answer(self, code: int, document: dict) -> None:
         text = json.dumps(document).encode()
@@ -67,6 +69,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Hub)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.created: list[dict] = []
+        self.open = False
         self.files: dict[str, bytes] = {}
 
 
@@ -117,6 +120,12 @@ def test_a_family_with_its_card(hub, net, images):
         assert told in card.text
 
 
+def test_what_is_to_be_private_is_not_put_where_everybody_sees_it(hub, net):
+    hub.open = True
+    done = push(hub, "net", "org/net", "--private")
+    assert done.returncode == 2 and "everybody sees it" in done.stderr and not hub.files
+
+
 def test_one_width_is_looked_at_first(net, images):
     done = push("http://127.0.0.1:9", "net", "org/half", "--ratio", "0.5", "--dry-run", token=None)
     assert done.returncode == 0, done.stderr
@@ -134,7 +143,10 @@ def test_one_width_is_looked_at_first(net, images):
     [
         (("net", "org/net"), None, "there is no token for the Hub."),
         (("net", "org/net"), "wrong", "the Hub refuses org/net"),
-        (("net", "or g/net"), "right", "is no name of a repository"),
+        (("net", "or g/net"), "right", "no name of a repository"),
+        (("net",), "right", "no run yet"),
+        (("net", "net"), "right", "no name of a repository"),
+        (("net", "org/net", "--private", "--dry-run"), "right", "leave out --private"),
         (("org/net",), "right", "no run yet"),
         (("net", "org/net", "--ratio", "0.3"), "right", "not trained"),
         (("net", "org/net", "-o", "x"), "right", "go with --dry-run"),

@@ -103,6 +103,15 @@ def test_views_are_kept_only_as_long_as_the_weights(images, change):
         assert not torch.equal(net(images, 0.5), before)
 
 
+def test_weights_made_in_inference_mode_are_cut_anew(images):
+    with torch.inference_mode():
+        net = slimmable()
+        net.vit.load_state_dict({k: v.clone() for k, v in net.vit.state_dict().items()}, assign=True)
+        net(images, 0.5)
+        net.vit.blocks[0].attn.qkv.weight.mul_(2)
+        assert torch.equal(net(images, 0.5), net.slice(0.5)(images))
+
+
 def test_switching_widths_holds_no_more_each_time(images):
     net = slimmable()
 

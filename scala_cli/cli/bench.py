@@ -1,5 +1,4 @@
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,6 +65,8 @@ def bench(
     for name, file in (("--csv", csv), ("--html", html)):
         if file is not None and not file.parent.is_dir():
             raise typer.BadParameter(f"{name}: there is no directory {file.parent}.")
+        if file is not None and file.is_dir():
+            raise typer.BadParameter(f"{name}: {file} is a directory.")
     elsewhere = (data, compare, plot, html, settings.int8, settings.runtime != "torch")
     if train and any(elsewhere):
         raise typer.BadParameter("--train times torch on random images: leave out what is for predictions.")
@@ -104,7 +105,6 @@ def bench(
             from scala_cli.bench import bench as measure
             from scala_cli.evaluate import validation_loader
 
-            device = replace(device, amp=bool(device.amp))
             size = EvalSettings().batch_size
             loader = validation_loader(net, data, size, read) if data is not None else None
             document = measure(net, record, points, compare or (), settings, device, live, loader)
@@ -117,20 +117,19 @@ def bench(
                     f"images, would take {spent['separate']:.3g} times the multiply-accumulates."
                 )
         rows = document["steps" if train else "points"]
+    out.result(document, told(rows))
     if csv is not None:
         write_csv(csv, rows)
     if plot is not None:
         save(bench_picture(rows), plot)
     if html is not None:
         facts = {name: value for name, value in document.items() if isinstance(value, str | int | float)}
-        write_page(
-            html, f"{net.spec.architecture}: what each width costs", facts, rows, as_svg(bench_picture(rows))
-        )
-    out.result(document, told(rows))
+        title = f"{net.spec.architecture}: what each width costs"
+        write_page(html, title, facts, told(rows), as_svg(bench_picture(rows)))
 
 
 def told(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows without the columns that say the same, or nothing, in all of them."""
-    same = {"model", "runtime", "memory_mb", "roofline", "top1"}
+    same = {"model", "runtime", "memory_mb", "of_peak", "top1"}
     dull = {name for name in same if len({row.get(name) for row in rows}) == 1}
     return [{name: value for name, value in row.items() if name not in dull} for row in rows]

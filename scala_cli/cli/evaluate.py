@@ -22,8 +22,11 @@ def evaluate(
         typer.Option(help="Widths, 0.25,1: the first answers, the next is asked where it is unsure."),
     ] = None,
     threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="The cascade's: the probability at which an answer stands.")
-    ] = 0.8,
+        float | None,
+        typer.Option(
+            min=0, max=1, help="The cascade's: the probability at which an answer stands. Default: 0.8."
+        ),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw the cascade at every threshold: .svg, .png or .pdf.")
     ] = None,
@@ -38,8 +41,9 @@ def evaluate(
     """
     if cascade and ratio:
         raise typer.BadParameter("--cascade names its widths itself: leave out --ratio.")
-    if plot and not cascade:
-        raise typer.BadParameter("--plot goes with --cascade.")
+    if (plot or threshold is not None) and not cascade:
+        raise typer.BadParameter("--threshold and --plot go with --cascade.")
+    threshold = 0.8 if threshold is None else threshold
     directory = resolve(checkpoint)
 
     from scala_cli.cascade import Cascade

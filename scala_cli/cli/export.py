@@ -39,7 +39,8 @@ def export(
 ) -> None:
     """Write one width as ONNX, torch's pt2, OpenVINO or ExecuTorch, for any batch size.
 
-    Its own runtime reads it again and must answer as torch does before it takes its place.
+    Its own runtime reads it again and must answer as torch does before it takes its place; with 8-bit
+    weights it must give 90 % of the images of --data the same class.
 
     Example: scala export --ratio 0.5 --format onnx -o half.onnx
     """
@@ -51,15 +52,14 @@ def export(
         raise typer.BadParameter("--all writes plain ONNX: leave out --format, --int8 and --with-preprocess.")
     directory = resolve(checkpoint)
 
-    from itertools import islice
-
     import torch
 
+    from scala_cli.data.loader import calibration_images
+    from scala_cli.data.split import open_split
     from scala_cli.deploy.export import export as write
     from scala_cli.deploy.export import export_all
-    from scala_cli.deploy.formats import FORMATS
     from scala_cli.deploy.slice import default_target
-    from scala_cli.evaluate import validation_loader
+    from scala_cli.formats import FORMATS
     from scala_cli.models.checkpoint import load_with_record
     from scala_cli.models.vit import random_images
     from scala_cli.slicing.point import find_point
@@ -70,14 +70,15 @@ def export(
     with out.progress() as live:
         images = random_images(net.spec, COMPARED if net.spec.input_size[1] <= 64 else 4)
         if data is not None:
-            loader = validation_loader(net, data, COMPARED, read)
-            images = torch.cat([some for some, _ in islice(loader, 1)])
+            split = open_split(data, False, read.data_dir)
+            images = torch.cat([*calibration_images(split, net.spec, read, live, COMPARED)])
         if every:
             target = output or target.with_name(target.name.removesuffix(f"-{point.label}") + "-onnx")
             result = export_all(net, directory, target, images, force=force, watch=live)
         else:
             kind = f"{format}-int8" if int8 else format
-            target = output or target.with_name(f"{target.name}{FORMATS[kind].suffix}")
+            ending = ("-int8" if int8 else "") + FORMATS[kind].suffix
+            target = output or target.with_name(target.name + ending)
             result = write(
                 net,
                 point,

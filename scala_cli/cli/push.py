@@ -35,6 +35,8 @@ def push(
     source, repo = (checkpoint, repository) if repository else (None, checkpoint)
     if (output is not None or force) and not dry_run:
         raise typer.BadParameter("--output and --force go with --dry-run.")
+    if private and dry_run:
+        raise typer.BadParameter("--dry-run uploads nothing: leave out --private.")
     directory = resolve(source)
 
     from scala_cli.deploy.push import upload, write_repository

@@ -5,7 +5,8 @@ import typer
 
 from scala_cli.cli.console import Output
 from scala_cli.cli.options import Checkpoint, Force, Target
-from scala_cli.models.locate import resolve
+from scala_cli.files import refuse_occupied
+from scala_cli.models.locate import FILES, resolve
 from scala_cli.settings import Budget, DeviceSettings
 from scala_cli.slicing.point import Point
 
@@ -32,10 +33,14 @@ def slice(
         raise typer.BadParameter("Give a width, --ratio 0.5, or what it must fit: --max-latency-ms 8.")
     point = Point.of(ratio) if ratio is not None else None
     directory = resolve(checkpoint)
+    if output is not None:
+        refuse_occupied(output, force, FILES, source=directory)  # before anything is measured
 
-    from scala_cli.deploy.budget import candidates, choose
+    from scala_cli.deploy.budget import candidates, choose, is_measured
     from scala_cli.deploy.slice import default_target, slice_model
 
+    if device != DeviceSettings() and not is_measured(budget):
+        raise typer.BadParameter("--device, --amp and --threads go with what is measured: --max-latency-ms.")
     rows = []
     with out.progress() as live:
         if point is None:

@@ -1,7 +1,7 @@
 """Which width fits: the widest within what may be spent, or the narrowest that is good enough."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,16 @@ def candidates(
         per width {"ratio", "params", "gmacs", "top1"}, where they are asked for "latency_ms" and "memory_mb"
         as well, and "fits".
     """
-    limits = limits_of(budget)
-    if MEASURED & {name for name, _, _ in limits}:
+    if is_measured(budget):
         net, record = load_with_record(checkpoint)
-        once, exact = BenchSettings(batch_size=1), replace(where, amp=bool(where.amp))
-        rows = bench(net, record, net.points, (), once, exact, watch)["points"]
+        rows = bench(net, record, net.points, (), BenchSettings(batch_size=1), where, watch)["points"]
     else:
         spec, rule, record = read_about(checkpoint)
         rows = [
             {"ratio": float(point.ratio), **cost(spec.at(point)), "top1": record.top1(point)}
             for point in rule.points
         ]
-    names = dict.fromkeys(["ratio", "params", "gmacs", "top1", *(name for name, _, _ in limits)])
+    names = dict.fromkeys(["ratio", "params", "gmacs", "top1", *(name for name, _, _ in limits_of(budget))])
     return [{**{name: row[name] for name in names}, "fits": excess(row, budget) <= 1} for row in rows]
 
 
@@ -53,12 +51,17 @@ def choose(rows: Sequence[dict[str, Any]], budget: Budget) -> dict[str, Any]:
     raise PointError(
         f"no trained width fits; the closest is {closest['ratio']:g} with {has}.",
         f"Allow more, or cut that one: scala slice --ratio {closest['ratio']:g}; "
-        "or train narrower: scala finetune ... --ratios",
+        "or train other widths: scala finetune ... --ratios",
     )
 
 
 def shown(value: float | None) -> str:
-    return "unknown (run scala finetune first)" if value is None else f"{value:.4g}"
+    return "not known" if value is None else f"{value:.4g}"
+
+
+def is_measured(budget: Budget) -> bool:
+    """Whether the machine has to be asked."""
+    return bool(MEASURED & {name for name, _, _ in limits_of(budget)})
 
 
 def limits_of(budget: Budget) -> list[tuple[str, float, bool]]:

@@ -120,7 +120,7 @@ def metadata(name: str, spec: Spec, record: Record, rows: Rows) -> ModelCardData
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "scala-vit"],
         license=spec.pretrained_cfg.get("license"),
-        base_model=base.removeprefix("hf-hub:") if base.startswith("hf-hub:") else None,
+        base_model=base.removeprefix("hf-hub:").partition("@")[0] if base.startswith("hf-hub:") else None,
         model_name=name if results else None,
         eval_results=results or None,
     )

@@ -1,6 +1,7 @@
 """One width, or all of them, in a format for another runtime."""
 
 import json
+import math
 import struct
 from dataclasses import dataclass
 from functools import partial
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from scala_cli.deploy.formats import Format, format_named, open_onnx, to_onnx, write
 from scala_cli.errors import CheckpointError, ScalaError
 from scala_cli.files import refuse_occupied, whole_directory, whole_files
+from scala_cli.formats import Format, format_named, opened, to_onnx, write
 from scala_cli.measure import Predictor
 from scala_cli.models.locate import CONFIG, WEIGHTS
 from scala_cli.models.slimmable import Ratio, SlimmableViT
@@ -101,11 +102,11 @@ def export(
         model = FromPixels(model, net.spec).eval()
         images = model.pixels_of(images)
     watch.phase("export", 2, "steps")
-    with whole_files(target) as fresh:
+    with whole_files(target, force) as fresh:
         file = fresh / target.name
         write(kind, model, twice(images[:1]), file, net.spec.label_names or ())
         watch.step(1)
-        found = Difference.between(model, chosen.open(file), images)
+        found = Difference.between(model, opened(kind, file), images)
         watch.step(1)
         refuse_difference(found, kind, real)
         size = sum(part.stat().st_size for part in fresh.iterdir())
@@ -184,7 +185,7 @@ def export_all(
                     )
             onnx_ir.save(graph, fresh / name)
             ours: Predictor = partial(net, ratio=point)
-            found = Difference.between(ours, open_onnx(fresh / name), images)
+            found = Difference.between(ours, opened("onnx", fresh / name), images)
             refuse_difference(found, "onnx", real=False)
             rows.append({"ratio": float(point.ratio), "file": name, "max_abs_diff": found.largest})
             watch.step(1)
@@ -217,15 +218,13 @@ def places_of(file: Path) -> dict[str, tuple[int, int]]:
 
 def refuse_file(target: Path, chosen: Format, force: bool) -> None:
     """Raises ScalaError unless a file of the format can be written there."""
-    if target.suffix != chosen.suffix:
-        raise ScalaError(
-            f"{target} does not end in {chosen.suffix}.",
-            f"Name it so: -o {target.with_suffix(chosen.suffix)}",
-        )
-    if not target.parent.is_dir():
-        raise ScalaError(f"there is no directory {target.parent}.", "Make it, or name another place: -o FILE")
     if target.is_dir():
         raise ScalaError(f"{target} is a directory.", "Name a file: -o FILE")
+    if target.suffix != chosen.suffix:
+        better = target.with_name(target.name + chosen.suffix)
+        raise ScalaError(f"{target} does not end in {chosen.suffix}.", f"Name it so: -o {better}")
+    if not target.parent.is_dir():
+        raise ScalaError(f"there is no directory {target.parent}.", "Make it, or name another place: -o FILE")
     if target.exists() and not force:
         raise ScalaError(f"{target} exists.", "Choose another name with -o FILE, or replace it: --force")
 
@@ -233,7 +232,7 @@ def refuse_file(target: Path, chosen: Format, force: bool) -> None:
 def refuse_difference(found: Difference, kind: str, real: bool) -> None:
     """Raises CheckpointError where another runtime answers something else."""
     if kind.endswith("int8"):
-        good = not real or found.same_top1 >= AGREEMENT
+        good = math.isfinite(found.largest) and (not real or found.same_top1 >= AGREEMENT)
         what = f"gives another class to {1 - found.same_top1:.0%} of the images"
     else:
         good = found.largest <= TOLERANCE

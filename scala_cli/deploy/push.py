@@ -40,7 +40,9 @@ def write_repository(
     try:
         validate_repo_id(repo)
     except HFValidationError:
-        raise ScalaError(f"{repo!r} is no name of a repository.", "Name it so: org/name") from None
+        repo = ""
+    if "/" not in repo:
+        raise ScalaError("that is no name of a repository.", "Name it so: scala push [CKPT] org/name")
     refuse_occupied(target, force, OURS, source=checkpoint)
     full, rule, record = read_about(checkpoint)
     points = rule.points if ratio is None else (find_point(ratio, rule.points),)
@@ -75,11 +77,18 @@ def upload(folder: Path, repo: str, private: bool) -> str:
     hub = HfApi()
     try:
         hub.create_repo(repo, private=private or None, exist_ok=True)
+        if private and not hub.repo_info(repo).private:
+            raise ScalaError(f"{repo} is there already, and everybody sees it.", "Name another repository.")
         told = hub.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload with scala-vit")
     except HfHubHTTPError as error:
         raise ScalaError(
             f"the Hub refuses {repo}: {error.server_message or type(error).__name__}.",
             "Check its name, and that your token may write there: hf auth whoami",
+        ) from None
+    except ValueError as error:  # of the card
+        raise ScalaError(
+            f"the Hub does not take the model card: {' '.join(str(error).split())[:160]}",
+            "Write the folder with --dry-run, mend its README.md, and upload it: hf upload",
         ) from None
     except (OSError, TRANSPORT) as error:
         raise ScalaError(

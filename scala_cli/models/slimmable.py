@@ -1,6 +1,6 @@
 """A slimmable ViT: an ordinary timm VisionTransformer plus a slicing rule."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -78,7 +78,7 @@ class SlimmableViT(nn.Module):
         if point.ratio == 1:
             return self.vit(images)
         skeleton, weights = self._skeleton(point), dict(self.vit.named_parameters())
-        now = None if torch.is_grad_enabled() else stamp(weights)
+        now = None if torch.is_grad_enabled() else stamp(weights.values())
         if now is None or self._filled.get(point) != now:
             fill(skeleton, self.rule.slice_state(weights, point))
             self._filled[point] = now
@@ -113,11 +113,15 @@ class SlimmableViT(nn.Module):
 Stamp = tuple[tuple[int, int], ...]
 
 
-def stamp(weights: Mapping[str, Tensor]) -> Stamp:
-    """What changes whenever one of these tensors does: where it lies, and how often it was written to."""
-    return tuple(
-        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in weights.values()
-    )
+def stamp(tensors: Iterable[Tensor]) -> Stamp | None:
+    """What changes whenever one of these tensors does: where it lies, and how often it was written to.
+
+    None where nobody counts that: of tensors that were made in inference mode.
+    """
+    try:
+        return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+    except RuntimeError:
+        return None
 
 
 def fill(skeleton: nn.Module, state: Mapping[str, Tensor]) -> None:

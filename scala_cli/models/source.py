@@ -17,7 +17,7 @@ from scala_cli.models.checkpoint import Record, load_with_record, read_weights
 from scala_cli.models.foreign import Foreign, read_foreign
 from scala_cli.models.hub import NO_WEIGHTS, fail_fast_offline, fetch, unreachable
 from scala_cli.models.huggingface import directory_of, read_transformers
-from scala_cli.models.locate import CONFIG, WEIGHTS, read_config, resolve
+from scala_cli.models.locate import CONFIG, WEIGHTS, read_config, resolve, short_name
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.vit import ALIASES, Spec, describe, random_images, read_off, refuse_unless_plain
 from scala_cli.settings import DEFAULT_RATIOS
@@ -85,8 +85,9 @@ def open_model(
     spec = describe(vit, args)
     net = SlimmableViT(vit.eval(), spec, Rule(tuple(sorted(points)), spec.num_heads, layout=layout))
     file = weights or Path(model)
-    origin = "random" if scratch else file.name if file.is_file() else model
-    return net, Record(trained=not scratch, provenance={"model": model_of, "weights": origin})
+    called = short_name(model_of) if Path(model_of.removeprefix("local-dir:")).exists() else model_of
+    origin = "random" if scratch else file.name if file.is_file() else called
+    return net, Record(trained=not scratch, provenance={"model": called, "weights": origin})
 
 
 def given_weights(model: str, weights: Path | None, scratch: bool, average: bool) -> Foreign | None:

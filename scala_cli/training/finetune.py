@@ -1,5 +1,6 @@
 """One-shot training: a pretrained ViT becomes a family of every width."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +13,6 @@ from scala_cli.device import choose_device
 from scala_cli.errors import ScalaError, TrainingError
 from scala_cli.methods import METHODS
 from scala_cli.models.checkpoint import Record, load_with_record
-from scala_cli.models.locate import short_name
 from scala_cli.models.order import put_first_what_matters
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.settings import DEFAULT_RATIOS, Settings
@@ -189,10 +189,12 @@ def isolation(start: SlimmableViT, record: Record, settings: Settings) -> bool:
 
 def trained_by(record: Record, points: Sequence[Point], settings: Settings, taught: bool) -> Record:
     """The record of the model that comes of training: of the one it came from, and how."""
-    model, data = str(record.provenance.get("model", "MODEL")), Path(settings.data).name
-    words = [model if model.startswith("hf-hub:") else short_name(model), "--data", data]
+    former = record.provenance.get("command")
+    model = "CKPT" if former else str(record.provenance.get("model", "MODEL"))
+    data = Path(settings.data).name if Path(settings.data).is_dir() else settings.data
     ratios = ",".join(map(str, points))
-    words += ["--ratios", ratios] if ratios != DEFAULT_RATIOS else []
-    command = " ".join(["scala finetune", *words, *settings.words()])
+    words = [model, "--data", data, *(["--ratios", ratios] if ratios != DEFAULT_RATIOS else [])]
+    command = shlex.join(["scala", "finetune", *words, *settings.words()])
     origin = {**record.provenance, "data": data, "teacher": taught, "command": command}
+    origin |= {"before": former} if former else {}
     return Record(True, settings.method.method, record.order, (), origin)

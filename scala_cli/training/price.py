@@ -46,16 +46,21 @@ def training_gmacs(gmacs: Mapping[Point, float], method: MethodSettings, pretrai
 
 
 def price_of_run(net: SlimmableViT, record: Record, checkpoint: Path) -> dict[str, float] | None:
-    """What the run that wrote a checkpoint has spent; None where there is no such run beside it.
+    """What the run that wrote a checkpoint has spent; None where none of all widths lies beside it.
 
     Returns:
-        {"minutes", "separate"}: of its training, and how many times its multiply-accumulates the separate
-        training of each width takes on as many images, with the same teacher.
+        {"minutes", "separate"}: of its training, with that of a new head; and how many times the
+        multiply-accumulates of an image the separate training of each width takes, with the same teacher.
     """
-    metrics = checkpoint.resolve().parent / METRICS
-    if record.method is None or not metrics.is_file():
+    run = checkpoint.resolve().parent
+    files = [file for file in (run / METRICS, run / "teacher" / METRICS) if file.is_file()]
+    if record.method in (None, "separate") or not files:
         return None
-    minutes = sum(json.loads(line)["minutes"] for line in metrics.read_text().splitlines())
+    try:
+        rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        minutes = sum(row["minutes"] for row in rows)
+    except (ValueError, KeyError, TypeError):  # of another tool
+        return None
     gmacs = {point: cost(net.spec.at(point))["gmacs"] for point in net.points}
     taught = bool(record.provenance.get("teacher"))
     joint, apart = (

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,14 @@ class Format:
         modules: what must be installed, beside torch; the extra of that name brings it.
         write: model, an example (B, C, H, W) of its input, the file, the names of the classes.
         open: the file -> images to logits, in float32, with as many threads as torch uses.
+        open_bfloat16: likewise, where the runtime computes in bfloat16 when told to.
     """
 
     suffix: str
     modules: Sequence[str]
     write: Callable[[nn.Module, Tensor, Path, Sequence[str]], None]
     open: Callable[[Path], Predictor]
+    open_bfloat16: Callable[[Path], Predictor] | None = None
 
 
 def format_named(name: str) -> Format:
@@ -55,14 +58,27 @@ def write(kind: str, model: nn.Module, example: Tensor, file: Path, labels: Sequ
 
     Raises ScalaError where the format has no way to express it.
     """
-    try:
+    with naming_failure(f"{kind} cannot express this {type(model).__name__}", kind):
         FORMATS[kind].write(model, example, file, labels)
-    except (OSError, MemoryError):
+
+
+def opened(kind: str, file: Path) -> Predictor:
+    """A file of that format as its runtime runs it. Raises ScalaError where that refuses it."""
+    with naming_failure(f"{kind}'s runtime does not open what was written", kind):
+        return FORMATS[kind].open(file)
+
+
+@contextmanager
+def naming_failure(what: str, kind: str) -> Iterator[None]:
+    """Turns errors of any kind, which exporters and runtimes raise, into a ScalaError."""
+    try:
+        yield
+    except (OSError, MemoryError, ScalaError):
         raise
-    except Exception as error:  # of many kinds, each exporter's own
+    except Exception as error:
         said = " ".join(str(error).split())
         raise ScalaError(
-            f"{kind} cannot express this {type(model).__name__}: {type(error).__name__}: {said[:160]}",
+            f"{what}: {type(error).__name__}: {said[:160]}",
             f"Choose another format: {', '.join(name for name in FORMATS if name != kind)}",
         ) from error
 
@@ -155,10 +171,10 @@ def write_openvino(model: nn.Module, example: Tensor, file: Path, labels: Sequen
     openvino.save_model(graph, file, compress_to_fp16=False)
 
 
-def open_openvino(file: Path) -> Predictor:
+def open_openvino(file: Path, precision: str = "f32") -> Predictor:
     import openvino
 
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = openvino.Core().compile_model(file, "CPU", settings)
     return lambda images: torch.from_numpy(compiled(images.numpy())[0].copy())
 
@@ -178,8 +194,10 @@ def write_executorch(model: nn.Module, example: Tensor, file: Path, labels: Sequ
 
 
 def open_executorch(file: Path) -> Predictor:
+    from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
     from executorch.runtime import Runtime
 
+    _unsafe_reset_threadpool(torch.get_num_threads())
     method = Runtime.get().load_program(file).load_method("forward")
     return lambda images: method.execute([images])[0].clone()
 
@@ -189,6 +207,8 @@ FORMATS: dict[str, Format] = {
     "onnx": Format(".onnx", ONNX, write_onnx, open_onnx),
     "onnx-int8": Format(".onnx", ONNX, write_onnx_int8, open_onnx),
     "pt2": Format(".pt2", (), write_pt2, open_pt2),
-    "openvino": Format(".xml", ("openvino",), write_openvino, open_openvino),
+    "openvino": Format(
+        ".xml", ("openvino",), write_openvino, open_openvino, partial(open_openvino, precision="bf16")
+    ),
     "executorch": Format(".pte", ("executorch",), write_executorch, open_executorch),
 }
