@@ -102,7 +102,7 @@ def bench(
             training = Settings("", optimizer=optimizer, device=device)
             document = bench_training(net.with_points(points), training, settings.runs or 10, live)
         else:
-            from scala_cli.bench import bench as measure
+            from scala_cli.bench.run import bench as measure
             from scala_cli.evaluate import validation_loader
 
             size = EvalSettings().batch_size
@@ -129,7 +129,7 @@ def bench(
 
 
 def told(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows without the columns that say the same, or nothing, in all of them."""
-    same = {"model", "runtime", "memory_mb", "of_peak", "top1"}
-    dull = {name for name in same if len({row.get(name) for row in rows}) == 1}
+    """The rows without the columns that say nothing: nobody knows them, or there is one model, one runtime."""
+    dull = {name for name in rows[0] if all(row[name] is None for row in rows)}
+    dull |= {name for name in ("model", "runtime") if len({row.get(name) for row in rows}) == 1}
     return [{name: value for name, value in row.items() if name not in dull} for row in rows]

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from scala_cli.bench import bench
+from scala_cli.bench.run import bench
 from scala_cli.errors import PointError
 from scala_cli.measure import cost
 from scala_cli.models.checkpoint import load_with_record, read_about

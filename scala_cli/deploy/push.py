@@ -46,19 +46,19 @@ def write_repository(
     refuse_occupied(target, force, OURS, source=checkpoint)
     full, rule, record = read_about(checkpoint)
     points = rule.points if ratio is None else (find_point(ratio, rule.points),)
-    rows = [{"ratio": float(point.ratio), **cost(full.at(point))} for point in points]
-    known = {point: record.top1(point) for point in rule.points}
+    rows = [
+        {"ratio": float(point.ratio), **cost(full.at(point)), "top1": record.top1(point), "spread": None}
+        for point in points
+    ]
+    drawn = ratio is None and can_draw() and all(row["top1"] is not None for row in rows)
     with whole_directory(target) as fresh:
         if ratio is None:
             for name in (CONFIG, WEIGHTS):
                 copyfile(checkpoint / name, fresh / name)
         else:
             slice_model(checkpoint, points[0], fresh, force=True, watch=watch)
-        drawn = ratio is None and can_draw() and all(top1 is not None for top1 in known.values())
         if drawn:
-            tops = {float(point.ratio): {"top1": top1, "spread": None} for point, top1 in known.items()}
-            arm = {"arm": repo, "points": [{**row, **tops[row["ratio"]]} for row in rows]}
-            save(arms_picture([arm]), fresh / PICTURE)
+            save(arms_picture([{"arm": repo, "points": rows}]), fresh / PICTURE)
         spec = full if ratio is None else full.at(points[0])
         card = model_card(
             repo, spec, record, rows, family=ratio is None, repository=True, picture=PICTURE if drawn else ""

@@ -1,4 +1,4 @@
-"""What every width costs on this machine, beside other runtimes and other models, in one run."""
+"""How it is timed: everything in turns, one runtime after the other."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -7,56 +7,85 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from scala_cli.bench.subject import TORCH, Subject, is_int8, other, points_of, refuse_runtimes
 from scala_cli.data.loader import Loader
 from scala_cli.device import autocast, choose_device, naming_lack_of_memory, peak_memory
-from scala_cli.errors import CheckpointError, ScalaError
+from scala_cli.errors import ScalaError
 from scala_cli.evaluate import accuracies, widths
-from scala_cli.formats import FORMATS, format_named, write
-from scala_cli.measure import (
-    Predictor,
-    Timing,
-    conditions,
-    cost_of,
-    peak_gflops,
-    take_turns,
-    time_calls,
-    warm_up,
-)
+from scala_cli.formats import FORMATS, write
+from scala_cli.measure import Predictor, Timing, conditions, peak_gflops, take_turns, time_calls, warm_up
 from scala_cli.models.checkpoint import Record
-from scala_cli.models.locate import short_name
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.models.source import locate
 from scala_cli.settings import BenchSettings, DeviceSettings
 from scala_cli.slicing.point import Point
 from scala_cli.watch import QUIET, Watcher
 
-LARGEST_BATCH = {"cpu": 64}
-"""Where the search for the best batch ends, by kind of device."""
-LARGEST_ELSEWHERE, SLOWEST_MS = 1024, 3000
-TORCH = ("torch", "compile")
-"""Runtimes that take the model as it is; all others take a file."""
+LARGEST_BATCH, LARGEST_ON_A_GPU, SLOWEST_MS = 64, 1024, 3000
+"""Where the search for the best batch ends."""
 
 
-@dataclass(frozen=True, eq=False)
-class Subject:
-    """A model to be timed.
+def bench(
+    net: SlimmableViT,
+    record: Record,
+    points: Sequence[Point],
+    compared: Sequence[str],
+    settings: BenchSettings,
+    where: DeviceSettings,
+    watch: Watcher,
+    loader: Loader | None = None,
+) -> dict[str, Any]:
+    """What every point costs on this machine, as plain timm models of that width.
+
+    All points and compared models take turns, so that a machine that heats up or is shared slows all alike.
+    Runtimes come one after the other: threads of one that still spin would slow the next.
 
     Args:
-        name: timm's.
-        point: the width; None for a model that is only compared with.
-        costs: {"params", "gmacs"}
-        build: the model on the CPU, in evaluation mode; told so, as exporters want it.
-    """
+        compared: timm models to be timed beside them, with random weights: names, or directories.
+        loader: images to measure accuracy on.
 
-    name: str
-    point: Point | None
-    input_size: tuple[int, ...]
-    costs: Mapping[str, Any]
-    build: Callable[[bool], nn.Module]
+    Returns:
+        {"device", "threads", "precision", "batch_size", "peak_gflops", "points"}; per point and runtime
+        {"model", "ratio", "runtime", "params", "gmacs", "latency_ms", "latency_ms_low", "latency_ms_high",
+        "latency_ms_p95", "of_peak", "throughput", "batch", "memory_mb", "top1"}: the median and its 95 %
+        confidence interval; the share of the machine's peak that the latency stands for; images/s at the
+        batch that gives most; by how much memory peaks while the model is loaded and answers once; top1 as
+        measured, or as the checkpoint records it. Compared models have no ratio.
+
+    Raises:
+        ScalaError: an unknown model or runtime, or one that is not installed or not for this device.
+    """
+    where = replace(where, amp=bool(where.amp))
+    device = choose_device(where)
+    runtimes = list(dict.fromkeys(name.strip() for name in settings.runtime.split(",") if name.strip()))
+    runtimes += ["onnx-int8"] if settings.int8 else []
+    refuse_runtimes(runtimes, device, bool(where.amp))
+    subjects = [*points_of(net, points), *map(other, compared)]
+    net.slice(net.widest)  # maps all of the weights: what a width takes is not to depend on who came before
+    run = Bench(
+        device,
+        where,
+        settings.batch_size or 1,
+        settings.runs,
+        not settings.batch_size,
+        peak_gflops(device, bool(where.amp)),
+        watch,
+    )
+    exact: dict[Any, float | None] = {point: record.top1(point) for point in points}
+    if loader:
+        exact = {**top1_of(widths(net.to(device), points, where), loader, device, watch)}
+        net.to("cpu")
+
+    def top1(runtime: str, models: Mapping[Point, Predictor]) -> Mapping[Any, float | None]:
+        if is_int8(runtime):
+            return top1_of(models, loader, device, watch) if loader else {}
+        return exact
+
+    rows = [row for runtime in runtimes for row in run.rows(subjects, runtime, partial(top1, runtime))]
+    told = conditions(device, bool(where.amp))
+    return {**told, "batch_size": run.size, "peak_gflops": round(run.peak, 1), "points": rows}
 
 
 @dataclass(frozen=True)
@@ -79,7 +108,10 @@ class Bench:
     watch: Watcher
 
     def rows(
-        self, subjects: Sequence[Subject], runtime: str, top1: Callable[[dict[Point, Predictor]], Any]
+        self,
+        subjects: Sequence[Subject],
+        runtime: str,
+        top1: Callable[[Mapping[Point, Predictor]], Mapping[Any, float | None]],
     ) -> list[dict[str, Any]]:
         """A row of every subject in one runtime. Nothing of it is left when the next runtime has its turn.
 
@@ -196,7 +228,8 @@ class Bench:
     def best_batch(self, predict: Predictor, subject: Subject) -> int:
         """Sizes double until two in a row gain nothing, or one takes too long or too much memory."""
         best, rate, size, idle = 1, 0.0, 1, 0
-        while size <= LARGEST_BATCH.get(self.device.type, LARGEST_ELSEWHERE) and idle < 2:
+        largest = LARGEST_BATCH if self.device.type == "cpu" else LARGEST_ON_A_GPU
+        while size <= largest and idle < 2:
             try:
                 images = torch.randn(size, *subject.input_size).to(self.device)
                 once = take_turns({0: partial(predict, images)}, 3, self.device, QUIET)[0]
@@ -211,124 +244,14 @@ class Bench:
         return best
 
 
-def bench(
-    net: SlimmableViT,
-    record: Record,
-    points: Sequence[Point],
-    compared: Sequence[str],
-    settings: BenchSettings,
-    where: DeviceSettings,
-    watch: Watcher,
-    loader: Loader | None = None,
-) -> dict[str, Any]:
-    """What every point costs on this machine, as plain timm models of that width.
-
-    All points and compared models take turns, so that a machine that heats up or is shared slows all alike.
-    Runtimes come one after the other: threads of one that still spin would slow the next.
-
-    Args:
-        compared: timm models to be timed beside them, with random weights: names, or directories.
-        loader: images to measure accuracy on.
-
-    Returns:
-        {"device", "threads", "precision", "batch_size", "peak_gflops", "points"}; per point and runtime
-        {"model", "ratio", "runtime", "params", "gmacs", "latency_ms", "latency_ms_low", "latency_ms_high",
-        "latency_ms_p95", "of_peak", "throughput", "batch", "memory_mb", "top1"}: the median and its 95 %
-        confidence interval; the share of the machine's peak that the latency stands for; images/s at the
-        batch that gives most; by how much memory peaks while the model is loaded and answers once; top1 as
-        measured, or as the checkpoint records it. Compared models have no ratio.
-
-    Raises:
-        ScalaError: an unknown model or runtime, or one that is not installed or not for this device.
-    """
-    where = replace(where, amp=bool(where.amp))
-    device = choose_device(where)
-    runtimes = list(dict.fromkeys(name.strip() for name in settings.runtime.split(",") if name.strip()))
-    runtimes += ["onnx-int8"] if settings.int8 else []
-    refuse_runtimes(runtimes, device, bool(where.amp))
-    subjects = [*points_of(net, points), *map(other, compared)]
-    net.slice(net.widest)  # maps all of the weights: what a width takes is not to depend on who came before
-    run = Bench(
-        device,
-        where,
-        settings.batch_size or 1,
-        settings.runs,
-        not settings.batch_size,
-        peak_gflops(device, bool(where.amp)),
-        watch,
-    )
-    exact: dict[Any, float | None] = {point: record.top1(point) for point in points}
-    if loader:
-        exact = {**top1_of(widths(net.to(device), points, where), loader, device, watch)}
-        net.to("cpu")
-    rows: list[dict[str, Any]] = []
-    for runtime in runtimes:
-        known: Callable[[dict[Point, Predictor]], Any] = lambda _: exact  # noqa: E731
-        if is_int8(runtime):
-            known = lambda models: top1_of(models, loader, device, watch) if loader else {}  # noqa: E731
-        rows += run.rows(subjects, runtime, known)
-    told = conditions(device, bool(where.amp))
-    return {**told, "batch_size": run.size, "peak_gflops": round(run.peak, 1), "points": rows}
-
-
-def megabytes(size: int | None) -> float | None:
-    return None if size is None else round(size / 1e6, 1)
-
-
-def is_int8(runtime: str) -> bool:
-    return runtime.endswith("int8")
-
-
 def top1_of(
     models: Mapping[Point, Predictor], loader: Loader, device: torch.device, watch: Watcher
 ) -> dict[Point, float]:
     return {point: found["top1"] for point, found in accuracies(models, loader, device, watch).items()}
 
 
-def refuse_runtimes(runtimes: Sequence[str], device: torch.device, bfloat16: bool) -> None:
-    """Raises ScalaError for a runtime that does not exist here, or does not run as asked."""
-    if not runtimes:
-        raise ScalaError("no runtime is given.", f"Runtimes are {', '.join([*TORCH, *FORMATS])}.")
-    for name in [name for name in runtimes if name not in TORCH]:
-        if name not in FORMATS:
-            known = ", ".join([*TORCH, *FORMATS])
-            raise ScalaError(f"there is no runtime {name!r}.", f"Runtimes are {known}.")
-        if format_named(name).open_bfloat16 is None and bfloat16:
-            raise ScalaError(f"{name} does not compute in bfloat16.", "Leave out --amp, or that runtime.")
-        if device.type != "cpu":
-            raise ScalaError(f"{name} is timed on the CPU only.", "Give --device cpu.")
-
-
-def points_of(net: SlimmableViT, points: Sequence[Point]) -> list[Subject]:
-    size = net.spec.input_size
-    return [
-        Subject(
-            net.spec.architecture,
-            point,
-            size,
-            cost_of(net.spec.at(point).build(), size),
-            partial(net.slice, point),
-        )
-        for point in points
-    ]
-
-
-def other(asked: str) -> Subject:
-    """A timm model with random weights. Raises CheckpointError where timm has none of that name."""
-    name, args = locate(asked)
-
-    def build(_: bool) -> Any:
-        return timm.create_model(name, **args).eval()
-
-    try:
-        with torch.device("meta"):
-            skeleton = build(False)
-        size = tuple(skeleton.pretrained_cfg["input_size"])
-        costs = cost_of(skeleton, size)
-    except (RuntimeError, ValueError, TypeError, KeyError, NotImplementedError) as error:
-        said = " ".join(str(error).split())[:160]
-        raise CheckpointError(f"{asked} cannot be compared with: {said}", "Name another.") from None
-    return Subject(short_name(asked), None, size, costs, build)
+def megabytes(size: int | None) -> float | None:
+    return None if size is None else round(size / 1e6, 1)
 
 
 def allow_compiling_all() -> None:
