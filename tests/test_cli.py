@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -249,6 +250,37 @@ def test_a_full_disk(scala, tiny, monkeypatch):
     answer = scala("slice", tiny, "--ratio", "0.5", "-o", "half")
     assert answer.code == 2 and "No space left" in answer.stderr and "Free some space" in answer.stderr
     assert not Path("half").exists() and not list(Path().glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("finetune", "tiny", "--data", "DATA", "-o", "fixed/run", *QUICK, "--ratios", "0.5,1"),
+        ("slice", "tiny", "--ratio", "0.5", "-o", "fixed/half"),
+        ("export", "tiny", "--ratio", "0.5", "--format", "pt2", "-o", "fixed/half.pt2"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_place_that_cannot_be_written_to(tiny, photos, words):
+    """As a user without root's right to write everywhere."""
+    fixed = Path("fixed")
+    fixed.mkdir()
+    fixed.chmod(0o555)
+    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
+    prefix = drop if os.geteuid() == 0 else []
+    if prefix and shutil.which("setpriv") is None:
+        pytest.skip("root writes everywhere, and there is no setpriv")
+    command = [
+        *prefix,
+        sys.executable,
+        "-m",
+        "scala_cli",
+        *(str(w).replace("DATA", str(photos)) for w in words),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "Permission denied" in done.stderr and "Check the path and its permissions" in done.stderr
+    assert not list(fixed.iterdir())
 
 
 def test_our_own_bugs_exit_with_1(scala, tiny, monkeypatch):

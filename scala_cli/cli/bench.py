@@ -129,7 +129,7 @@ def bench(
 
 
 def told(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows without the columns that say nothing: nobody knows them, or there is one model, one runtime."""
+    """The rows without columns that say nothing: unknown in all, or the same model or runtime in all."""
     dull = {name for name in rows[0] if all(row[name] is None for row in rows)}
     dull |= {name for name in ("model", "runtime") if len({row.get(name) for row in rows}) == 1}
     return [{name: value for name, value in row.items() if name not in dull} for row in rows]
