@@ -148,6 +148,8 @@ def open_onnx(file: Path) -> Predictor:
     options = SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    # waiting threads that spin would slow whatever else has its turn (docs/performance.md)
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 

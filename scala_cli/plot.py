@@ -117,7 +117,7 @@ def bench_picture(rows: Rows) -> Any:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(axis="x", which="minor", labelsize="x-small")
+    axes.tick_params(axis="x", which="both", labelsize="small")
     axes.margins(x=0.15)
     axes.set_xlabel("latency, ms")
     axes.set_ylabel(name)

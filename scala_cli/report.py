@@ -16,9 +16,9 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width">
 <title>{title}</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 90rem; margin: 2rem auto; padding: 0 1rem; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }}
+th, td {{ white-space: nowrap; padding: .25rem .5rem; text-align: right; border-bottom: 1px solid #ddd; }}
 div {{ overflow-x: auto; }} svg {{ max-width: 100%; height: auto; }}
 </style>
 <h1>{title}</h1>
