@@ -1,6 +1,7 @@
 """Checkpoint directories: what is written is what is read, or nothing is."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -105,7 +106,7 @@ def test_a_slice_that_reads_back_wrong_is_not_left_behind(tmp_path, monkeypatch)
 def test_a_slice_is_no_slimmable_checkpoint(tmp_path):
     save(slimmable(), RECORD, tmp_path / "net")
     slice_model(tmp_path / "net", 0.5, tmp_path / "half")
-    assert "| 0.5 | 61.00 | 95.50 |" in (tmp_path / "half/README.md").read_text()
+    assert re.search(r"\| 0\.5 \|.*\| 61\.00 \| 95\.50 \|", (tmp_path / "half/README.md").read_text())
     with pytest.raises(CheckpointError, match="one width only"):
         load(tmp_path / "half")
 
