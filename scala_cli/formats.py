@@ -58,18 +58,18 @@ def write(kind: str, model: nn.Module, example: Tensor, file: Path, labels: Sequ
 
     Raises ScalaError where the format has no way to express it.
     """
-    with naming_failure(f"{kind} cannot express this {type(model).__name__}", kind):
+    with naming_failure(f"{kind} cannot express this {type(model).__name__}", OTHERWISE):
         FORMATS[kind].write(model, example, file, labels)
 
 
 def opened(kind: str, file: Path) -> Predictor:
     """A file of that format as its runtime runs it. Raises ScalaError where that refuses it."""
-    with naming_failure(f"{kind}'s runtime does not open what was written", kind):
+    with naming_failure(f"{kind}'s runtime does not open what was written", OTHERWISE):
         return FORMATS[kind].open(file)
 
 
 @contextmanager
-def naming_failure(what: str, kind: str) -> Iterator[None]:
+def naming_failure(what: str, hint: str) -> Iterator[None]:
     """Turns errors of any kind, which exporters and runtimes raise, into a ScalaError."""
     try:
         yield
@@ -77,10 +77,7 @@ def naming_failure(what: str, kind: str) -> Iterator[None]:
         raise
     except Exception as error:
         said = " ".join(str(error).split())
-        raise ScalaError(
-            f"{what}: {type(error).__name__}: {said[:160]}",
-            f"Choose another format: {', '.join(name for name in FORMATS if name != kind)}",
-        ) from error
+        raise ScalaError(f"{what}: {type(error).__name__}: {said[:160]}", hint) from error
 
 
 @contextmanager
@@ -214,3 +211,9 @@ FORMATS: dict[str, Format] = {
     ),
     "executorch": Format(".pte", ("executorch",), write_executorch, open_executorch),
 }
+OTHERWISE = f"Choose another format: {', '.join(FORMATS)}"
+
+
+def is_int8(kind: str) -> bool:
+    """Whether a format rounds the weights, so that its answers are near torch's and not the same."""
+    return kind.endswith("int8")

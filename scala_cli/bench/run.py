@@ -1,6 +1,7 @@
 """How it is timed: everything in turns, one runtime after the other."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scala_cli.bench.subject import TORCH, Subject, is_int8, other, points_of, refuse_runtimes
+from scala_cli.bench.subject import TORCH, Subject, other, points_of, refuse_runtimes
 from scala_cli.data.loader import Loader
 from scala_cli.device import autocast, choose_device, naming_lack_of_memory, peak_memory
-from scala_cli.errors import ScalaError
 from scala_cli.evaluate import accuracies, widths
-from scala_cli.formats import FORMATS, write
+from scala_cli.formats import FORMATS, is_int8, naming_failure, write
 from scala_cli.measure import Predictor, Timing, conditions, peak_gflops, take_turns, time_calls, warm_up
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.slimmable import SlimmableViT
@@ -196,18 +196,11 @@ class Bench:
             kept.append(load())
             kept[0](images)
 
-        with naming_lack_of_memory(len(images)):
-            try:
-                peak = peak_memory(self.device, answer)
-            except Exception as error:  # of many kinds, each runtime's own
-                if runtime == "torch" or isinstance(error, OSError | MemoryError):
-                    raise
-                said = " ".join(str(error).split())[:160]
-                raise ScalaError(
-                    f"{runtime} cannot run this model on {len(images)} images: "
-                    f"{type(error).__name__}: {said}",
-                    "Leave that runtime out, or try a smaller --batch-size.",
-                ) from error
+        what = f"{runtime} cannot run this model on {len(images)} images"
+        hint = "Leave that runtime out, or try a smaller --batch-size."
+        named = nullcontext() if runtime == "torch" else naming_failure(what, hint)
+        with naming_lack_of_memory(len(images)), named:
+            peak = peak_memory(self.device, answer)
         return kept[0], None if runtime == "compile" else peak
 
     def most(self, models: Mapping[Subject, Predictor]) -> dict[Subject, tuple[int, Timing]]:

@@ -65,7 +65,7 @@ def other(asked: str) -> Subject:
             skeleton = build(False)
         size = tuple(skeleton.pretrained_cfg["input_size"])
         costs = cost_of(skeleton, size)
-    except (RuntimeError, ValueError, TypeError, KeyError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:  # timm's, of a tag or of arguments
         said = " ".join(str(error).split())[:160]
         raise CheckpointError(f"{asked} cannot be compared with: {said}", "Name another.") from None
     return Subject(short_name(asked), None, size, costs, build)
@@ -73,17 +73,13 @@ def other(asked: str) -> Subject:
 
 def refuse_runtimes(runtimes: Sequence[str], device: torch.device, bfloat16: bool) -> None:
     """Raises ScalaError for a runtime that does not exist here, or does not run as asked."""
+    known = f"Runtimes are {', '.join([*TORCH, *FORMATS])}."
     if not runtimes:
-        raise ScalaError("no runtime is given.", f"Runtimes are {', '.join([*TORCH, *FORMATS])}.")
+        raise ScalaError("no runtime is given.", known)
     for name in [name for name in runtimes if name not in TORCH]:
         if name not in FORMATS:
-            known = ", ".join([*TORCH, *FORMATS])
-            raise ScalaError(f"there is no runtime {name!r}.", f"Runtimes are {known}.")
+            raise ScalaError(f"there is no runtime {name!r}.", known)
         if format_named(name).open_bfloat16 is None and bfloat16:
             raise ScalaError(f"{name} does not compute in bfloat16.", "Leave out --amp, or that runtime.")
         if device.type != "cpu":
             raise ScalaError(f"{name} is timed on the CPU only.", "Give --device cpu.")
-
-
-def is_int8(runtime: str) -> bool:
-    return runtime.endswith("int8")

@@ -57,7 +57,7 @@ def bench(
 ) -> None:
     """Latency, throughput, memory, parameters and multiply-accumulates of every width.
 
-    All take turns in one run, with other runtimes (--runtime) and other models (--compare) where asked.
+    Widths, and the models to --compare them with, take turns; runtimes come one after the other.
 
     Example: scala bench runs/last --runtime torch,onnx --int8 --compare mobilenetv3_large_100 --plot b.svg;
     before training: scala bench deit_s --train -b 64

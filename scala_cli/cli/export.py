@@ -9,7 +9,7 @@ from scala_cli.models.locate import resolve
 from scala_cli.settings import ReadSettings
 
 COMPARED = 64
-"""images"""
+"""About so many images are put to both runtimes."""
 
 
 def export(

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from scala_cli.errors import CheckpointError, ScalaError
 from scala_cli.files import refuse_occupied, whole_directory, whole_files
-from scala_cli.formats import Format, format_named, opened, to_onnx, write
+from scala_cli.formats import Format, format_named, is_int8, opened, to_onnx, write
 from scala_cli.measure import Predictor
 from scala_cli.models.locate import CONFIG, WEIGHTS
 from scala_cli.models.slimmable import Ratio, SlimmableViT
@@ -231,7 +231,7 @@ def refuse_file(target: Path, chosen: Format, force: bool) -> None:
 
 def refuse_difference(found: Difference, kind: str, real: bool) -> None:
     """Raises CheckpointError where another runtime answers something else."""
-    if kind.endswith("int8"):
+    if is_int8(kind):
         good = math.isfinite(found.largest) and (not real or found.same_top1 >= AGREEMENT)
         what = f"gives another class to {1 - found.same_top1:.0%} of the images"
     else:
@@ -240,5 +240,5 @@ def refuse_difference(found: Difference, kind: str, real: bool) -> None:
     if not good:
         raise CheckpointError(
             f"the {kind} file read back by its runtime {what}; nothing was written.",
-            "Leave out --int8." if kind.endswith("int8") else "Please report this with: scala env",
+            "Leave out --int8." if is_int8(kind) else "Please report this with: scala env",
         )
