@@ -1,6 +1,7 @@
 """Where tensors are computed, and in which precision."""
 
 import ctypes
+import logging
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -117,3 +118,14 @@ def device_name(device: torch.device) -> str:
                     return line.partition(":")[2].strip()
         return platform.processor() or platform.machine()
     return str(device)
+
+
+def allow_compiling_all() -> None:
+    """All widths share timm's forward; past a limit torch would quietly run further ones uncompiled."""
+    import torch._dynamo.config as dynamo
+
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no GPU
+    for name in ("recompile_limit", "cache_size_limit"):  # by version of torch
+        if hasattr(dynamo, name):
+            setattr(dynamo, name, 256)
+            return

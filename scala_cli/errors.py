@@ -1,5 +1,8 @@
 """What a user can mend. Anything else that escapes a command is our bug."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ScalaError(Exception):
     """A mistake or a circumstance that the user can mend: one line of what, one of what to do.
@@ -29,3 +32,15 @@ class DataError(ScalaError):
 
 class TrainingError(ScalaError):
     """A training run that cannot go on."""
+
+
+@contextmanager
+def naming_failure(what: str, hint: str) -> Iterator[None]:
+    """Turns errors of any kind, which compilers, exporters and runtimes raise, into a ScalaError."""
+    try:
+        yield
+    except (OSError, MemoryError, ScalaError):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise ScalaError(f"{what}: {type(error).__name__}: {said[:160]}", hint) from error

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scala_cli.errors import ScalaError
+from scala_cli.errors import ScalaError, naming_failure
 from scala_cli.measure import Predictor
 
 LARGEST_BATCH = 64
@@ -66,18 +66,6 @@ def opened(kind: str, file: Path) -> Predictor:
     """A file of that format as its runtime runs it. Raises ScalaError where that refuses it."""
     with naming_failure(f"{kind}'s runtime does not open what was written", OTHERWISE):
         return FORMATS[kind].open(file)
-
-
-@contextmanager
-def naming_failure(what: str, hint: str) -> Iterator[None]:
-    """Turns errors of any kind, which exporters and runtimes raise, into a ScalaError."""
-    try:
-        yield
-    except (OSError, MemoryError, ScalaError):
-        raise
-    except Exception as error:
-        said = " ".join(str(error).split())
-        raise ScalaError(f"{what}: {type(error).__name__}: {said[:160]}", hint) from error
 
 
 @contextmanager

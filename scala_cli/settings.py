@@ -78,6 +78,9 @@ class OptimizerSettings:
     grad_checkpointing: bool = option(
         False, "Compute activations again in the backward pass, which needs less memory.", only="on"
     )
+    torchcompile: bool = option(
+        False, "Compile every width: minutes at the start, then faster steps. For long runs.", only="on"
+    )
     save_every_steps: int | None = option(
         None, "Steps between savings of what --resume needs. Default: every three minutes.", min=1
     )

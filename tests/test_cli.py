@@ -88,6 +88,7 @@ def test_bench_times_steps_of_training_beside_timms(scala, tiny):
     assert Path("steps.csv").read_text().startswith("step,images_per_sec,cost_ratio,efficiency")
     assert scala("bench", tiny, "--train", "--data", "digits").code == 2
     assert scala("bench", tiny, "--grad-checkpointing").code == 2
+    assert scala("bench", tiny, "--torchcompile").code == 2
 
 
 def test_bench_measures_accuracy_where_images_are_given(scala, tiny, photos):

@@ -2,6 +2,8 @@
 
 import math
 from copy import deepcopy
+from dataclasses import replace
+from functools import partialmethod
 from random import Random
 
 import pytest
@@ -9,8 +11,9 @@ import torch
 from runs import settings, start
 
 from scala_cli.device import naming_lack_of_memory
-from scala_cli.errors import TrainingError
+from scala_cli.errors import ScalaError, TrainingError
 from scala_cli.models.checkpoint import Record
+from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.settings import AugmentSettings, DeviceSettings, OptimizerSettings
 from scala_cli.training.finetune import open_splits
 from scala_cli.training.loop import Trainer
@@ -145,6 +148,42 @@ def test_gradient_checkpointing_computes_blocks_again_for_the_same_gradients(pho
         runs.append(count)
     assert runs == [[1] * 4, [2] * 4]
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_compiled_widths_are_compiled_once_and_compute_the_same(photos, monkeypatch):
+    quick = partialmethod(SlimmableViT.compile, backend="aot_eager")  # all of torch.compile but its kernels
+    monkeypatch.setattr(SlimmableViT, "compile", quick)
+    images, targets = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
+    losses, gradients = [], []
+    torch._dynamo.utils.counters.clear()
+    for compiled in (False, True):
+        chosen = OptimizerSettings(epochs=1, batch_size=4, torchcompile=compiled)
+        start_of_two = start(ratios="0.5,1")
+        ready = Step(start_of_two, False, settings(photos, optimizer=chosen), torch.device("cpu"))
+        ready.net.train()
+        ready.gather_gradients(images, targets)
+        gradients.append([p.grad for p in ready.net.vit.parameters()])
+        ready.optimizer.zero_grad()
+        losses.append([ready(images, targets) for _ in range(3)])  # whose weights are cut anew each time
+        assert [*ready.net.vit.state_dict()] == [*start_of_two.vit.state_dict()]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    for eager, other in zip(*losses, strict=True):
+        assert other == pytest.approx(eager, rel=1e-4)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_compiler_that_fails_is_named(photos):
+    ready = step(photos)
+    ready.settings = replace(ready.settings, optimizer=OptimizerSettings(torchcompile=True))
+
+    def fail(*_):
+        raise RuntimeError("No working C++ compiler\nfound")
+
+    ready.gather_gradients = fail
+    with pytest.raises(ScalaError, match="RuntimeError: No working C") as caught:
+        ready(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]))
+    assert "--torchcompile" in caught.value.hint
 
 
 def test_the_narrowest_pulls_with_its_weight(photos):

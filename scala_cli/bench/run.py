@@ -13,9 +13,16 @@ from torch import Tensor
 
 from scala_cli.bench.subject import TORCH, Subject, other, points_of, refuse_runtimes
 from scala_cli.data.loader import Loader
-from scala_cli.device import autocast, choose_device, naming_lack_of_memory, peak_memory
+from scala_cli.device import (
+    allow_compiling_all,
+    autocast,
+    choose_device,
+    naming_lack_of_memory,
+    peak_memory,
+)
+from scala_cli.errors import naming_failure
 from scala_cli.evaluate import accuracies, widths
-from scala_cli.formats import FORMATS, is_int8, naming_failure, write
+from scala_cli.formats import FORMATS, is_int8, write
 from scala_cli.measure import Predictor, Timing, conditions, peak_gflops, take_turns, time_calls, warm_up
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.slimmable import SlimmableViT
@@ -245,13 +252,3 @@ def top1_of(
 
 def megabytes(size: int | None) -> float | None:
     return None if size is None else round(size / 1e6, 1)
-
-
-def allow_compiling_all() -> None:
-    """All widths share timm's forward; past a limit torch would quietly run further ones uncompiled."""
-    import torch._dynamo.config as dynamo
-
-    for name in ("recompile_limit", "cache_size_limit"):  # by version of torch
-        if hasattr(dynamo, name):
-            setattr(dynamo, name, 256)
-            return

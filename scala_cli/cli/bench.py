@@ -1,6 +1,6 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,10 @@ from scala_cli.settings import (
     Settings,
 )
 from scala_cli.slicing.point import choose_points
+
+if TYPE_CHECKING:
+    from scala_cli.models.checkpoint import Record
+    from scala_cli.models.slimmable import SlimmableViT
 
 
 def bench(
@@ -49,6 +53,9 @@ def bench(
     grad_checkpointing: Annotated[
         bool, typer.Option("--grad-checkpointing", help="With --train: as in scala finetune.")
     ] = False,
+    torchcompile: Annotated[
+        bool, typer.Option("--torchcompile", help="With --train: as in scala finetune.")
+    ] = False,
     *,
     settings: BenchSettings,
     read: ReadSettings,
@@ -70,53 +77,44 @@ def bench(
     elsewhere = (data, compare, plot, html, settings.int8, settings.runtime != "torch")
     if train and any(elsewhere):
         raise typer.BadParameter("--train times torch on random images: leave out what is for predictions.")
-    if grad_checkpointing and not train:
-        raise typer.BadParameter("--grad-checkpointing goes with --train.")
+    for name, given in (("--grad-checkpointing", grad_checkpointing), ("--torchcompile", torchcompile)):
+        if given and not train:
+            raise typer.BadParameter(f"{name} goes with --train.")
 
-    from scala_cli.models.checkpoint import load_with_record
-    from scala_cli.models.source import is_checkpoint, open_slimmable
+    from scala_cli.bench.run import bench as bench_predictions
+    from scala_cli.evaluate import validation_loader
     from scala_cli.plot import as_svg, bench_picture, refuse_picture, save
     from scala_cli.report import write_csv, write_page
     from scala_cli.training.price import price_of_run
+    from scala_cli.training.speed import bench_training
 
     for picture in (plot, html.with_suffix(".svg") if html else None):
         if picture:
             refuse_picture(picture)
-    directory = None
-    if checkpoint is None or is_checkpoint(checkpoint):
-        directory = resolve(checkpoint)
-        net, record = load_with_record(directory)
-    else:
-        net, record = open_slimmable(checkpoint, None, scratch=data is None)
-        if data is None:
-            out.note("random weights: they take as long as trained ones.")
-        else:
-            out.note("its narrower widths are cut without training.")
+    net, record, directory = subject(checkpoint, data is not None, out)
     points = choose_points(ratio, net.points)
     with out.progress() as live:
         if train:
-            from scala_cli.training.speed import bench_training
-
             size = settings.batch_size or OptimizerSettings().batch_size
-            optimizer = OptimizerSettings(batch_size=size, grad_checkpointing=grad_checkpointing)
+            optimizer = OptimizerSettings(
+                batch_size=size, grad_checkpointing=grad_checkpointing, torchcompile=torchcompile
+            )
             training = Settings("", optimizer=optimizer, device=device)
             document = bench_training(net.with_points(points), training, settings.runs or 10, live)
         else:
-            from scala_cli.bench.run import bench as measure
-            from scala_cli.evaluate import validation_loader
-
-            size = EvalSettings().batch_size
-            loader = validation_loader(net, data, size, read) if data is not None else None
-            document = measure(net, record, points, compare or (), settings, device, live, loader)
-            if loader:
-                loader.tell_skipped(live)
-            if directory and (spent := price_of_run(net, record, directory)):
-                document["training"] = spent
-                out.note(
-                    f"trained in {spent['minutes']:.4g} minutes, all widths at once; each alone, on as many "
-                    f"images, would take {spent['separate']:.3g} times the multiply-accumulates."
-                )
-        rows = document["steps" if train else "points"]
+            images = (
+                validation_loader(net, data, EvalSettings().batch_size, read) if data is not None else None
+            )
+            document = bench_predictions(net, record, points, compare or (), settings, device, live, images)
+            if images:
+                images.tell_skipped(live)
+    if not train and directory and (spent := price_of_run(net, record, directory)):
+        document["training"] = spent
+        out.note(
+            f"trained in {spent['minutes']:.4g} minutes, all widths at once; each alone, on as many "
+            f"images, would take {spent['separate']:.3g} times the multiply-accumulates."
+        )
+    rows = document["steps" if train else "points"]
     out.result(document, told(rows))
     if csv is not None:
         write_csv(csv, rows)
@@ -126,6 +124,24 @@ def bench(
         facts = {name: value for name, value in document.items() if isinstance(value, str | int | float)}
         title = f"{net.spec.architecture}: what each width costs"
         write_page(html, title, facts, told(rows), as_svg(bench_picture(rows)))
+
+
+def subject(
+    checkpoint: str | None, trained: bool, out: Output
+) -> tuple["SlimmableViT", "Record", Path | None]:
+    """What to time, and where it lies if it is a checkpoint; a model's weights are `trained` or random."""
+    from scala_cli.models.checkpoint import load_with_record
+    from scala_cli.models.source import is_checkpoint, open_slimmable
+
+    if checkpoint is None or is_checkpoint(checkpoint):
+        directory = resolve(checkpoint)
+        return *load_with_record(directory), directory
+    out.note(
+        "its narrower widths are cut without training."
+        if trained
+        else "random weights: they take as long as trained ones."
+    )
+    return *open_slimmable(checkpoint, None, scratch=not trained), None
 
 
 def told(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

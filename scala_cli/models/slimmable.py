@@ -84,6 +84,13 @@ class SlimmableViT(nn.Module):
             self._filled[point] = now
         return skeleton(images)
 
+    def compile(self, **options: Any) -> None:
+        """Compiles every width by itself, at its first forward; which one it is, is told outside."""
+        self.vit.compile(**options)
+        for point in self.points:
+            if point.ratio != 1:
+                self._skeleton(point).compile(**options)
+
     @torch.no_grad()
     def slice(self, ratio: Ratio, fixed_size: bool = False) -> VisionTransformer:
         """A plain timm model of one width with its own copy of the weights, in evaluation mode.

@@ -91,6 +91,8 @@ def plain_step(
     vit, chosen = deepcopy(net.vit).to(device).train(), settings.optimizer
     choose_attention(vit, device, uses_bfloat16(device, settings.device))
     vit.set_grad_checkpointing(chosen.grad_checkpointing)
+    if chosen.torchcompile:
+        vit.compile(dynamic=False)
     optimizer = create_optimizer_v2(vit, opt=chosen.opt, lr=chosen.lr, weight_decay=chosen.weight_decay)
     average = ModelEmaV3(vit, decay=chosen.model_ema_decay, use_warmup=True)
 

@@ -1,6 +1,7 @@
 """One training step: every pass of a method on one batch, then one move of the weights."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from copy import deepcopy
 from random import Random
 from typing import Any
@@ -11,8 +12,8 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 from torch import Tensor
 
-from scala_cli.device import autocast, naming_lack_of_memory, uses_bfloat16
-from scala_cli.errors import TrainingError
+from scala_cli.device import allow_compiling_all, autocast, naming_lack_of_memory, uses_bfloat16
+from scala_cli.errors import TrainingError, naming_failure
 from scala_cli.methods import METHODS
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.vit import choose_attention
@@ -70,6 +71,11 @@ class Step:
             else None
         )
         self.judged = SlimmableViT(self.average.module, start.spec, start.rule) if self.average else self.net
+        if chosen.torchcompile:
+            allow_compiling_all()
+            for model in (self.net, self.frozen):
+                if model:
+                    model.compile(dynamic=False)
         self.number = 0
         self.gradients: GradientLog | None = None
 
@@ -99,8 +105,13 @@ class Step:
 
         Raises:
             TrainingError: where the device has not enough memory.
+            ScalaError: where torch.compile was asked for and fails.
         """
-        with naming_lack_of_memory(len(images)):
+        failing = naming_failure("torch.compile failed", "Leave out --torchcompile.")
+        with (
+            failing if self.settings.optimizer.torchcompile else nullcontext(),
+            naming_lack_of_memory(len(images)),
+        ):
             losses = self.gather_gradients(images, targets)
             if self.gradients:
                 self.gradients.write(self.number)
