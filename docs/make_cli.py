@@ -1,6 +1,7 @@
 """Prints docs/cli.md, from the commands themselves. Run by `make docs`; a test compares."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -9,8 +10,8 @@ from scala_cli.cli.app import app
 COMMON = """Every command takes `-h` (help), `--json` (the result as one JSON document on stdout),
 `-q` (the result alone) and `--debug` (the traceback of an error). Progress and notes go to stderr.
 
-Exit codes: 0 done, 2 something the user can mend (one or two lines say what), 130 interrupted,
-1 a bug of ours."""
+Exit codes: 0 done, 2 something the user can mend (one or two lines say what), 130 interrupted
+(143 by SIGTERM), 1 a bug of ours."""
 
 
 def reference() -> str:
@@ -22,7 +23,13 @@ def reference() -> str:
 
 def section(name: str, command: Any) -> str:
     text, _, example = command.help.partition("Example: ")
-    rows = [row(p) for p in command.params if p.name not in ("json", "quiet", "debug", "help")]
+    (callback,) = [each.callback for each in app.registered_commands if each.name == name]
+    hints = get_type_hints(callback)
+    rows = [
+        row(p, choices_of(hints[p.name]))
+        for p in command.params
+        if p.name not in ("json", "quiet", "debug", "help")
+    ]
     return "\n".join(
         [
             f"## scala {name}\n",
@@ -35,7 +42,7 @@ def section(name: str, command: Any) -> str:
     )
 
 
-def row(parameter: Any) -> str:
+def row(parameter: Any, choices: Sequence[str]) -> str:
     if parameter.param_type_name == "argument":
         names = parameter.metavar or parameter.name.upper()
     else:
@@ -43,7 +50,15 @@ def row(parameter: Any) -> str:
     names = names.replace("|", "\\|")
     default = parameter.default
     shown = "" if default is None or isinstance(default, bool) else str(default)
-    return f"| `{names}` | {parameter.help} | {shown} |"
+    text = f"{parameter.help} One of {', '.join(choices)}." if choices else parameter.help
+    return f"| `{names}` | {text} | {shown} |"
+
+
+def choices_of(annotation: Any) -> tuple[str, ...]:
+    """The values of a Literal, wherever in the annotation it stands."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return tuple(value for part in get_args(annotation) for value in choices_of(part))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from scala_cli.errors import ScalaError, TrainingError
+from scala_cli.errors import ScalaError
 from scala_cli.settings import DeviceSettings
 
 
@@ -56,20 +56,17 @@ def autocast(device: torch.device, settings: DeviceSettings) -> AbstractContextM
 
 
 @contextmanager
-def naming_lack_of_memory(images: int) -> Iterator[None]:
-    """Turns torch's out of memory, on any device, into a TrainingError that names the batch size.
+def naming_lack_of_memory(images: int, remedy: str = "Give a smaller --batch-size (-b).") -> Iterator[None]:
+    """Turns torch's out of memory, on any device, into a ScalaError that names the batch size.
 
     Args:
-        images: in the step that is done within.
+        images: in the batch that is worked on within.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError; the CPU has none
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise TrainingError(
-                f"not enough memory for {images} images a step.",
-                "Work through them in parts with --grad-accum-steps 2, or give a smaller --batch-size (-b).",
-            ) from None
+            raise ScalaError(f"not enough memory for {images} images at once.", remedy) from None
         raise
 
 

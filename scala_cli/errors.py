@@ -34,6 +34,10 @@ class TrainingError(ScalaError):
     """A training run that cannot go on."""
 
 
+class LostProcess(TrainingError):
+    """Another process of the same run has ended."""
+
+
 @contextmanager
 def naming_failure(what: str, hint: str) -> Iterator[None]:
     """Turns errors of any kind, which compilers, exporters and runtimes raise, into a ScalaError."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from scala_cli.cascade import Cascade, confidence, sweep
 from scala_cli.data.loader import Loader, transform_for
 from scala_cli.data.split import class_misfit, open_split
-from scala_cli.device import autocast
+from scala_cli.device import autocast, naming_lack_of_memory
 from scala_cli.errors import DataError
 from scala_cli.measure import Predictor, cost
 from scala_cli.models.slimmable import SlimmableViT
@@ -81,7 +81,8 @@ def accuracies(
     meters = {key: (AverageMeter(), AverageMeter()) for key in predictors}
     for images, targets in batches(loader, device, watch):
         for key, (top1, top5) in meters.items():
-            logits = predictors[key](images)
+            with naming_lack_of_memory(len(images)):
+                logits = predictors[key](images)
             first, fifth = accuracy(logits.float(), targets, topk=(1, 5))
             top1.update(first.item(), len(targets))
             top5.update(fifth.item(), len(targets))
@@ -113,7 +114,8 @@ def evaluate_cascade(
     predictors = widths(net, points, settings)
     seen: list[tuple[Tensor, Tensor]] = []  # of each batch, both (widths, B)
     for images, targets in batches(loader, next(net.parameters()).device, watch):
-        logits = torch.stack([predict(images) for predict in predictors.values()])
+        with naming_lack_of_memory(len(images)):
+            logits = torch.stack([predict(images) for predict in predictors.values()])
         seen.append((confidence(logits).cpu(), (logits.argmax(-1) == targets).cpu()))
     if not seen:
         raise nothing_read()

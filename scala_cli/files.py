@@ -107,10 +107,10 @@ def refuse_occupied(target: Path, force: bool, ours: set[str], source: Path | No
     """Raises ScalaError unless `target` is free to write to.
 
     With `force` a directory may be replaced, but only one that holds nothing but `ours`: the names that
-    the command itself writes; and never the `source` that the command reads.
+    the command itself writes; and never one that is, or holds, the `source` that the command reads.
     """
-    if source is not None and target.exists() and target.samefile(source):
-        raise ScalaError(f"{target} is what is read; it is not replaced.", "Choose another one: -o DIR")
+    if source is not None and target.exists() and source.resolve().is_relative_to(target.resolve()):
+        raise ScalaError(f"{target} holds what is read; it is not replaced.", "Choose another one: -o DIR")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ScalaError(f"{target} is not a directory.", "Choose another one: -o DIR")
     held = {path.name for path in target.iterdir()} if target.exists() else set()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from scala_cli.errors import ScalaError, naming_failure
 from scala_cli.measure import Predictor
 
-LARGEST_BATCH = 64
+LARGEST_EXECUTORCH = 64
 """ExecuTorch plans its memory ahead, for batches up to this one; the other formats take any."""
 
 
@@ -173,7 +173,7 @@ def write_executorch(model: nn.Module, example: Tensor, file: Path, labels: Sequ
         from executorch.exir import to_edge_transform_and_lower
 
         lowered = to_edge_transform_and_lower(
-            traced(model, example, LARGEST_BATCH),
+            traced(model, example, LARGEST_EXECUTORCH),
             partitioner=[XnnpackPartitioner()],
             constant_methods={"labels": json.dumps(list(labels))},
         )

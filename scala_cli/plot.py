@@ -1,6 +1,6 @@
 """Pictures, by matplotlib, an optional dependency."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -8,12 +8,12 @@ from typing import Any
 
 from scala_cli.errors import ScalaError
 from scala_cli.files import whole_file
+from scala_cli.report import Rows
+from scala_cli.slicing.point import Point
 
 INSTALL = "pip install 'scala-vit[plot]'"
 MISSING = f"no picture without matplotlib: {INSTALL}"
 SUFFIXES = (".svg", ".png", ".pdf")
-
-Rows = Sequence[Mapping[str, Any]]
 
 
 def can_draw() -> bool:
@@ -73,7 +73,9 @@ def arms_picture(arms: Rows) -> Any:
             label=arm["arm"],
         )
     axes.set_xscale("log")
-    ticks = {point["gmacs"]: f"{point['gmacs']:.3g}\n({point['ratio']:g})" for point in arms[0]["points"]}
+    ticks = {
+        point["gmacs"]: f"{point['gmacs']:.3g}\n({Point.of(point['ratio'])})" for point in arms[0]["points"]
+    }
     axes.set_xticks([*ticks], [*ticks.values()])
     axes.minorticks_off()
     axes.set_xlabel("GMACs of one image (width)")
@@ -105,7 +107,7 @@ def bench_picture(rows: Rows) -> Any:
     for row in drawn:
         place = (row["latency_ms"], row[column])
         if row["runtime"] == first or place in front:
-            label = row["model"] if row["ratio"] is None else f"{row['ratio']:g}"
+            label = row["model"] if row["ratio"] is None else Point.of(row["ratio"]).label
             axes.annotate(label, place, xytext=(5, -10), textcoords="offset points", fontsize="small")
     for row in rows:
         if row not in drawn and row["ratio"] is None and row["runtime"] == first:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from scala_cli.files import whole_file
+from scala_cli.slicing.point import Point
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -31,13 +32,17 @@ div {{ overflow-x: auto; }} svg {{ max-width: 100%; height: auto; }}
 
 def markdown(rows: Rows) -> str:
     """Rows as a table of Markdown."""
-    lines = [[*rows[0]], ["---"] * len(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
+    lines = [[*rows[0]], ["---"] * len(rows[0]), *([cell(*item) for item in row.items()] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def cell(value: Any) -> str:
+def cell(column: str, value: Any) -> str:
     """A value as a table holds it; an empty cell for what is not known."""
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    if value is None:
+        return ""
+    if column == "ratio":
+        return Point.of(value).label
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def write_csv(file: Path, rows: Rows) -> None:
@@ -57,12 +62,12 @@ def write_page(file: Path, title: str, conditions: Mapping[str, Any], rows: Rows
     """
     head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
     body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell(value))}</td>" for value in row.values()) + "</tr>\n"
+        "<tr>" + "".join(f"<td>{escape(cell(*item))}</td>" for item in row.items()) + "</tr>\n"
         for row in rows
     )
     page = PAGE.format(
         title=escape(title),
-        conditions=escape(", ".join(f"{name} {cell(value)}" for name, value in conditions.items())),
+        conditions=escape(", ".join(f"{name} {cell(name, value)}" for name, value in conditions.items())),
         table=f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>",
         picture=svg,
     )

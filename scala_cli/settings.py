@@ -62,7 +62,7 @@ class OptimizerSettings:
     """How the weights move."""
 
     epochs: float = option(10, "Passes over the training images; 0.5 is half of one.", min=0.001, max=1e5)
-    batch_size: int = option(128, "Images a step.", "-b", min=1)
+    batch_size: int = option(128, "Images a step; of several processes, those of each.", "-b", min=1)
     lr: float = option(1e-3, "Peak learning rate; warm-up and cosine lead to and from it.", min=0)
     min_lr: float = option(1e-6, "Learning rate at the end.", min=0)
     warmup_epochs: float | None = option(None, "Epochs of warm-up. Default: a twentieth of the run.", min=0)
@@ -70,7 +70,7 @@ class OptimizerSettings:
     layer_decay: float | None = option(
         None, "Learning rate falls by this factor with each block downwards.", min=0, max=1
     )
-    clip_grad: float | None = option(1.0, "Clip the norm of the gradient.", min=0)
+    clip_grad: float | None = option(1.0, "Clip the norm of the gradient; 0 does not.", min=0)
     opt: str = option("adamw", "Optimizer, by timm's name.")
     grad_accum_steps: int = option(
         1, "Work through a batch in so many parts, which needs less memory; the step is the same.", min=1
@@ -177,7 +177,7 @@ class Settings:
     log_grads: bool = False
 
     def words(self) -> list[str]:
-        """The options of `scala finetune` that differ from their defaults, but for data and device."""
+        """The options of `scala finetune` that differ from their defaults, but for data and machine."""
         groups = (self.method, self.optimizer, self.augment)
         given = {f.name: (getattr(group, f.name), f.default) for group in groups for f in fields(group)}
         given |= {"seed": (self.seed, 0), "holdout": (self.holdout, 0.0)}

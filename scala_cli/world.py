@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from scala_cli.errors import TrainingError
+from scala_cli.errors import LostProcess
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ ALONE = World()
 
 @contextmanager
 def naming_a_lost_process() -> Iterator[None]:
-    """Turns what torch says when another process has ended into a TrainingError."""
+    """Turns what torch says when another process has ended into a LostProcess."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise TrainingError(
+        raise LostProcess(
             f"another process of this run has ended, or cannot be reached ({reason}).",
             "What it says itself tells why. Then: torchrun ... -m scala_cli finetune --resume RUN",
         ) from None

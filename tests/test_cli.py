@@ -169,9 +169,16 @@ def test_env(scala):
         (["slice", "tiny", "--ratio", "half"], "'half' is not a ratio"),
         (["slice", "nowhere", "--ratio", "0.5"], "nowhere does not exist"),
         (["slice", "--ratio", "0.5"], "no run yet"),
-        (["slice", "tiny", "--ratio", "0.5", "-o", "tiny"], "is what is read"),
-        (["slice", "tiny", "--ratio", "0.5", "-o", "tiny", "--force"], "is what is read"),
-        (["convert", "tiny-timm", "-o", "tiny-timm", "--force"], "is what is read"),
+        (["slice", "tiny", "--ratio", "0.5", "-o", "tiny"], "holds what is read"),
+        (["slice", "tiny", "--ratio", "0.5", "-o", "tiny", "--force"], "holds what is read"),
+        (["convert", "tiny-timm", "-o", "tiny-timm", "--force"], "holds what is read"),
+        (
+            ["convert", "deit_s", "--weights", "tiny-timm/model.safetensors", "-o", "tiny-timm", "--force"],
+            "holds what is read",
+        ),
+        (["finetune", "tiny", "--data", "digits", "-o", "tiny", "--force"], "holds what is read"),
+        (["finetune", "tiny/model.safetensors", "--data", "digits", "-o", "tiny"], "holds what is read"),
+        (["convert", "tiny-timm", "--order", "importance", "--data", "torch/cifar10"], "--data-dir"),
         (["slice", "tiny", "--ratio", "0.5", "-o", "tiny-timm"], "not empty"),
         (["convert", "deit_s", "--data", "digits"], "--data is for --order importance"),
         (["convert", "./missing"], "no directory with a config.json"),
@@ -315,8 +322,9 @@ def test_python_m(tmp_path):
 
 
 def test_where_a_slice_goes_by_default():
-    assert default_target(Path("/x/runs/mine/best"), Point.of(0.5)) == Path("mine-0.5")
-    assert default_target(Path("/x/deit"), Point.of("1/3")) == Path("deit-1_3")
+    assert default_target("/x/runs/mine", Path("/x/runs/mine/best"), Point.of(0.5)) == Path("mine-0.5")
+    assert default_target(None, Path("/x/deit"), Point.of("1/3")) == Path("deit-1_3")
+    assert default_target("hf-hub:me/vit@main", Path("/x/snapshots/1a2b"), Point.of(0.5)) == Path("vit-0.5")
 
 
 def test_json_is_one_document(scala, tiny):

@@ -14,7 +14,7 @@ from scala_cli.errors import TrainingError
 from scala_cli.measure import cost
 from scala_cli.models.checkpoint import Record
 from scala_cli.plot import arms_picture, save
-from scala_cli.settings import AugmentSettings
+from scala_cli.settings import AugmentSettings, ReadSettings
 from scala_cli.slicing.point import parse_points
 from scala_cli.training.compare import ARMS, arms_of, columns, compare, summary
 from scala_cli.training.gradients import GradientLog
@@ -140,6 +140,15 @@ def test_at_equal_macs_the_dearer_arm_sees_fewer_images(photos):
     assert len(listener.losses) - len(alone) == 9
     gmacs = [training_gmacs(costs(), arm.method, True) for arm in arms]
     assert len(alone) == 2 * round(9 * gmacs[0] / gmacs[1]) < 18
+
+
+def test_other_readers_make_no_other_comparison(photos):
+    arms, listener = arms_of(["scala"], []), Listener()
+    run(arms, photos, seeds=1)
+    run(arms, photos, listener, seeds=1, read=ReadSettings(workers=1))
+    assert not listener.losses
+    with pytest.raises(TrainingError, match="another comparison"):
+        run(arms, photos, seeds=1, augment=AugmentSettings(hflip=0))
 
 
 def test_minutes_are_those_of_every_epoch_and_width():

@@ -59,3 +59,4 @@ def test_tables_are_drawn_for_a_terminal(terminal):
 
 def test_values_as_a_person_reads_them():
     assert [shown(v) for v in (None, True, 0.36541, 12, 5_717_416)] == ["-", "yes", "0.3654", "12", "5.72 M"]
+    assert [shown(width, "ratio") for width in (0.28125, 1 / 3)] == ["0.28125", "1/3"]

@@ -232,6 +232,18 @@ class Deadly:
         return "deadly"
 
 
+class Broken(Deadly):
+    """Fails for a reason of its own, within what is handed to the transform."""
+
+    def __getitem__(self, index):
+        raise RuntimeError("of its own")
+
+
+def test_a_reader_that_fails_is_not_called_killed():
+    with pytest.raises(RuntimeError, match="of its own"):
+        list(Loader(Split(Broken(), ("one",)), None, 2, ReadSettings(workers=1)))
+
+
 def test_a_reading_process_that_dies_is_told_in_one_line():
     split = Split(Deadly(), ("one",))
     with pytest.raises(DataError, match="was killed") as error:

@@ -161,7 +161,7 @@ def test_export_as_a_user_runs_it(scala, tiny, photos):
         (["--ratio", "0.5", "-o", "half.pt"], "does not end in .onnx"),
         (["--ratio", "0.5", "-o", "folder.onnx"], "is a directory"),
         (["--ratio", "0.5", "-o", "nowhere/half.onnx"], "there is no directory nowhere"),
-        (["--all", "-o", "tiny"], "is what is read"),
+        (["--all", "-o", "tiny"], "holds what is read"),
         (["--ratio", "0.5", "--data", "nowhere"], "no such folder"),
     ],
 )

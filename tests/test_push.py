@@ -120,6 +120,16 @@ def test_a_family_with_its_card(hub, net, images):
         assert told in card.text
 
 
+def test_the_card_of_a_family_without_its_full_width(images):
+    net = slimmable(ratios="0.25,0.5")
+    save(net, Record(method="scala"), Path("narrow"))
+    done = push("http://127.0.0.1:9", "narrow", "org/narrow", "--dry-run", "-o", "out", token=None)
+    assert done.returncode == 0, done.stderr
+    card = ModelCard.load("out/README.md").text
+    assert 'scala_cli.load("hf-hub:org/narrow")' in card and "net.slice('0.25')" in card
+    assert "timm.create_model" not in card and "timm loads" not in card
+
+
 def test_what_is_to_be_private_is_not_put_where_everybody_sees_it(hub, net):
     hub.open = True
     done = push(hub, "net", "org/net", "--private")

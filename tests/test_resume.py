@@ -187,6 +187,23 @@ def test_a_loss_that_is_not_finite_names_width_and_step(photos):
     assert (run.path / "last/model.safetensors").read_bytes() == before
 
 
+def test_a_disk_that_fails_once_the_classes_are_learnt(photos, monkeypatch):
+    """The error is the disk's, and the run goes on once it is mended."""
+    begin = Run.begin
+
+    def fail(self, *given):
+        if self.path.name == "cut":
+            raise OSError(28, "No space left on device", "cut")
+        begin(self, *given)
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+        patched.setattr(Run, "begin", fail)
+        finetune(slimmable(), Record(), settings(photos, epochs=3), Run(Path("cut")), Listener())
+    listener = Listener()
+    go_on(Run(Path("cut")), listener)
+    assert len(listener.losses) == 9, "the teacher has learnt already"
+
+
 @pytest.mark.parametrize("stop_at", [1, 3, 4, 7])
 def test_a_run_with_a_new_head_is_resumed_in_either_part(photos, stop_at):
     chosen = settings(photos, epochs=3)

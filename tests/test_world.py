@@ -1,6 +1,7 @@
 """Several processes that train together, on the CPU."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from conftest import write_timm_directory
 from safetensors.torch import load_file
 
 from scala_cli.data.loader import Batches
+from scala_cli.training.run import Run
 from scala_cli.world import World
 
 COMMON = ["-j", "0", "--threads", "1", "--no-amp", "--device", "cpu", "--ratios", "0.5,1", "-q"]
@@ -75,6 +77,33 @@ def test_a_process_that_dies_ends_the_run_which_another_number_resumes(photos):
     assert [row["epoch"] for row in rows("run")] == list(range(1, 26))
     odd = subprocess.run(torchrun("finetune", "--resume", "run", processes=3), capture_output=True, text=True)
     assert odd.returncode != 0 and "3 processes cannot share the 4 images" in odd.stderr
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_no_step_is_lost_where_several_processes_are_stopped_or_one_is_killed(how):
+    """In the first epoch, long before a state is saved by itself."""
+    write_timm_directory(Path("model"), num_classes=10)
+    words = ["finetune", "model", "--data", "digits", "-b", 2, "--epochs", 1, "-o", "run", "--log-grads"]
+    run = subprocess.Popen(torchrun(*words, *COMMON), stderr=subprocess.PIPE, text=True)
+    log = Path("run/grads.jsonl")
+    while not log.exists() or len(log.read_text().splitlines()) < 5:
+        time.sleep(0.05)
+        assert run.poll() is None, run.stderr.read()
+    if how == "stopped":
+        run.send_signal(signal.SIGTERM)
+    else:
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        subprocess.run(["kill", "-9", children[-1]], check=True)
+    told = run.communicate()[1]
+    assert run.returncode != 0 and "bug of scala" not in told
+    assert ("another process of this run has ended" in told) is (how == "killed")
+    assert Run(Path("run")).read_state()["step"] >= len(log.read_text().splitlines()) - 1 >= 4
+
+
+def test_several_processes_name_their_run(scala, photos, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    answer = scala("finetune", "model", "--data", photos)
+    assert answer.code == 2 and "--output runs/NAME" in " ".join(answer.stderr.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("shuffled", [True, False])

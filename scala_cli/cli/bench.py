@@ -91,7 +91,7 @@ def bench(
     for picture in (plot, html.with_suffix(".svg") if html else None):
         if picture:
             refuse_picture(picture)
-    net, record, directory = subject(checkpoint, data is not None, out)
+    net, record, directory = what_to_time(checkpoint, data is not None, out)
     points = choose_points(ratio, net.points)
     with out.progress() as live:
         if train:
@@ -126,10 +126,10 @@ def bench(
         write_page(html, title, facts, told(rows), as_svg(bench_picture(rows)))
 
 
-def subject(
+def what_to_time(
     checkpoint: str | None, trained: bool, out: Output
 ) -> tuple["SlimmableViT", "Record", Path | None]:
-    """What to time, and where it lies if it is a checkpoint; a model's weights are `trained` or random."""
+    """The model, and where it lies if it is a checkpoint; a model's weights are `trained` or random."""
     from scala_cli.models.checkpoint import load_with_record
     from scala_cli.models.source import is_checkpoint, open_slimmable
 

@@ -19,8 +19,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from scala_cli.cli.signals import Stop
-from scala_cli.errors import ScalaError
+from scala_cli.errors import LostProcess, ScalaError
 from scala_cli.settings import option
+from scala_cli.slicing.point import Point
 from scala_cli.watch import Stopped, Watcher
 
 
@@ -80,10 +81,7 @@ class Output:
             disable=not seen,
         )
         stop = Stop(self.note)
-        with (
-            stop.heard() if is_first() else nullcontext(),
-            bar if seen else nullcontext(),
-        ):  # some rich end a disabled bar with a line
+        with stop.heard(), bar if seen else nullcontext():  # some rich end a disabled bar with a line
             yield Live(self, bar, stop)
 
 
@@ -110,7 +108,7 @@ class Live(Watcher):
         rate = f"{speed:.0f} {self.unit}/s" if speed else ""
         text = "  ".join(f"{name}: {loss:.3f}" for name, loss in (losses or {}).items())
         self.progress.update(self.task, rate=rate, losses=text)
-        if self.stop.asked is not None:
+        if self.stop.asked is not None and is_first():
             raise Stopped(self.stop.asked)
 
     @contextmanager
@@ -118,6 +116,12 @@ class Live(Watcher):
         self.stop.waits = True
         try:
             yield
+        except (
+            LostProcess
+        ):  # torchrun's signals reach all processes; the first one saves, then the others end
+            if self.stop.asked is None:
+                raise
+            raise Stopped(self.stop.asked) from None
         finally:
             self.stop.waits = False
 
@@ -131,7 +135,7 @@ class Live(Watcher):
 def print_table(console: Console, rows: Sequence[Mapping[str, Any]], title: str = "") -> None:
     if not rows:
         return
-    cells = [[shown(value) for value in row.values()] for row in rows]
+    cells = [[shown(value, column) for column, value in row.items()] for row in rows]
     if console.is_terminal:
         table = Table(title=title or None, title_justify="left")
         for column in rows[0]:
@@ -149,10 +153,15 @@ def print_table(console: Console, rows: Sequence[Mapping[str, Any]], title: str 
         console.file.write(text + "\n")
 
 
-def shown(value: Any) -> str:
-    """A value as a person reads it: four digits, millions as 1.2 M, a dash for what is not known."""
+def shown(value: Any, column: str = "") -> str:
+    """A value as a person reads it: four digits, millions as 1.2 M, a dash for what is not known.
+
+    A width is written as it is asked for.
+    """
     if value is None:
         return "-"
+    if column == "ratio":
+        return Point.of(value).label
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

@@ -7,7 +7,7 @@ import typer
 from scala_cli.cli.console import Output
 from scala_cli.cli.options import Force, Ratios, Target
 from scala_cli.files import refuse_occupied
-from scala_cli.models.locate import FILES, short_name
+from scala_cli.models.locate import FILES, path_of, short_name
 from scala_cli.settings import ReadSettings
 from scala_cli.slicing.point import parse_points
 
@@ -48,6 +48,7 @@ def convert(
     ] = None,
     force: Force = False,
     *,
+    read: ReadSettings,
     out: Output,
 ) -> None:
     """Turn pretrained weights into a slimmable checkpoint.
@@ -60,8 +61,7 @@ def convert(
         raise typer.BadParameter("--data is for --order importance.")
     points = parse_points(ratios) if ratios else None
     target = output or Path(f"{short_name(model)}-slimmable")
-    source = Path(model.removeprefix("local-dir:")).expanduser()
-    refuse_occupied(target, force, FILES, source if source.exists() else None)
+    refuse_occupied(target, force, FILES, weights or path_of(model))
 
     from scala_cli.data.loader import calibration_images
     from scala_cli.data.split import open_split
@@ -79,8 +79,8 @@ def convert(
     if order == "importance":
         with out.progress() as live:
             noise = random_images(net.spec, 256).split(64)
-            split = open_split(data, True) if data is not None else None
-            images = calibration_images(split, net.spec, ReadSettings(), live) if split else noise
+            split = open_split(data, True, read.data_dir) if data is not None else None
+            images = calibration_images(split, net.spec, read, live) if split else noise
             net = put_first_what_matters(net, images)
     difference = largest_difference(net.vit, original, net.spec)
     save(net, replace(record, order=order or record.order), target)

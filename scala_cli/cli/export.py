@@ -66,7 +66,7 @@ def export(
 
     net, _ = load_with_record(directory)
     point = net.widest if every else find_point(ratio or "", net.points)
-    target = output or default_target(directory, point)
+    target = output or default_target(checkpoint, directory, point)
     with out.progress() as live:
         images = random_images(net.spec, COMPARED if net.spec.input_size[1] <= 64 else 4)
         if data is not None:

@@ -1,3 +1,4 @@
+import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +7,8 @@ import typer
 
 from scala_cli.cli.console import Output
 from scala_cli.cli.options import DATA_HELP, Force, Holdout, LogGrads, Ratios, Seed, place_of
-from scala_cli.models.locate import short_name
+from scala_cli.files import refuse_occupied
+from scala_cli.models.locate import path_of, short_name
 from scala_cli.settings import (
     AugmentSettings,
     DeviceSettings,
@@ -15,6 +17,7 @@ from scala_cli.settings import (
     ReadSettings,
     Settings,
 )
+from scala_cli.slicing.point import Point
 
 
 def finetune(
@@ -53,9 +56,12 @@ def finetune(
     if resume is not None and (any(given) or any(g != type(g)() for g in groups)):
         raise typer.BadParameter("A resumed run keeps its model, images and settings: give --resume alone.")
 
+    if resume is None and output is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise typer.BadParameter("Several processes must agree on the run directory: --output runs/NAME")
+
     from scala_cli.models.source import open_slimmable
     from scala_cli.training.finetune import finetune, go_on
-    from scala_cli.training.run import Run
+    from scala_cli.training.run import FILES, Run
 
     moment = time.strftime("%Y%m%d-%H%M%S")
     run = Run(resume or output or Path("runs") / f"{short_name(model or '')}-{moment}", newest=True)
@@ -65,6 +71,7 @@ def finetune(
                 best = go_on(run, live)
             else:
                 assert model is not None and data is not None
+                refuse_occupied(run.path, True, FILES, path_of(model))
                 settings = Settings(
                     place_of(data),
                     method,
@@ -92,4 +99,4 @@ def finetune(
         rows,
         title=f"best epoch: {best['epoch']}",
     )
-    out.note(f"next: scala slice --ratio {best['points'][0]['ratio']:g}, scala bench")
+    out.note(f"next: scala slice --ratio {Point.of(best['points'][0]['ratio'])}, scala bench")

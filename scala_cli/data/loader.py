@@ -1,6 +1,7 @@
 """Images as tensors, read strictly: nothing unreadable is replaced in silence."""
 
 import random
+import re
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -193,7 +194,7 @@ class Loader:
         try:
             yield from self.loader
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if not re.search(r"DataLoader worker.*(is killed|exited unexpectedly)", str(error)):
                 raise
             raise DataError(
                 "a process that reads images was killed; there may be too little memory.",
@@ -235,7 +236,7 @@ def calibration_images(
     """About `count` images spread evenly over a split, in batches (B, C, H, W)."""
     evenly = range(0, len(split), max(1, len(split) // count))
     some = Split(Some(split.samples, evenly), split.classes)
-    watch.phase("order", len(some))
+    watch.phase("look at images", len(some))
     readable = 0
     for images, _ in Loader(some, transform_for(spec), 64, read):
         readable += len(images)

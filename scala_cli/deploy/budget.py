@@ -10,6 +10,7 @@ from scala_cli.errors import PointError
 from scala_cli.measure import cost
 from scala_cli.models.checkpoint import load_with_record, read_about
 from scala_cli.settings import BenchSettings, Budget, DeviceSettings
+from scala_cli.slicing.point import Point
 from scala_cli.watch import Watcher
 
 MEASURED = {"latency_ms", "memory_mb"}
@@ -47,10 +48,11 @@ def choose(rows: Sequence[dict[str, Any]], budget: Budget) -> dict[str, Any]:
     if fitting:
         return fitting[0 if budget.min_top1 is not None else -1]
     closest = min(rows, key=lambda row: excess(row, budget))
+    ratio = Point.of(closest["ratio"]).label
     has = ", ".join(f"{name} {shown(closest[name])}" for name, _, _ in limits_of(budget))
     raise PointError(
-        f"no trained width fits; the closest is {closest['ratio']:g} with {has}.",
-        f"Allow more, or cut that one: scala slice --ratio {closest['ratio']:g}; "
+        f"no trained width fits; the closest is {ratio} with {has}.",
+        f"Allow more, or cut that one: scala slice --ratio {ratio}; "
         "or train other widths: scala finetune ... --ratios",
     )
 

@@ -31,13 +31,11 @@ PLAIN = """import timm
 
 model = timm.create_model("{place}", pretrained=True).eval()"""
 
-FAMILY = """
-
-# every width; needs: pip install scala-vit
+FAMILY = """# every width; needs: pip install scala-vit
 import scala_cli
 
 net = scala_cli.load("{source}")
-small = net.slice({ratio:g})"""
+small = net.slice({ratio})"""
 
 
 def model_card(
@@ -60,9 +58,12 @@ def model_card(
     """
     found = {Point.of(metric["ratio"]): metric for metric in record.metrics}
     place = f"{'hf-hub' if repository else 'local-dir'}:{name}"
-    code = PLAIN.format(place=place)
+    whole = not family or Point.of(rows[-1]["ratio"]).ratio == 1
+    code = PLAIN.format(place=place) + "\n\n" if whole else ""
     if family:
-        code += FAMILY.format(source=place if repository else name, ratio=rows[0]["ratio"])
+        code += FAMILY.format(
+            source=place if repository else name, ratio=repr(Point.of(rows[0]["ratio"]).label)
+        )
     command = record.provenance.get("command")
     card = CARD.format(
         metadata=metadata(name, spec, record, rows).to_yaml(),
@@ -70,7 +71,7 @@ def model_card(
         what=description(spec, record, rows, family),
         table=markdown([{**line(row), **accuracy(found.get(Point.of(row["ratio"])))} for row in rows]),
         picture=f"\n![top-1 against GMACs]({picture})\n" if picture else "",
-        code=code,
+        code=code.strip(),
         origin=record.provenance.get("weights", "unknown"),
         command=f" Trained with: `{command}`." if command else "",
     )
@@ -80,19 +81,26 @@ def model_card(
 def description(spec: Spec, record: Record, rows: Rows, family: bool) -> str:
     _, height, width = spec.input_size
     method = f", trained by the {record.method} method" if record.method else ""
+    narrowest = Point.of(rows[0]["ratio"])
     if not family:
         return (
-            f"{spec.architecture} at {rows[0]['ratio']:g} of its width, for images of {height} x {width} "
+            f"{spec.architecture} at {narrowest} of its width, for images of {height} x {width} "
             f"pixels. Cut from a slimmable Vision Transformer{method}, with scala-vit."
         )
+    whole = Point.of(rows[-1]["ratio"]).ratio == 1
+    cuts = "timm loads the full width; scala-vit cuts the others." if whole else "scala-vit cuts them."
     return (
         f"{spec.architecture} in {len(rows)} widths that share these weights{method}, for images of "
-        f"{height} x {width} pixels. timm loads the full width; scala-vit cuts the others."
+        f"{height} x {width} pixels. {cuts}"
     )
 
 
 def line(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"width": row["ratio"], "parameters, M": row["params"] / 1e6, "GMACs": row["gmacs"]}
+    return {
+        "width": Point.of(row["ratio"]).label,
+        "parameters, M": row["params"] / 1e6,
+        "GMACs": row["gmacs"],
+    }
 
 
 def accuracy(metric: Mapping[str, float] | None) -> dict[str, Any]:
@@ -109,7 +117,7 @@ def metadata(name: str, spec: Spec, record: Record, rows: Rows) -> ModelCardData
             dataset_type=data,
             dataset_name=data,
             metric_type="accuracy",
-            metric_name=f"top-1 at width {metric['ratio']:g}",
+            metric_name=f"top-1 at width {Point.of(metric['ratio'])}",
             metric_value=round(metric["top1"], 2),
         )
         for metric in record.metrics

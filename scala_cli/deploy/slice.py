@@ -12,7 +12,7 @@ from scala_cli.errors import CheckpointError
 from scala_cli.files import refuse_occupied, whole_directory
 from scala_cli.measure import cost
 from scala_cli.models.checkpoint import TensorByTensor, read_about, versions, write_timm
-from scala_cli.models.locate import CARD, FILES, WEIGHTS
+from scala_cli.models.locate import CARD, FILES, WEIGHTS, short_name
 from scala_cli.models.slimmable import Ratio
 from scala_cli.models.vit import random_images, refuse_misfit
 from scala_cli.slicing.point import Point, find_point
@@ -79,8 +79,15 @@ def slice_model(
     return {**result, "max_abs_diff": difference}
 
 
-def default_target(checkpoint: Path, point: Point) -> Path:
-    """Where a slice goes unless told: beside the user, named after the run or directory it is cut from."""
+def default_target(named: str | None, checkpoint: Path, point: Point) -> Path:
+    """Where a slice goes unless told: beside the user, named after what it is cut from.
+
+    Args:
+        named: what the user calls that; on the Hub it is the repository, not the cache, that gives the name.
+        checkpoint: where it lies.
+    """
     checkpoint = checkpoint.resolve()
     name = checkpoint.parent.name if checkpoint.name in ("best", "last") else checkpoint.name
+    if named and named.startswith("hf-hub:"):
+        name = short_name(named.partition("@")[0])
     return Path(f"{name}-{point.label.replace('/', '_')}")

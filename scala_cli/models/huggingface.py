@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ KINDS = {
 """Their classes, and the timm architecture whose settings fit."""
 
 FILES = ("model.safetensors", "pytorch_model.bin")
+PREPROCESSOR = "preprocessor_config.json"
 BLOCK = r"(?:encoder\.layer|layers)\.(\d+)\."
 NAMES = {
     r"embeddings\.cls_token": "cls_token",
@@ -59,6 +61,8 @@ def directory_of(model: str) -> Path | None:
         directory = fetch(repo, [CONFIG])
         if not is_transformers(read_config(directory)):
             return None
+        with suppress(CheckpointError):  # not every repository has one
+            fetch(repo, [PREPROCESSOR])
         try:
             return fetch(repo, [CONFIG, FILES[0]])
         except CheckpointError:
@@ -93,9 +97,9 @@ def read_transformers(directory: Path) -> Foreign:
         state["reg_token"] = state.pop("dist_token", state["cls_token"])
     size = {192: "tiny", 384: "small"}.get(config["hidden_size"], "base")
     architecture = f"{KINDS[kind].replace('base', size)}_patch16_224"
+    args["num_classes"] = len(state.get("head.bias", ()))
     with torch.device("meta"):
-        classes = len(state.get("head.bias", ()))
-        spec = describe(timm.create_model(architecture, **args, num_classes=classes), args)
+        spec = describe(timm.create_model(architecture, **args), args)
     refuse_misfit(spec.build(), state, file)
     state = with_eps(state, spec, config.get("layer_norm_eps", 1e-12))
     return Foreign(state, architecture, args=args, cfg=timm_cfg(directory, config))
@@ -119,12 +123,13 @@ def timm_cfg(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """What timm's settings take over: the names of the classes, mean and deviation of the pixels."""
     cfg: dict[str, Any] = {}
     if config.get("id2label"):
-        cfg["label_names"] = list(config["id2label"].values())
-    preprocessor = directory / "preprocessor_config.json"
+        names = config["id2label"]
+        cfg["label_names"] = [names[number] for number in sorted(names, key=int)]  # "10" may precede "2"
+    preprocessor = directory / PREPROCESSOR
     if preprocessor.is_file():
         seen = json.loads(preprocessor.read_text())
-        names = {"mean": "image_mean", "std": "image_std"}
-        cfg |= {ours: tuple(seen[its]) for ours, its in names.items() if its in seen}
+        settings = {"mean": "image_mean", "std": "image_std"}
+        cfg |= {ours: tuple(seen[its]) for ours, its in settings.items() if its in seen}
     return cfg
 
 

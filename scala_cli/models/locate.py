@@ -8,6 +8,8 @@ from scala_cli.errors import CheckpointError
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 FILES = {WEIGHTS, CONFIG, CARD}
+STATE = "state.pt"
+"""What a run directory resumes from."""
 LAST_RUN = Path("runs/last")
 
 
@@ -37,7 +39,7 @@ def resolve(checkpoint: str | Path | None) -> Path:
     for directory in (path, path / "best", path / "last"):
         if (directory / CONFIG).is_file():
             return directory
-    if (path / "state.pt").is_file():
+    if (path / STATE).is_file():
         raise CheckpointError(
             f"no epoch of the run {path} has ended.", f"Go on: scala finetune --resume {path}"
         )
@@ -48,6 +50,12 @@ def resolve(checkpoint: str | Path | None) -> Path:
 def short_name(model: str) -> str:
     """What to call a directory made from MODEL: "vit" of local-dir:/models/vit."""
     return Path(model.rpartition(":")[2]).name
+
+
+def path_of(model: str) -> Path | None:
+    """The file or directory that MODEL names, where it names one that is there."""
+    path = Path(model.removeprefix("local-dir:")).expanduser()
+    return path if path.exists() else None
 
 
 def read_config(directory: Path) -> dict[str, Any]:

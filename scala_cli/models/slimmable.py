@@ -85,7 +85,7 @@ class SlimmableViT(nn.Module):
         return skeleton(images)
 
     def compile(self, **options: Any) -> None:
-        """Compiles every width by itself, at its first forward; which one it is, is told outside."""
+        """Compiles every width by itself, at its first forward."""
         self.vit.compile(**options)
         for point in self.points:
             if point.ratio != 1:

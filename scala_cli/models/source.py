@@ -17,7 +17,7 @@ from scala_cli.models.checkpoint import Record, load_with_record, read_weights
 from scala_cli.models.foreign import Foreign, read_foreign
 from scala_cli.models.hub import NO_WEIGHTS, fail_fast_offline, fetch, unreachable
 from scala_cli.models.huggingface import directory_of, read_transformers
-from scala_cli.models.locate import CONFIG, WEIGHTS, read_config, resolve, short_name
+from scala_cli.models.locate import CONFIG, WEIGHTS, path_of, read_config, resolve, short_name
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.vit import ALIASES, Spec, describe, random_images, read_off, refuse_unless_plain
 from scala_cli.settings import DEFAULT_RATIOS
@@ -71,8 +71,7 @@ def open_model(
     foreign = given_weights(model, weights, scratch, average)
     if foreign and is_theirs(foreign):
         return open_family(foreign, str(weights or model), points, changes or Changes(), layout)
-    model_of = foreign.named if foreign and weights is None else model
-    name, args = locate(model_of)
+    name, args = locate(foreign.named if foreign and weights is None else model)
     args |= {**(foreign.args if foreign else {}), **(changes or Changes()).given()}
     with torch.device("meta"):  # what cannot be sliced is refused before any download
         skeleton_spec = describe(create(name, args))
@@ -81,11 +80,12 @@ def open_model(
     for point in points:
         skeleton_spec.at(point)
     torch.manual_seed(0)  # random weights, or a new head, are the same on every call
-    vit = create(name, args, foreign, pretrained=not scratch)
+    vit = create(name, args, None if scratch else foreign, pretrained=not scratch)
     spec = describe(vit, args)
     net = SlimmableViT(vit.eval(), spec, Rule(tuple(sorted(points)), spec.num_heads, layout=layout))
     file = weights or Path(model)
-    called = short_name(model_of) if Path(model_of.removeprefix("local-dir:")).exists() else model_of
+    called = foreign.named if foreign and weights is None and file.is_file() else model
+    called = short_name(called) if path_of(called) else called
     origin = "random" if scratch else file.name if file.is_file() else called
     return net, Record(trained=not scratch, provenance={"model": called, "weights": origin})
 
@@ -94,7 +94,7 @@ def given_weights(model: str, weights: Path | None, scratch: bool, average: bool
     """What a file or a directory of transformers holds, where one is named; None for timm's own weights."""
     if weights is not None and (scratch or Path(model).is_file()):
         raise CheckpointError("two sources of weights are given.", "Leave out --weights, or the other one.")
-    if weights is None and not scratch and model not in ALIASES:
+    if weights is None and model not in ALIASES:
         directory = directory_of(model)
         if directory is not None:
             return read_transformers(directory)
@@ -243,7 +243,7 @@ def create(
     if foreign is not None:
         classes = len(foreign.state["head.weight"]) if "head.weight" in foreign.state else 1000
         kwargs.setdefault("num_classes", classes)
-        overlay = {**foreign.cfg, "state_dict": dict(foreign.state), "num_classes": classes}
+        overlay = {**foreign.cfg, "state_dict": dict(foreign.state), "num_classes": classes, "license": None}
         kwargs["pretrained_cfg_overlay"] = overlay
     elif pretrained and name.startswith("local-dir:"):
         read_weights(Path(name.removeprefix("local-dir:")) / WEIGHTS)

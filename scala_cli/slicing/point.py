@@ -37,7 +37,8 @@ class Point:
             return cls(Fraction(str(ratio).strip()))
         except (ValueError, OverflowError, ZeroDivisionError):
             raise PointError(
-                f"{str(ratio)!r} is not a ratio.", "Write 0.5 or 1/2; several as 0.25,0.5,0.75,1"
+                f"{str(ratio)!r} is not a ratio.",
+                "Write 0.5 or 1/2; --ratio again for another, --ratios 0.25,0.5,1 for several at once.",
             ) from None
 
     @property

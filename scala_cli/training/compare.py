@@ -13,6 +13,7 @@ from scala_cli.errors import TrainingError
 from scala_cli.files import whole_file
 from scala_cli.measure import cost
 from scala_cli.models.checkpoint import Record
+from scala_cli.models.locate import STATE
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.report import write_csv
 from scala_cli.settings import MethodSettings, Settings
@@ -21,7 +22,7 @@ from scala_cli.slicing.rule import AttnScale
 from scala_cli.slicing.table import Layout
 from scala_cli.training.finetune import can_be_ordered, finetune, go_on, open_splits
 from scala_cli.training.price import training_gmacs
-from scala_cli.training.run import METRICS, STATE, Run
+from scala_cli.training.run import METRICS, Run
 from scala_cli.watch import Watcher
 
 RESULT, ELSEWHERE = "compare.json", "Give another place: --output DIR"
@@ -146,7 +147,8 @@ def compare(
         "ratios": [str(point) for point in net.points],
         "arms": [arm.name for arm in arms],
         "equal": equal,
-        "settings": str(settings),
+        "data": settings.data,
+        "settings": settings.words(),
     }
     claim(folder, what)
     gmacs = {point: cost(net.spec.at(point))["gmacs"] for point in net.points}
@@ -185,8 +187,8 @@ def refuse_unfit(net: SlimmableViT, record: Record, arms: Sequence[Arm], setting
     if misfit:
         raise TrainingError(
             f"{misfit}: every method would learn them anew.",
-            "Learn them once: scala finetune MODEL --data DIR --ratios 1 --method separate -o full; "
-            "then compare full/last.",
+            "Learn them once: scala finetune MODEL --data DIR --ratios 1 --method separate --order none "
+            "-o full; then compare full/last --ratios 0.25,0.5,0.75,1",
         )
     if record.trained and not can_be_ordered(net, record):
         raise TrainingError(
@@ -269,7 +271,7 @@ def write(folder: Path, what: dict[str, Any], rows: Sequence[dict[str, Any]]) ->
 def columns(row: dict[str, Any]) -> dict[str, Any]:
     """A row of the table: a column for each width, mean and spread over the seeds."""
     tops = {
-        f"{point['ratio']:g}": f"{point['top1']:.2f}"
+        Point.of(point["ratio"]).label: f"{point['top1']:.2f}"
         + ("" if point["spread"] is None else f" ± {point['spread']:.2f}")
         for point in row["points"]
     }

@@ -113,7 +113,7 @@ def begin(trainer: Trainer, start: SlimmableViT, record: Record, run: Run, watch
         run.begin(start, record, trainer.state())
         return trainer.train(run, trained_by(record, start.points, trainer.settings, taught), watch)
     except (ScalaError, OSError):
-        nothing = not run.holds_state() or run.read_state()["step"] == 0
+        nothing = not run.holds_state() or run.read_state().get("step", 0) == 0  # learning classes has none
         if nothing and not run.teacher.holds_state():
             run.discard()
         raise

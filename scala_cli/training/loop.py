@@ -12,7 +12,7 @@ from timm.scheduler import create_scheduler_v2
 from scala_cli.data.loader import Loader, transform_for
 from scala_cli.data.split import Split
 from scala_cli.device import choose_device
-from scala_cli.errors import TrainingError
+from scala_cli.errors import LostProcess, TrainingError
 from scala_cli.evaluate import evaluate
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.slimmable import SlimmableViT
@@ -139,7 +139,7 @@ class Trainer:
 
         Raises:
             TrainingError: where a loss is not finite; what was saved before stays.
-            Stopped: where the watcher asks for it, after saving.
+            Stopped: where the watcher asks for it, after saving; LostProcess likewise.
         """
         if self.settings.log_grads and self.world.rank == 0:
             parameters = self.step.net.vit.parameters()
@@ -160,7 +160,7 @@ class Trainer:
                     self.epoch = Epoch()
                     run.save_epoch(self.step.judged, record, self.rows, self.state())
                     watch.epoch(self.rows[-1])
-        except Stopped:
+        except (Stopped, LostProcess):  # between two steps, or before the weights of one have moved
             run.write_state(self.state())
             raise
         for loader in (self.training, self.validation):

@@ -16,7 +16,7 @@ from huggingface_hub.utils import yaml_dump
 from scala_cli.errors import TrainingError
 from scala_cli.files import refuse_occupied, whole_file
 from scala_cli.models.checkpoint import Record, save
-from scala_cli.models.locate import LAST_RUN
+from scala_cli.models.locate import LAST_RUN, STATE
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.report import write_csv
 from scala_cli.settings import Settings
@@ -26,7 +26,7 @@ Row = dict[str, Any]
 """One epoch: {"epoch", "lr", "images_per_sec", "minutes", "loss": {name: mean},
 "points": [{"ratio", "top1", ...}]}; the minutes are those of training, without evaluation."""
 
-STATE, METRICS, GRADIENTS, FORMAT = "state.pt", "metrics.jsonl", "grads.jsonl", 2
+METRICS, GRADIENTS, FORMAT = "metrics.jsonl", "grads.jsonl", 2
 FILES = {"teacher", "start", "last", "best", STATE, METRICS, GRADIENTS, "summary.csv", "args.yaml"}
 
 

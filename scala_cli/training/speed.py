@@ -13,13 +13,19 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor
 from torch.nn import functional as F
 
-from scala_cli.device import autocast, choose_device, peak_memory, uses_bfloat16
+from scala_cli.device import (
+    autocast,
+    choose_device,
+    naming_lack_of_memory,
+    peak_memory,
+    uses_bfloat16,
+)
 from scala_cli.measure import conditions, cost, take_turns
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.vit import choose_attention, random_images
 from scala_cli.settings import Settings
 from scala_cli.training.price import training_gmacs
-from scala_cli.training.step import Step
+from scala_cli.training.step import Step, compiling
 from scala_cli.watch import Watcher
 
 WARMUP_ROUNDS = 3
@@ -58,8 +64,9 @@ def bench_training(net: SlimmableViT, settings: Settings, rounds: int, watch: Wa
         "scala, taught": partial(run_method, teacher),
     }
     watch.phase("warm up", WARMUP_ROUNDS * len(calls), "steps")
-    take_turns(calls, WARMUP_ROUNDS, device, watch)
-    peaks = {name: peak_memory(device, call) for name, call in calls.items()}
+    with compiling(settings), naming_lack_of_memory(size):
+        take_turns(calls, WARMUP_ROUNDS, device, watch)
+        peaks = {name: peak_memory(device, call) for name, call in calls.items()}
     watch.phase("time", rounds * len(calls), "steps")
     times = take_turns(calls, rounds, device, watch)
 

@@ -1,7 +1,7 @@
 """One training step: every pass of a method on one batch, then one move of the weights."""
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from random import Random
 from typing import Any
@@ -21,6 +21,8 @@ from scala_cli.settings import AugmentSettings, Settings
 from scala_cli.slicing.point import Point
 from scala_cli.training.gradients import GradientLog
 from scala_cli.world import ALONE, World
+
+IN_PARTS = "Work through them in parts with --grad-accum-steps 2, or give a smaller --batch-size (-b)."
 
 
 class Step:
@@ -71,6 +73,7 @@ class Step:
             else None
         )
         self.judged = SlimmableViT(self.average.module, start.spec, start.rule) if self.average else self.net
+        self.compiling = compiling(settings)
         if chosen.torchcompile:
             allow_compiling_all()
             for model in (self.net, self.frozen):
@@ -104,14 +107,9 @@ class Step:
             targets: (B,) class numbers.
 
         Raises:
-            TrainingError: where the device has not enough memory.
-            ScalaError: where torch.compile was asked for and fails.
+            ScalaError: where the device has not enough memory; where torch.compile was asked for and fails.
         """
-        failing = naming_failure("torch.compile failed", "Leave out --torchcompile.")
-        with (
-            failing if self.settings.optimizer.torchcompile else nullcontext(),
-            naming_lack_of_memory(len(images)),
-        ):
+        with self.compiling, naming_lack_of_memory(len(images), IN_PARTS):
             losses = self.gather_gradients(images, targets)
             if self.gradients:
                 self.gradients.write(self.number)
@@ -123,6 +121,7 @@ class Step:
             self.number += 1
             if self.average:
                 self.average.update(self.net.vit, self.number)
+        self.compiling = nullcontext()
         return {name: loss.item() for name, loss in losses.items()}
 
     def gather_gradients(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -158,6 +157,13 @@ class Step:
         assert self.frozen is not None
         with autocast(self.device, self.settings.device):
             return self.frozen(images).float()
+
+
+def compiling(settings: Settings) -> AbstractContextManager[object]:
+    """Within, an error is torch.compile's where that was asked for: nothing has run yet."""
+    if not settings.optimizer.torchcompile:
+        return nullcontext()
+    return naming_failure("torch.compile failed", "Leave out --torchcompile.")
 
 
 def mixer(
