@@ -160,6 +160,27 @@ def test_env(scala):
     assert facts["torch"] == torch.__version__.partition("+")[0] and facts["threads"] >= 1
 
 
+def test_classes_that_are_called_otherwise(scala, tiny, photos):
+    scala("convert", "tiny-timm", "-o", "german", "--labels", named("blau", "gruen", "rot"))
+    call = ("--data", photos, "-j", 0, "--json")
+    refused = scala("eval", "german", *call)
+    assert refused.code == 2 and "--labels" in refused.stderr
+    scala("convert", "tiny-timm", "-o", "english", "--labels", named("blue", "green", "red"))
+    assert scala("eval", "english", *call).json["points"][0]["images"] == 6
+    assert scala("info", "english", "--json").json["classes"] == 3
+    for names, message in (
+        (("a", "b"), "names 2 classes, the model has 3"),
+        (("a", "b", "a"), "'a' more than once"),
+    ):
+        answer = scala("convert", "tiny-timm", "-o", "none", "--labels", named(*names))
+        assert answer.code == 2 and message in answer.stderr and not Path("none").exists()
+
+
+def named(*classes: str) -> Path:
+    Path("labels.txt").write_text("\n".join(classes) + "\n")
+    return Path("labels.txt")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

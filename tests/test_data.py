@@ -203,7 +203,7 @@ def test_class_misfit():
     data = ("cat", "dog")
     assert class_misfit(data, 2, None) == class_misfit(data, 2, ["cat", "dog"]) == ""
     assert "3 classes, the data has 2" in class_misfit(data, 3, None)
-    assert "class 'dog' is 'cat' in the data" in class_misfit(data, 2, ["dog", "cat"])
+    assert "class 'dog' of the model is 'cat' in the data" in class_misfit(data, 2, ["dog", "cat"])
 
 
 def test_images_held_out_are_every_nth_and_not_trained_on(photos):

@@ -6,6 +6,7 @@ import typer
 
 from scala_cli.cli.console import Output
 from scala_cli.cli.options import Force, Ratios, Target
+from scala_cli.errors import ScalaError
 from scala_cli.files import refuse_occupied
 from scala_cli.models.locate import FILES, path_of, short_name
 from scala_cli.settings import ReadSettings
@@ -29,6 +30,10 @@ def convert(
         bool, typer.Option("--ema", help="Take the moving average (model_ema) that the file also holds.")
     ] = False,
     scratch: Annotated[bool, typer.Option("--scratch", help="Start from random weights.")] = False,
+    labels: Annotated[
+        Path | None,
+        typer.Option("--labels", help="Names for its classes, in their order: a text file, one a line."),
+    ] = None,
     num_classes: Annotated[int | None, typer.Option(min=1, help="A new head with so many classes.")] = None,
     img_size: Annotated[int | None, typer.Option(min=1, help="Pixels a side.")] = None,
     patch_size: Annotated[int | None, typer.Option(min=1, help="Pixels a side of a patch.")] = None,
@@ -68,6 +73,7 @@ def convert(
     from scala_cli.measure import cost, largest_difference
     from scala_cli.models.checkpoint import save
     from scala_cli.models.order import put_first_what_matters
+    from scala_cli.models.slimmable import SlimmableViT
     from scala_cli.models.source import Changes, open_model
     from scala_cli.models.vit import random_images
 
@@ -75,6 +81,8 @@ def convert(
     net, record = open_model(
         model, points, changes, weights=weights, scratch=scratch, average=ema, layout=layout
     )
+    if labels is not None:
+        net = SlimmableViT(net.vit, net.spec.naming(read_labels(labels, net.spec.num_classes)), net.rule)
     original = net.vit
     if order == "importance":
         with out.progress() as live:
@@ -95,3 +103,19 @@ def convert(
         rows,
         title="widths",
     )
+
+
+def read_labels(file: Path, count: int) -> list[str]:
+    """The lines of a file. Raises ScalaError unless it names so many classes, each once."""
+    try:
+        names = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise ScalaError(f"{file} is no text file.", "Write one name a line.") from None
+    if len(names) != count:
+        raise ScalaError(
+            f"{file} names {len(names)} classes, the model has {count}.", "Write one line for each."
+        )
+    if len({*names}) < count:
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ScalaError(f"{file} names {twice!r} more than once.", "Give each class a name of its own.")
+    return names

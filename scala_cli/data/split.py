@@ -208,7 +208,7 @@ def class_misfit(data: Sequence[str], num_classes: int, names: Sequence[str] | N
         return f"the model knows {num_classes} classes, the data has {len(data)}"
     if names and tuple(names) != tuple(data):
         theirs, ours = next((a, b) for a, b in zip(names, data, strict=True) if a != b)
-        return f"the model's class {theirs!r} is {ours!r} in the data"
+        return f"class {theirs!r} of the model is {ours!r} in the data"
     return ""
 
 
