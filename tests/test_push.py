@@ -120,7 +120,7 @@ def test_a_family_with_its_card(hub, net, images):
         assert told in card.text
 
 
-def test_the_card_of_a_family_without_its_full_width(images):
+def test_the_card_of_a_family_without_its_full_width(elsewhere):
     net = slimmable(ratios="0.25,0.5")
     save(net, Record(method="scala"), Path("narrow"))
     done = push("http://127.0.0.1:9", "narrow", "org/narrow", "--dry-run", "-o", "out", token=None)
