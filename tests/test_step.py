@@ -2,7 +2,6 @@
 
 import math
 from copy import deepcopy
-from dataclasses import replace
 from functools import partialmethod
 from random import Random
 
@@ -11,7 +10,7 @@ import torch
 from runs import settings, start
 
 from scala_cli.device import naming_lack_of_memory
-from scala_cli.errors import ScalaError, TrainingError
+from scala_cli.errors import ScalaError
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.settings import AugmentSettings, DeviceSettings, OptimizerSettings
@@ -117,7 +116,7 @@ def test_lack_of_memory_names_the_batch_and_keeps_what_was_saved(photos, tmp_pat
     ready, run = trainer(photos), Run(tmp_path / "run")
     real = ready.step.predict
     ready.step.predict = lambda *args: torch.empty(1 << 50) if ready.step.number == 4 else real(*args)
-    with pytest.raises(TrainingError, match="memory for 4 images") as error:
+    with pytest.raises(ScalaError, match="memory for 4 images") as error:
         ready.train(run, Record(), Watcher())
     assert "--batch-size" in error.value.hint
     assert run.read_state()["step"] == 3 and (run.path / "last/model.safetensors").is_file()
@@ -174,8 +173,7 @@ def test_compiled_widths_are_compiled_once_and_compute_the_same(photos, monkeypa
 
 
 def test_a_compiler_that_fails_is_named(photos):
-    ready = step(photos)
-    ready.settings = replace(ready.settings, optimizer=OptimizerSettings(torchcompile=True))
+    ready = step(photos, optimizer=OptimizerSettings(batch_size=4, torchcompile=True))
 
     def fail(*_):
         raise RuntimeError("No working C++ compiler\nfound")
