@@ -23,8 +23,9 @@ demo: $(VENV)/.installed
 	$$S slice --ratio 0.5 && \
 	$$S bench
 
+# In two processes, each with one thread for torch.
 test: $(VENV)/.installed
-	$(BIN)/pytest --cov=scala_cli --cov-report=term --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --cov=scala_cli --cov-report=term --cov-fail-under=90
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

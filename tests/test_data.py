@@ -232,16 +232,27 @@ class Deadly:
         return "deadly"
 
 
-class Broken(Deadly):
-    """Fails for a reason of its own, within what is handed to the transform."""
+def test_a_reader_that_fails_is_not_called_killed(folder):
+    def failing():
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.")
+        yield
 
-    def __getitem__(self, index):
-        raise RuntimeError("of its own")
+    reading = loader(folder)
+    reading.loader = failing()
+    with pytest.raises(RuntimeError, match="Caught"):
+        list(reading)
 
 
-def test_a_reader_that_fails_is_not_called_killed():
-    with pytest.raises(RuntimeError, match="of its own"):
-        list(Loader(Split(Broken(), ("one",)), None, 2, ReadSettings(workers=1)))
+def test_a_reading_process_that_nobody_ends_does_so_itself(folder, monkeypatch):
+    monkeypatch.setattr("scala_cli.data.loader.GRACE", 1)
+    reading = iter(loader(folder, workers=1).loader)
+    next(reading)
+    (process,) = reading._workers
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(0.3)
+    assert process.is_alive()
+    with pytest.raises(RuntimeError, match="Alarm clock"):
+        process.join(20)
 
 
 def test_a_reading_process_that_dies_is_told_in_one_line():

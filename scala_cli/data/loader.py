@@ -22,6 +22,9 @@ from scala_cli.settings import AugmentSettings, ReadSettings
 from scala_cli.watch import Watcher
 from scala_cli.world import ALONE, World
 
+GRACE = 60
+"""Seconds that a reading process goes on after a SIGTERM."""
+
 
 @dataclass(frozen=True)
 class Corrupt:
@@ -124,10 +127,11 @@ def collate(items: Sequence[tuple[Tensor, int] | Corrupt]) -> Batch:
 def leave_stopping_to_the_parent(_: int) -> None:
     """A terminal's Ctrl-C, or a scheduler's SIGTERM, also reaches the processes that read.
 
-    They go on until training has saved; then they are told to end, and they end with their parent.
+    They go on until training has saved; then they are told to end, and they end with their parent. One that
+    is not told ends a while after a SIGTERM, for Python itself sends that to what is left when it exits.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 class Loader:
