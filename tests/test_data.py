@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -251,8 +252,9 @@ def test_a_reading_process_that_nobody_ends_does_so_itself(folder, monkeypatch):
     os.kill(process.pid, signal.SIGTERM)
     process.join(0.3)
     assert process.is_alive()
-    with pytest.raises(RuntimeError, match="Alarm clock"):
+    with suppress(RuntimeError):  # torch raises it where it is the first to hear of a dead child
         process.join(20)
+    assert process.exitcode == -signal.SIGALRM
 
 
 def test_a_reading_process_that_dies_is_told_in_one_line():
