@@ -206,7 +206,7 @@ class Bench:
         what = f"{runtime} cannot run this model on {len(images)} images"
         hint = "Leave that runtime out, or try a smaller --batch-size."
         named = nullcontext() if runtime == "torch" else naming_failure(what, hint)
-        with naming_lack_of_memory(len(images)), named:
+        with named, naming_lack_of_memory(len(images)):
             peak = peak_memory(self.device, answer)
         return kept[0], None if runtime == "compile" else peak
 

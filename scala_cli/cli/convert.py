@@ -32,7 +32,12 @@ def convert(
     scratch: Annotated[bool, typer.Option("--scratch", help="Start from random weights.")] = False,
     labels: Annotated[
         Path | None,
-        typer.Option("--labels", help="Names for its classes, in their order: a text file, one a line."),
+        typer.Option(
+            "--labels",
+            exists=True,
+            dir_okay=False,
+            help="Names for its classes, in their order: a text file, one a line.",
+        ),
     ] = None,
     num_classes: Annotated[int | None, typer.Option(min=1, help="A new head with so many classes.")] = None,
     img_size: Annotated[int | None, typer.Option(min=1, help="Pixels a side.")] = None,

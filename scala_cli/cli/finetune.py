@@ -71,7 +71,7 @@ def finetune(
                 best = go_on(run, live)
             else:
                 assert model is not None and data is not None
-                refuse_occupied(run.path, True, FILES, path_of(model))
+                refuse_occupied(run.path, force, FILES, path_of(model))
                 settings = Settings(
                     place_of(data),
                     method,

@@ -58,12 +58,10 @@ def model_card(
     """
     found = {Point.of(metric["ratio"]): metric for metric in record.metrics}
     place = f"{'hf-hub' if repository else 'local-dir'}:{name}"
-    whole = not family or Point.of(rows[-1]["ratio"]).ratio == 1
-    code = PLAIN.format(place=place) + "\n\n" if whole else ""
+    code = [PLAIN.format(place=place)] if not family or holds_full_width(rows) else []
     if family:
-        code += FAMILY.format(
-            source=place if repository else name, ratio=repr(Point.of(rows[0]["ratio"]).label)
-        )
+        source, narrowest = place if repository else name, Point.of(rows[0]["ratio"]).label
+        code.append(FAMILY.format(source=source, ratio=repr(narrowest)))
     command = record.provenance.get("command")
     card = CARD.format(
         metadata=metadata(name, spec, record, rows).to_yaml(),
@@ -71,7 +69,7 @@ def model_card(
         what=description(spec, record, rows, family),
         table=markdown([{**line(row), **accuracy(found.get(Point.of(row["ratio"])))} for row in rows]),
         picture=f"\n![top-1 against GMACs]({picture})\n" if picture else "",
-        code=code.strip(),
+        code="\n\n".join(code),
         origin=record.provenance.get("weights", "unknown"),
         command=f" Trained with: `{command}`." if command else "",
     )
@@ -87,12 +85,20 @@ def description(spec: Spec, record: Record, rows: Rows, family: bool) -> str:
             f"{spec.architecture} at {narrowest} of its width, for images of {height} x {width} "
             f"pixels. Cut from a slimmable Vision Transformer{method}, with scala-vit."
         )
-    whole = Point.of(rows[-1]["ratio"]).ratio == 1
-    cuts = "timm loads the full width; scala-vit cuts the others." if whole else "scala-vit cuts them."
+    cuts = (
+        "timm loads the full width; scala-vit cuts the others."
+        if holds_full_width(rows)
+        else "scala-vit cuts them."
+    )
     return (
         f"{spec.architecture} in {len(rows)} widths that share these weights{method}, for images of "
         f"{height} x {width} pixels. {cuts}"
     )
+
+
+def holds_full_width(rows: Rows) -> bool:
+    """Whether the widest of a family's widths, which come last, is that of the model itself."""
+    return Point.of(rows[-1]["ratio"]).ratio == 1
 
 
 def line(row: Mapping[str, Any]) -> dict[str, Any]:

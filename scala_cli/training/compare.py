@@ -147,7 +147,8 @@ def compare(
         "ratios": [str(point) for point in net.points],
         "arms": [arm.name for arm in arms],
         "equal": equal,
-        "data": settings.data,
+        "data": [settings.data, settings.read.data_dir],
+        "amp": settings.device.amp,
         "settings": settings.words(),
     }
     claim(folder, what)

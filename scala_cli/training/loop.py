@@ -11,7 +11,7 @@ from timm.scheduler import create_scheduler_v2
 
 from scala_cli.data.loader import Loader, transform_for
 from scala_cli.data.split import Split
-from scala_cli.device import choose_device
+from scala_cli.device import choose_device, naming_lack_of_memory
 from scala_cli.errors import LostProcess, TrainingError
 from scala_cli.evaluate import evaluate
 from scala_cli.models.checkpoint import Record
@@ -24,6 +24,7 @@ from scala_cli.watch import Stopped, Watcher
 from scala_cli.world import World
 
 SECONDS_BETWEEN_SAVES = 180.0
+IN_PARTS = "Work through them in parts with --grad-accum-steps 2, or give a smaller --batch-size (-b)."
 
 
 @dataclass
@@ -139,6 +140,7 @@ class Trainer:
 
         Raises:
             TrainingError: where a loss is not finite; what was saved before stays.
+            ScalaError: where the device has not enough memory for a step.
             Stopped: where the watcher asks for it, after saving; LostProcess likewise.
         """
         if self.settings.log_grads and self.world.rank == 0:
@@ -185,7 +187,8 @@ class Trainer:
         began = saved = time.perf_counter()
         for images, targets in islice(self.training.of_epoch(number, first), last - self.step.number):
             lr = self.lr
-            losses = self.step(images, targets)
+            with naming_lack_of_memory(len(images), IN_PARTS):
+                losses = self.step(images, targets)
             self.scheduler.step_update(self.step.number)
             for name, loss in losses.items():
                 if not math.isfinite(loss):

@@ -64,7 +64,7 @@ def bench_training(net: SlimmableViT, settings: Settings, rounds: int, watch: Wa
         "scala, taught": partial(run_method, teacher),
     }
     watch.phase("warm up", WARMUP_ROUNDS * len(calls), "steps")
-    with compiling(settings), naming_lack_of_memory(size):
+    with compiling(settings), naming_lack_of_memory(size):  # which the first steps show
         take_turns(calls, WARMUP_ROUNDS, device, watch)
         peaks = {name: peak_memory(device, call) for name, call in calls.items()}
     watch.phase("time", rounds * len(calls), "steps")

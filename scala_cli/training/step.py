@@ -12,7 +12,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 from torch import Tensor
 
-from scala_cli.device import allow_compiling_all, autocast, naming_lack_of_memory, uses_bfloat16
+from scala_cli.device import allow_compiling_all, autocast, uses_bfloat16
 from scala_cli.errors import TrainingError, naming_failure
 from scala_cli.methods import METHODS
 from scala_cli.models.slimmable import SlimmableViT
@@ -21,8 +21,6 @@ from scala_cli.settings import AugmentSettings, Settings
 from scala_cli.slicing.point import Point
 from scala_cli.training.gradients import GradientLog
 from scala_cli.world import ALONE, World
-
-IN_PARTS = "Work through them in parts with --grad-accum-steps 2, or give a smaller --batch-size (-b)."
 
 
 class Step:
@@ -107,9 +105,9 @@ class Step:
             targets: (B,) class numbers.
 
         Raises:
-            ScalaError: where the device has not enough memory; where torch.compile was asked for and fails.
+            ScalaError: where torch.compile was asked for and fails.
         """
-        with self.compiling, naming_lack_of_memory(len(images), IN_PARTS):
+        with self.compiling:
             losses = self.gather_gradients(images, targets)
             if self.gradients:
                 self.gradients.write(self.number)
