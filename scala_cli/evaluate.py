@@ -9,7 +9,7 @@ from timm.utils import AverageMeter, accuracy
 from torch import Tensor
 
 from scala_cli.cascade import Cascade, confidence, sweep
-from scala_cli.data.loader import Loader, transform_for
+from scala_cli.data.loader import Loader, naming_a_dead_reader, transform_for
 from scala_cli.data.split import class_misfit, open_split
 from scala_cli.device import autocast, naming_lack_of_memory
 from scala_cli.errors import DataError
@@ -73,6 +73,7 @@ def widths(net: SlimmableViT, points: Sequence[Point], settings: DeviceSettings)
     return {point: partial(predict, point) for point in points}
 
 
+@naming_a_dead_reader()
 @torch.inference_mode()
 def accuracies(
     predictors: Mapping[Key, Predictor],
@@ -101,6 +102,7 @@ def accuracies(
     }
 
 
+@naming_a_dead_reader()
 @torch.inference_mode()
 def evaluate_cascade(
     cascade: Cascade,

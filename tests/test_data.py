@@ -12,7 +12,13 @@ import torch
 from conftest import build, slimmable
 from PIL import Image
 
-from scala_cli.data.loader import Loader, calibration_images, transform_for
+from scala_cli.data.loader import (
+    Loader,
+    calibration_images,
+    leave_stopping_to_the_parent,
+    naming_a_dead_reader,
+    transform_for,
+)
 from scala_cli.data.split import Split, class_misfit, hold_out, open_split
 from scala_cli.errors import DataError
 from scala_cli.evaluate import evaluate
@@ -262,3 +268,21 @@ def test_a_reading_process_that_dies_is_told_in_one_line():
     with pytest.raises(DataError, match="was killed") as error:
         list(Loader(split, None, 2, ReadSettings(workers=1)))
     assert "--workers" in error.value.hint
+
+
+def test_a_reading_process_hears_nothing_before_it_knows_what_to_do(folder, monkeypatch):
+    """SIGTERM in the moment between torch's own handlers and ours, where it would end the process."""
+    ready = leave_stopping_to_the_parent
+
+    def signalled(worker):
+        os.kill(os.getpid(), signal.SIGTERM)
+        ready(worker)
+
+    monkeypatch.setattr("scala_cli.data.loader.leave_stopping_to_the_parent", signalled)
+    assert sum(len(images) for images, _ in loader(folder, workers=2)) == 6
+
+
+def test_a_reading_process_that_dies_while_nobody_reads():
+    """torch raises in whatever the main process does then."""
+    with pytest.raises(DataError, match="was killed"), naming_a_dead_reader():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")

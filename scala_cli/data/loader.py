@@ -124,6 +124,9 @@ def collate(items: Sequence[tuple[Tensor, int] | Corrupt]) -> Batch:
     )
 
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
 def leave_stopping_to_the_parent(_: int) -> None:
     """A terminal's Ctrl-C, or a scheduler's SIGTERM, also reaches the processes that read.
 
@@ -132,6 +135,31 @@ def leave_stopping_to_the_parent(_: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
+@contextmanager
+def born_deaf() -> Iterator[None]:
+    """Processes started within do not hear of stopping before they have said what to do about it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def naming_a_dead_reader() -> Iterator[None]:
+    """Turns what torch raises, at any moment, once a process that reads has died into a DataError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search(r"DataLoader worker.*(is killed|exited unexpectedly)", str(error)):
+            raise
+        raise DataError(
+            "a process that reads images was killed; there may be too little memory.",
+            "Use fewer of them: --workers 1, or 0 to read in the main process.",
+        ) from None
 
 
 class Loader:
@@ -195,15 +223,10 @@ class Loader:
 
     def read(self) -> Iterator[Batch]:
         """What the loader reads. Raises DataError where one of its processes dies."""
-        try:
-            yield from self.loader
-        except RuntimeError as error:
-            if not re.search(r"DataLoader worker.*(is killed|exited unexpectedly)", str(error)):
-                raise
-            raise DataError(
-                "a process that reads images was killed; there may be too little memory.",
-                "Use fewer of them: --workers 1, or 0 to read in the main process.",
-            ) from None
+        with naming_a_dead_reader():
+            with born_deaf():
+                batches = iter(self.loader)
+            yield from batches
 
     def tell_skipped(self, watch: Watcher) -> None:
         """Notes how many images were skipped, and each by name as far as the first ten."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from timm.scheduler import create_scheduler_v2
 
-from scala_cli.data.loader import Loader, transform_for
+from scala_cli.data.loader import Loader, naming_a_dead_reader, transform_for
 from scala_cli.data.split import Split
 from scala_cli.device import choose_device, naming_lack_of_memory
 from scala_cli.errors import LostProcess, TrainingError
@@ -132,6 +132,7 @@ class Trainer:
         self.rows, self.epoch = state["rows"], Epoch(**state["epoch"])
         self.step.restore(state)
 
+    @naming_a_dead_reader()
     def train(self, run: Run, record: Record, watch: Watcher) -> Row:
         """Trains what is left, saves every epoch and between, and returns the row of the best.
 
