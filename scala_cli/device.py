@@ -12,6 +12,7 @@ import torch
 
 from scala_cli.errors import ScalaError
 from scala_cli.settings import DeviceSettings
+from scala_cli.watch import Watcher
 
 
 def choose_device(settings: DeviceSettings) -> torch.device:
@@ -37,13 +38,18 @@ def choose_device(settings: DeviceSettings) -> torch.device:
 
 
 def uses_bfloat16(device: torch.device, settings: DeviceSettings) -> bool:
-    """Whether to compute in bfloat16: as told, else where the hardware multiplies in it.
+    """Whether to compute in bfloat16: as told, else where the hardware multiplies in it."""
+    return multiplies_bfloat16(device) if settings.amp is None else settings.amp
 
-    That is any GPU, and a CPU with AMX or AVX512-BF16, which trains twice as fast with it
-    (docs/performance.md).
-    """
-    if settings.amp is not None:
-        return settings.amp
+
+def note_emulation(device: torch.device, settings: DeviceSettings, watch: Watcher) -> None:
+    """Tells a user who asks for bfloat16 where no hardware multiplies in it: nothing else would."""
+    if settings.amp and not multiplies_bfloat16(device):
+        watch.note("this CPU does not multiply in bfloat16; --amp can take a hundred times as long here.")
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Any GPU does, and a CPU with AMX or AVX512-BF16: it trains twice as fast so (docs/performance.md)."""
     if device.type != "cpu":
         return True
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()

@@ -10,7 +10,7 @@ from conftest import KINDS, build, slimmable
 
 from scala_cli.errors import CheckpointError, PointError
 from scala_cli.models.checkpoint import Record, load, save
-from scala_cli.models.vit import describe
+from scala_cli.models.vit import describe, skip_unread
 from scala_cli.slicing.point import parse_points
 
 RULES = [
@@ -57,6 +57,26 @@ def test_gradients_equal_those_of_the_slice(images):
     kept = net.rule.slice_state({k: p.grad for k, p in net.vit.named_parameters()}, net.points[1])
     for name, parameter in piece.named_parameters():
         torch.testing.assert_close(kept[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_head_does_not_read_is_skipped_for_the_same_logits_and_gradients(kind, images):
+    """Skipped is what lies behind a plain attention, where the head reads a class token alone."""
+    whole, sparing = slimmable(kind), slimmable(kind)
+    skip_unread(sparing.vit)
+    tokens = []
+    for vit in (sparing.vit, sparing._skeleton(sparing.points[1])):
+        vit.blocks[-1].mlp.register_forward_pre_hook(lambda _, given: tokens.append(given[0].shape[1]))
+    for ratio in (1, 0.5):
+        answers = whole(images, ratio), sparing(images, ratio)
+        torch.testing.assert_close(*answers, rtol=1e-5, atol=1e-5)
+        for answer in answers:
+            answer.square().mean().backward()
+    prefix, patches = whole.vit.num_prefix_tokens, whole.vit.patch_embed.num_patches
+    plain = whole.vit.global_pool == "token" and kind != "qk_norm"
+    assert tokens == [prefix if plain else prefix + patches] * 2
+    for one, other in zip(whole.vit.parameters(), sparing.vit.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_training_mode_reaches_every_width(images):

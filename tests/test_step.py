@@ -7,9 +7,9 @@ from random import Random
 
 import pytest
 import torch
-from runs import settings, start
+from runs import Listener, settings, start
 
-from scala_cli.device import naming_lack_of_memory
+from scala_cli.device import naming_lack_of_memory, note_emulation
 from scala_cli.errors import ScalaError
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.slimmable import SlimmableViT
@@ -84,6 +84,14 @@ def test_bfloat16_training_is_close_to_float32(photos):
         assert fused == {not amp}
     assert losses[True] != losses[False]
     assert losses[True] == pytest.approx(losses[False], rel=0.05)
+
+
+@pytest.mark.parametrize(("amp", "hardware", "told"), [(True, False, 1), (True, True, 0), (None, False, 0)])
+def test_bfloat16_that_would_be_emulated_is_told(monkeypatch, amp, hardware, told):
+    monkeypatch.setattr("scala_cli.device.multiplies_bfloat16", lambda _: hardware)
+    listener = Listener()
+    note_emulation(torch.device("cpu"), DeviceSettings(amp=amp), listener)
+    assert len(listener.notes) == told
 
 
 @pytest.mark.parametrize("parts", [2, 3, 4, 9])

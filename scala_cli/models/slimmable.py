@@ -9,7 +9,7 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from scala_cli.models.vit import Spec
+from scala_cli.models.vit import LastBlock, Spec, skip_unread
 from scala_cli.slicing.point import Point, find_point
 from scala_cli.slicing.rule import Rule
 from scala_cli.slicing.table import axes_of
@@ -110,6 +110,8 @@ class SlimmableViT(nn.Module):
         if skeleton.training != self.training:
             skeleton.train(self.training)
         skeleton.set_grad_checkpointing(self.vit.grad_checkpointing)
+        if isinstance(self.vit.blocks[-1], LastBlock):
+            skip_unread(skeleton)
         return skeleton
 
     def __getstate__(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from timm.layers import AttentionPoolLatent, Mlp, PatchEmbed, SwiGLU, set_fused_
 from timm.models import VisionTransformer, VisionTransformerDistilled, filter_pretrained_cfg
 from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from scala_cli.errors import CheckpointError
 from scala_cli.slicing.point import Point
@@ -242,6 +243,52 @@ def first_odd_part(vit: VisionTransformer) -> str:
         if block.attn.qkv.out_features != 3 * vit.embed_dim:
             return "its heads do not add up to its embedding"
     return ""
+
+
+class LastBlock(Block):
+    """timm's block as the last one, where only the prefix tokens are read: it computes no others.
+
+    These attend to all tokens: torch's own attention takes queries of their own.
+    """
+
+    prefix: int
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """(B, N, C) -> (B, prefix, C)"""
+        attn: Any = self.attn
+        tokens = self.norm1(x).transpose(0, 1)
+        attended, _ = F.multi_head_attention_forward(
+            tokens[: self.prefix],
+            tokens,
+            tokens,
+            attn.attn_dim,
+            attn.num_heads,
+            attn.qkv.weight,
+            attn.qkv.bias,
+            bias_k=None,
+            bias_v=None,
+            add_zero_attn=False,
+            dropout_p=attn.attn_drop.p,
+            out_proj_weight=attn.proj.weight,
+            out_proj_bias=attn.proj.bias,
+            training=self.training,
+            need_weights=False,
+        )
+        x = x[:, : self.prefix] + self.drop_path1(self.ls1(attn.proj_drop(attended.transpose(0, 1))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def skip_unread(vit: VisionTransformer) -> None:
+    """Spares the last block what the head does not read, where that reads a class token alone.
+
+    Logits and gradients stay the same. Of n blocks it saves most of one's arithmetic (docs/performance.md).
+    What wants the features of every token must not do this.
+    """
+    last: Any = vit.blocks[-1]
+    plain = type(last) is Block and type(last.attn.q_norm) is type(last.attn.norm) is nn.Identity
+    if plain and vit.global_pool == "token":
+        last.__class__ = LastBlock
+        last.prefix = vit.num_prefix_tokens
 
 
 def choose_attention(vit: VisionTransformer, device: torch.device, bfloat16: bool) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from scala_cli.data.loader import calibration_images
 from scala_cli.data.split import Split, class_misfit, hold_out, open_split
-from scala_cli.device import choose_device
+from scala_cli.device import choose_device, note_emulation
 from scala_cli.errors import ScalaError, TrainingError
 from scala_cli.methods import METHODS
 from scala_cli.models.checkpoint import Record, load_with_record
@@ -39,7 +39,9 @@ def finetune(
         ScalaError: its kinds for data, points, checkpoints and training; nothing is written before all
             of the input has been checked.
     """
-    world = World.join(choose_device(settings.device))
+    device = choose_device(settings.device)
+    note_emulation(device, settings.device, watch)
+    world = World.join(device)
     run = run if world.rank == 0 else Reader(run.path)
     splits = open_splits(settings)
     classes = splits[0].classes

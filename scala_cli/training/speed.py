@@ -17,6 +17,7 @@ from scala_cli.device import (
     autocast,
     choose_device,
     naming_lack_of_memory,
+    note_emulation,
     peak_memory,
     uses_bfloat16,
 )
@@ -46,6 +47,7 @@ def bench_training(net: SlimmableViT, settings: Settings, rounds: int, watch: Wa
         by the images of the batch, where the system tells.
     """
     device = choose_device(settings.device)
+    note_emulation(device, settings.device, watch)
     size = settings.optimizer.batch_size
     images = random_images(net.spec, size).to(device)
     targets = (torch.arange(size) % net.spec.num_classes).to(device)

@@ -16,7 +16,7 @@ from scala_cli.device import allow_compiling_all, autocast, uses_bfloat16
 from scala_cli.errors import TrainingError, naming_failure
 from scala_cli.methods import METHODS
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.models.vit import choose_attention
+from scala_cli.models.vit import choose_attention, skip_unread
 from scala_cli.settings import AugmentSettings, Settings
 from scala_cli.slicing.point import Point
 from scala_cli.training.gradients import GradientLog
@@ -71,6 +71,9 @@ class Step:
             else None
         )
         self.judged = SlimmableViT(self.average.module, start.spec, start.rule) if self.average else self.net
+        for vit in (self.net.vit, self.frozen):
+            if vit:
+                skip_unread(vit)
         self.compiling = compiling(settings)
         if chosen.torchcompile:
             allow_compiling_all()
