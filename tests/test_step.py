@@ -8,6 +8,7 @@ from random import Random
 import pytest
 import torch
 from runs import Listener, settings, start
+from timm.models.vision_transformer import Block
 
 from scala_cli.device import naming_lack_of_memory, note_emulation
 from scala_cli.errors import ScalaError
@@ -209,6 +210,18 @@ def test_the_narrowest_pulls_with_its_weight(photos):
         by_hand = sum(weights[point] * gradients[number] for point, gradients in own.items())
         torch.testing.assert_close(parameter.grad, by_hand, rtol=1e-4, atol=1e-6)
     assert list(losses) == [point.label for point in own]
+
+
+def test_what_training_starts_from_stays_as_it_was(photos):
+    """Teacher and pupil are copies, in memory of their own: tensors of a file may lie at any address."""
+    begun = start()
+    weights = {name: tensor.clone() for name, tensor in begun.vit.state_dict().items()}
+    ready = Step(begun, True, settings(photos), torch.device("cpu"))
+    ready(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]))
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in begun.vit.state_dict().items())
+    assert all(parameter.requires_grad for parameter in begun.vit.parameters())
+    assert type(begun.vit.blocks[-1]) is Block
+    assert all(parameter.data_ptr() % 64 == 0 for parameter in ready.frozen.parameters())
 
 
 def test_a_model_can_be_copied_after_a_step(photos):

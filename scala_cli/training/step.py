@@ -49,7 +49,8 @@ class Step:
         self.method = METHODS[settings.method.method](start.points, settings.method)
         self.net = deepcopy(start).to(device)
         self.net.vit.set_grad_checkpointing(settings.optimizer.grad_checkpointing)
-        self.frozen = start.vit.to(device).eval().requires_grad_(False) if taught else None
+        # a copy too: where tensors read from a file happen to lie decides how products of matrices round
+        self.frozen = deepcopy(start.vit).to(device).eval().requires_grad_(False) if taught else None
         for model in (self.net, self.frozen):
             if model:
                 world.agree(model)
