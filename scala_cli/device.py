@@ -43,8 +43,9 @@ def uses_bfloat16(device: torch.device, settings: DeviceSettings) -> bool:
 
 
 def note_emulation(device: torch.device, settings: DeviceSettings, watch: Watcher) -> None:
-    """Tells a user who asks for bfloat16 where no hardware multiplies in it: nothing else would."""
-    if settings.amp and not multiplies_bfloat16(device):
+    """Tells a user who asks for bfloat16 of an x86 CPU that cannot multiply in it: nothing else would."""
+    known = getattr(torch.cpu, "get_capabilities", dict)().get("architecture") == "x86_64"
+    if settings.amp and known and not multiplies_bfloat16(device):
         watch.note("this CPU does not multiply in bfloat16; --amp can take a hundred times as long here.")
 
 

@@ -29,14 +29,15 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def same_runs(one: str, other: str) -> bool:
-    """Whether two runs came to the same weights and losses, bit for bit."""
-    for checkpoint in ("last", "best"):
+    """Whether two runs that began alike came to the same weights, losses and record, bit for bit."""
+    for checkpoint in ("start", "last", "best"):
         a, b = (load_file(f"{run}/{checkpoint}/model.safetensors") for run in (one, other))
-        assert all(torch.equal(a[name], b[name]) for name in a)
-    a, b = (
-        [json.loads(line)["loss"] for line in Path(run, "metrics.jsonl").read_text().splitlines()]
-        for run in (one, other)
-    )
+        differing = [name for name in a if not torch.equal(a[name], b[name])]
+        assert not differing, checkpoint
+    told = [json.loads(Path(run, "last/config.json").read_text())["scala"] for run in (one, other)]
+    assert told[0] == told[1]
+    rows = (map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines()) for run in (one, other))
+    a, b = ([(row["loss"], row["lr"]) for row in each] for each in rows)
     return a == b
 
 
@@ -101,6 +102,19 @@ def test_resuming_a_process_that_was_stopped(photos, tmp_path, number, code, wor
     assert "Traceback" not in told and (code < 0 or "interrupted" in told)
     assert len(Path("cut/metrics.jsonl").read_text().splitlines()) < 15
     subprocess.run([*scala, "finetune", "--resume", "cut", "-q"], check=True, capture_output=True)
+    assert same_runs("whole", "cut")
+
+
+@pytest.mark.parametrize("changes", [{"grad_accum_steps": 4}, {"batch_size": 128, "epochs": 6}])
+@pytest.mark.parametrize("stop_at", [3, 5])
+def test_resuming_with_other_sizes_of_a_batch(photos, changes, stop_at):
+    """One image at a time; and more asked for than there are, so that a step is an epoch."""
+    chosen = settings(photos)
+    chosen = replace(chosen, optimizer=replace(chosen.optimizer, **changes))
+    finetune(start(), Record(), chosen, Run(Path("whole")), Listener())
+    with pytest.raises(Stopped):
+        finetune(start(), Record(), chosen, Run(Path("cut")), Listener(stop_at=stop_at, kind=Stopped))
+    go_on(Run(Path("cut")), Listener())
     assert same_runs("whole", "cut")
 
 

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Block
 
 from scala_cli.device import naming_lack_of_memory, note_emulation
 from scala_cli.errors import ScalaError
-from scala_cli.models.checkpoint import Record
+from scala_cli.models.checkpoint import Record, load, save
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.settings import AugmentSettings, DeviceSettings, OptimizerSettings
 from scala_cli.training.finetune import open_splits
@@ -87,9 +87,18 @@ def test_bfloat16_training_is_close_to_float32(photos):
     assert losses[True] == pytest.approx(losses[False], rel=0.05)
 
 
-@pytest.mark.parametrize(("amp", "hardware", "told"), [(True, False, 1), (True, True, 0), (None, False, 0)])
-def test_bfloat16_that_would_be_emulated_is_told(monkeypatch, amp, hardware, told):
-    monkeypatch.setattr("scala_cli.device.multiplies_bfloat16", lambda _: hardware)
+@pytest.mark.parametrize(
+    ("amp", "cpu", "told"),
+    [
+        (True, {"architecture": "x86_64", "avx2": True}, 1),
+        (True, {"architecture": "x86_64", "amx_bf16": True}, 0),
+        (True, {"architecture": "aarch64", "bf16": True}, 0),
+        (True, {}, 0),
+        (None, {"architecture": "x86_64"}, 0),
+    ],
+)
+def test_bfloat16_that_would_be_emulated_is_told(monkeypatch, amp, cpu, told):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: cpu, raising=False)
     listener = Listener()
     note_emulation(torch.device("cpu"), DeviceSettings(amp=amp), listener)
     assert len(listener.notes) == told
@@ -212,9 +221,16 @@ def test_the_narrowest_pulls_with_its_weight(photos):
     assert list(losses) == [point.label for point in own]
 
 
-def test_what_training_starts_from_stays_as_it_was(photos):
+def test_an_optimizer_of_second_order_is_refused(photos):
+    with pytest.raises(ScalaError, match="adahessian needs second derivatives"):
+        step(photos, optimizer=OptimizerSettings(epochs=1, batch_size=4, opt="adahessian"))
+
+
+def test_what_training_starts_from_stays_as_it_was(photos, tmp_path):
     """Teacher and pupil are copies, in memory of their own: tensors of a file may lie at any address."""
-    begun = start()
+    save(start(), Record(), tmp_path / "start")
+    begun = load(tmp_path / "start")
+    assert any(parameter.data_ptr() % 64 for parameter in begun.vit.parameters())
     weights = {name: tensor.clone() for name, tensor in begun.vit.state_dict().items()}
     ready = Step(begun, True, settings(photos), torch.device("cpu"))
     ready(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]))

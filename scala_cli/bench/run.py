@@ -18,6 +18,7 @@ from scala_cli.device import (
     autocast,
     choose_device,
     naming_lack_of_memory,
+    note_emulation,
     peak_memory,
 )
 from scala_cli.errors import naming_failure
@@ -66,6 +67,7 @@ def bench(
     """
     where = replace(where, amp=bool(where.amp))
     device = choose_device(where)
+    note_emulation(device, where, watch)
     runtimes = list(dict.fromkeys(name.strip() for name in settings.runtime.split(",") if name.strip()))
     runtimes += ["onnx-int8"] if settings.int8 else []
     refuse_runtimes(runtimes, device, bool(where.amp))

@@ -47,7 +47,7 @@ def evaluate(
     directory = resolve(checkpoint)
 
     from scala_cli.cascade import Cascade
-    from scala_cli.device import choose_device, uses_bfloat16
+    from scala_cli.device import choose_device, note_emulation, uses_bfloat16
     from scala_cli.evaluate import evaluate, evaluate_cascade, validation_loader
     from scala_cli.models.checkpoint import load_with_record
     from scala_cli.models.vit import choose_attention
@@ -62,6 +62,7 @@ def evaluate(
     loader = validation_loader(net, data, settings.batch_size, read)
     document: dict[str, Any]
     with out.progress() as live:
+        note_emulation(place, device, live)
         if cascade:
             asked = Cascade(net, cascade.split(","), threshold)
             thresholds = sorted({*THRESHOLDS, threshold})

@@ -1,11 +1,13 @@
 """Images as tensors, read strictly: nothing unreadable is replaced in silence."""
 
+import os
 import random
 import re
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -21,9 +23,6 @@ from scala_cli.models.vit import Spec
 from scala_cli.settings import AugmentSettings, ReadSettings
 from scala_cli.watch import Watcher
 from scala_cli.world import ALONE, World
-
-GRACE = 60
-"""Seconds that a reading process goes on after a SIGTERM."""
 
 
 @dataclass(frozen=True)
@@ -124,23 +123,29 @@ def collate(items: Sequence[tuple[Tensor, int] | Corrupt]) -> Batch:
     )
 
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+STOPPING = {signal.SIGINT, signal.SIGTERM}
 
 
 def leave_stopping_to_the_parent(_: int) -> None:
-    """A terminal's Ctrl-C, or a scheduler's SIGTERM, also reaches the processes that read.
+    """A terminal's Ctrl-C or a scheduler's SIGTERM also reaches the processes that read: they do not hear it.
 
-    They go on until training has saved; then they are told to end, and they end with their parent. One that
-    is not told ends a while after a SIGTERM, for Python itself sends that to what is left when it exits.
+    They go on until training has saved; then they are told to end, and they end with their parent. Its own
+    SIGTERM they obey: Python sends that to what is left when it exits.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none
+        Thread(target=obey_the_parent, daemon=True).start()
+
+
+def obey_the_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 @contextmanager
 def born_deaf() -> Iterator[None]:
-    """Processes started within do not hear of stopping before they have said what to do about it."""
+    """Processes started within do not hear of stopping even before they can say so themselves."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield

@@ -246,19 +246,19 @@ def first_odd_part(vit: VisionTransformer) -> str:
 
 
 class LastBlock(Block):
-    """timm's block as the last one, where only the prefix tokens are read: it computes no others.
+    """timm's block as the last one, where only the first tokens are read: it computes no others.
 
     These attend to all tokens: torch's own attention takes queries of their own.
     """
 
-    prefix: int
+    read: int
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """(B, N, C) -> (B, prefix, C)"""
+        """(B, N, C) -> (B, read, C)"""
         attn: Any = self.attn
         tokens = self.norm1(x).transpose(0, 1)
         attended, _ = F.multi_head_attention_forward(
-            tokens[: self.prefix],
+            tokens[: self.read],
             tokens,
             tokens,
             attn.attn_dim,
@@ -274,7 +274,7 @@ class LastBlock(Block):
             training=self.training,
             need_weights=False,
         )
-        x = x[:, : self.prefix] + self.drop_path1(self.ls1(attn.proj_drop(attended.transpose(0, 1))))
+        x = x[:, : self.read] + self.drop_path1(self.ls1(attn.proj_drop(attended.transpose(0, 1))))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
@@ -288,7 +288,7 @@ def skip_unread(vit: VisionTransformer) -> None:
     plain = type(last) is Block and type(last.attn.q_norm) is type(last.attn.norm) is nn.Identity
     if plain and vit.global_pool == "token":
         last.__class__ = LastBlock
-        last.prefix = vit.num_prefix_tokens
+        last.read = 2 if isinstance(vit, VisionTransformerDistilled) else 1  # registers are not
 
 
 def choose_attention(vit: VisionTransformer, device: torch.device, bfloat16: bool) -> None:

@@ -74,7 +74,9 @@ def go_on(run: Run, watch: Watcher) -> Row:
     """
     state = run.read_state()
     settings = Settings.of(state["settings"])
-    world = World.join(choose_device(settings.device))
+    device = choose_device(settings.device)
+    note_emulation(device, settings.device, watch)
+    world = World.join(device)
     run = run if world.rank == 0 else Reader(run.path)
     if state.get("learning"):
         go_on(run.teacher, watch)
@@ -87,7 +89,8 @@ def go_on(run: Run, watch: Watcher) -> Row:
             f"{world.size} processes cannot share the {state['images_per_step']} images of this run's steps.",
             "Resume it with a number of processes that divides that.",
         )
-    settings = replace(settings, optimizer=replace(settings.optimizer, batch_size=share))
+    if state.get("processes") != world.size:
+        settings = replace(settings, optimizer=replace(settings.optimizer, batch_size=share))
     start, record = load_with_record(run.path / "start")
     trainer = Trainer(start, state["taught"], settings, open_splits(settings))
     trainer.restore(state)
@@ -105,7 +108,7 @@ def prepare(
         start = put_first_what_matters(start, calibration_images(images, start.spec, settings.read, watch))
         record = replace(record, order="importance")
     rule = replace(start.rule, isolated=isolation(start, record, settings))
-    return SlimmableViT(start.vit, start.spec, rule), record
+    return SlimmableViT(start.vit.cpu(), start.spec, rule), record
 
 
 def begin(trainer: Trainer, start: SlimmableViT, record: Record, run: Run, watch: Watcher) -> Row:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from itertools import combinations
+from itertools import combinations, takewhile
 from pathlib import Path
 
 import torch
@@ -18,14 +18,15 @@ class GradientLog:
     width has no channels, so the cosine is that of what both do to the whole model.
 
     Args:
-        file: what it holds of the steps before `first` is kept.
+        file: what it holds of the steps before `first` is kept, up to a line that was not written whole.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], file: Path, first: int = 0) -> None:
         self.parameters, self.file = list(parameters), file
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        whole = takewhile(lambda line: line.endswith("\n"), lines)
         with whole_file(file) as target:  # without what a run that is resumed had logged of its next epoch
-            target.write_text("".join(line for line in lines if json.loads(line)["step"] < first))
+            target.write_text("".join(line for line in whole if json.loads(line)["step"] < first))
         self.so_far: Tensor | None = None
         self.passes: dict[str, Tensor] = {}
 

@@ -118,6 +118,7 @@ class Trainer:
             "settings": asdict(self.settings),
             "taught": self.step.frozen is not None,
             "images_per_step": self.images_per_step,
+            "processes": self.world.size,
             "rows": self.rows,
             "epoch": asdict(self.epoch),
             **self.step.state(),
@@ -183,8 +184,9 @@ class Trainer:
         of = f"epoch {number + 1}/{self.epochs}"
         watch.phase(of, (last - self.step.number) * self.images_per_step)
         self.step.net.train()
+        self.scheduler.step_update(max(self.step.number - 1, 0))
+        lr = self.lr  # of the last step so far, should none be left of this epoch
         self.scheduler.step_update(self.step.number)
-        lr = self.lr
         began = saved = time.perf_counter()
         for images, targets in islice(self.training.of_epoch(number, first), last - self.step.number):
             lr = self.lr

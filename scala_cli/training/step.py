@@ -66,6 +66,8 @@ class Step:
             )
         except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise refused(error) from None
+        if getattr(self.optimizer, "is_second_order", False):
+            raise refused(ValueError(f"{chosen.opt} needs second derivatives, which training does not keep"))
         self.average = (
             ModelEmaV3(self.net.vit, decay=chosen.model_ema_decay, use_warmup=True)
             if chosen.model_ema
