@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,8 +45,8 @@ def uses_bfloat16(device: torch.device, settings: DeviceSettings) -> bool:
 
 def note_emulation(device: torch.device, settings: DeviceSettings, watch: Watcher) -> None:
     """Tells a user who asks for bfloat16 of an x86 CPU that cannot multiply in it: nothing else would."""
-    known = getattr(torch.cpu, "get_capabilities", dict)().get("architecture") == "x86_64"
-    if settings.amp and known and not multiplies_bfloat16(device):
+    x86 = cpu_capabilities().get("architecture") == "x86_64"
+    if settings.amp and x86 and not multiplies_bfloat16(device):
         watch.note("this CPU does not multiply in bfloat16; --amp can take a hundred times as long here.")
 
 
@@ -53,8 +54,13 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """Any GPU does, and a CPU with AMX or AVX512-BF16: it trains twice as fast so (docs/performance.md)."""
     if device.type != "cpu":
         return True
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities = cpu_capabilities()
     return capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
+
+
+def cpu_capabilities() -> dict[str, Any]:
+    """What torch tells of this CPU, by its own names; nothing where this torch does not."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def autocast(device: torch.device, settings: DeviceSettings) -> AbstractContextManager[object]:
