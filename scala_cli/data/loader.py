@@ -133,8 +133,10 @@ def leave_stopping_to_the_parent(_: int) -> None:
     SIGTERM they obey: Python sends that to what is left when it exits.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    if hasattr(signal, "sigwaitinfo"):  # macOS has none
+    if hasattr(signal, "sigwaitinfo"):
         Thread(target=obey_the_parent, daemon=True).start()
+    else:  # on macOS by torch's own handler, which a scheduler's ends as well
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def obey_the_parent() -> None:
