@@ -219,9 +219,9 @@ def test_gradients_of_the_passes_are_told_apart():
     torch.manual_seed(0)
     weight, unused = torch.nn.Parameter(torch.randn(3)), torch.nn.Parameter(torch.randn(2))
     passes = {"1": lambda: weight.pow(2).sum(), "0.5": lambda: weight[:1].sin().sum()}
-    Path("grads.jsonl").write_text('{"step": 6}\n{"step": 7}\n{"st')
+    Path("grads.jsonl").write_text('{"step": 6}\n{"step": 7}\n{"step": 8}\n{"st')
     log = GradientLog([weight, unused], Path("grads.jsonl"), first=7)
-    kept = '{"step": 6}\n'  # the step that is done again goes, and a line that a full disk cut short
+    kept = '{"step": 6}\n'  # what is done again goes, and a line that a full disk cut short
     assert Path("grads.jsonl").read_text() == kept
     for _ in range(2):
         for name, loss in passes.items():

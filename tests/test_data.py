@@ -1,10 +1,12 @@
 """Reading images: strict, named and counted."""
 
+import multiprocessing
 import os
 import random
 import shutil
 import signal
 import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -16,12 +18,11 @@ from scala_cli.data.loader import (
     Loader,
     calibration_images,
     leave_stopping_to_the_parent,
-    naming_a_dead_reader,
     transform_for,
 )
 from scala_cli.data.split import Split, class_misfit, hold_out, open_split
 from scala_cli.errors import DataError
-from scala_cli.evaluate import evaluate
+from scala_cli.evaluate import accuracies, evaluate
 from scala_cli.models.vit import describe
 from scala_cli.settings import AugmentSettings, DeviceSettings, ReadSettings
 from scala_cli.watch import Watcher
@@ -282,7 +283,13 @@ def test_a_reading_process_hears_nothing_before_it_knows_what_to_do(folder, monk
     assert sum(len(images) for images, _ in loader(folder, workers=2)) == 6
 
 
-def test_a_reading_process_that_dies_while_nobody_reads():
+def test_a_reading_process_that_dies_while_the_model_answers(folder):
     """torch raises in whatever the main process does then."""
-    with pytest.raises(DataError, match="was killed"), naming_a_dead_reader():
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    def answer(images):
+        for process in multiprocessing.active_children():
+            process.kill()
+        time.sleep(20)
+
+    with pytest.raises(DataError, match="was killed"):
+        accuracies({1: answer}, loader(folder, workers=1), torch.device("cpu"), Watcher())

@@ -135,7 +135,7 @@ def leave_stopping_to_the_parent(_: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     if hasattr(signal, "sigwaitinfo"):
         Thread(target=obey_the_parent, daemon=True).start()
-    else:  # on macOS by torch's own handler, which a scheduler's ends as well
+    else:  # macOS: torch's own handler obeys the parent, but lets anybody's SIGTERM end the process
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 

@@ -20,7 +20,8 @@ Ratio = str | float | Fraction | Point
 class SlimmableViT(nn.Module):
     """Every width of one ViT in one set of full-width weights.
 
-    The forward at a width is timm's own forward, run on views of the kept channels.
+    The forward at a width is timm's own forward, run on views of the kept channels; in training the last
+    block may be spared what is not read (`vit.skip_unread`).
 
     Args:
         vit: the full-width timm model.

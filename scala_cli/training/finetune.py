@@ -75,7 +75,6 @@ def go_on(run: Run, watch: Watcher) -> Row:
     state = run.read_state()
     settings = Settings.of(state["settings"])
     device = choose_device(settings.device)
-    note_emulation(device, settings.device, watch)
     world = World.join(device)
     run = run if world.rank == 0 else Reader(run.path)
     if state.get("learning"):
@@ -83,6 +82,7 @@ def go_on(run: Run, watch: Watcher) -> Row:
         world.wait()
         points = [Point.of(ratio) for ratio in state["points"]]
         return widen(run, settings, points, open_splits(settings), watch)
+    note_emulation(device, settings.device, watch)
     share, rest = divmod(state["images_per_step"], world.size)
     if rest:
         raise TrainingError(
@@ -108,7 +108,7 @@ def prepare(
         start = put_first_what_matters(start, calibration_images(images, start.spec, settings.read, watch))
         record = replace(record, order="importance")
     rule = replace(start.rule, isolated=isolation(start, record, settings))
-    return SlimmableViT(start.vit.cpu(), start.spec, rule), record
+    return SlimmableViT(start.vit.cpu(), start.spec, rule), record  # training copies it to its device
 
 
 def begin(trainer: Trainer, start: SlimmableViT, record: Record, run: Run, watch: Watcher) -> Row:

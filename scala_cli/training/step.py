@@ -67,7 +67,9 @@ class Step:
         except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise refused(error) from None
         if getattr(self.optimizer, "is_second_order", False):
-            raise refused(ValueError(f"{chosen.opt} needs second derivatives, which training does not keep"))
+            raise TrainingError(
+                f"{chosen.opt} needs second derivatives, which training does not keep.", "Try --opt adamw"
+            )
         self.average = (
             ModelEmaV3(self.net.vit, decay=chosen.model_ema_decay, use_warmup=True)
             if chosen.model_ema
