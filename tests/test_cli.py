@@ -54,7 +54,9 @@ def test_from_pretrained_weights_to_a_slice(scala, tiny, photos):
     assert [p["top1"] for p in evaluated["points"]] == [p["top1"] for p in answer.json["points"]]
     assert evaluated["points"][0]["images"] == 6 and evaluated["skipped"] == []
 
-    cut = scala("slice", "--ratio", "0.5", "--json").json
+    slicing = scala("slice", "--ratio", "0.5", "--json")
+    cut = slicing.json
+    assert "newest run: runs/mine/best" in slicing.stderr and "not been trained" not in slicing.stderr
     assert set(cut) == {"path", "ratio", "params", "gmacs", "max_abs_diff"}
     assert cut["path"] == "mine-0.5" and cut["max_abs_diff"] <= 1e-5
     assert timm.create_model("local-dir:mine-0.5", pretrained=True).embed_dim == 16
@@ -125,7 +127,8 @@ def test_interrupted_and_resumed(scala, tiny, photos, monkeypatch):
         answer = scala("finetune", tiny, "--data", photos, "-o", "run", *QUICK)
     assert answer.code == 130
     assert "scala finetune --resume run" in answer.stderr and "interrupted" in answer.stderr
-    assert scala("finetune", "--resume", "run", "--json").json["run"] == "run"
+    resumed = scala("finetune", "--resume", "run", "--json")
+    assert resumed.json["run"] == "run" and "going on after step" in resumed.stderr
 
 
 def test_quiet_leaves_the_result_alone(scala, tiny, photos):
@@ -202,7 +205,12 @@ def named(*classes: str) -> Path:
         (["convert", "tiny-timm", "--order", "importance", "--data", "torch/cifar10"], "--data-dir"),
         (["slice", "tiny", "--ratio", "0.5", "-o", "tiny-timm"], "not empty"),
         (["convert", "deit_s", "--data", "digits"], "--data is for --order importance"),
-        (["convert", "./missing"], "no directory with a config.json"),
+        (["convert", "./missing"], "missing does not exist"),
+        (["convert", "local-dir:missing"], "missing does not exist"),
+        (["convert", "missing.pth"], "missing.pth does not exist"),
+        (["convert", "missing.pth", "--ema"], "missing.pth is no file"),
+        (["convert", "."], "no config.json"),
+        (["slice", "tiny", "--ratio", "0.5", "--max-gmacs", "1"], "Give either a width"),
         (["finetune", "--resume", "run", "--epochs", "3"], "give --resume alone"),
         (["eval", "tiny", "--data", "nowhere"], "no such folder"),
         (["eval", "tiny", "--data", "digits"], "3 classes, the data has 10"),
@@ -237,8 +245,35 @@ def test_mistakes_end_with_a_remedy_and_exit_code_2(scala, tiny, words, message)
     assert not list(Path().glob(".*")), "half-written output"
 
 
-def test_slicing_what_was_not_trained_says_so(scala, tiny):
-    assert "has been trained yet" in scala("slice", tiny, "--ratio", "0.5").stderr
+def test_a_width_that_was_not_trained_is_told(scala, tiny):
+    scala("convert", "tiny-timm", "-o", "ordered", "--order", "importance")
+    for words in (
+        ("slice", "-o", "cut"),
+        ("export", "-o", "cut.onnx"),
+        ("push", "org/cut", "--dry-run", "-o", "pushed"),
+    ):
+        for net, told in (
+            (tiny, "width 0.5 has not been trained: scala finetune"),
+            ("ordered", "width 0.5 has not been trained, only put in order of importance: scala finetune"),
+        ):
+            answer = scala(words[0], net, *words[1:], "--ratio", "0.5", "--force")
+            assert answer.code == 0 and told in answer.stderr
+            assert "been trained" not in scala(words[0], net, *words[1:], "--ratio", "1", "--force").stderr
+    assert "width 0.25 has not been trained" in scala("push", tiny, "org/all", "--dry-run").stderr
+    card = Path("all/README.md").read_text()
+    assert "Width 0.25 has not been trained." in card and "top-1" not in card
+    (Path("tiny/model.safetensors")).unlink()
+    answer = scala("slice", tiny, "--ratio", "0.5", "-o", "none")
+    assert answer.code == 2 and "not been trained" not in answer.stderr, "a mistake is told alone"
+
+
+def test_one_class_teaches_nothing(scala, tiny, photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "copy")
+    for part in ("train", "val"):
+        for name in ("blue", "green"):
+            shutil.rmtree(folder / part / name)
+    answer = scala("finetune", tiny, "--data", folder, *QUICK)
+    assert answer.code == 2 and "one class only, 'red'" in answer.stderr and not Path("runs").exists()
 
 
 def test_a_large_seed(scala, tiny, photos):

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import Some
-from scala_cli.models.locate import resolve
+from scala_cli.cli.options import Some, find_checkpoint
 from scala_cli.settings import (
     BenchSettings,
     DeviceSettings,
@@ -134,7 +133,7 @@ def what_to_time(
     from scala_cli.models.source import is_checkpoint, open_slimmable
 
     if checkpoint is None or is_checkpoint(checkpoint):
-        directory = resolve(checkpoint)
+        directory = find_checkpoint(checkpoint, out)
         return *load_with_record(directory), directory
     out.note(
         "its narrower widths are cut without training."

@@ -4,8 +4,7 @@ from typing import Annotated, Any
 import typer
 
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import Checkpoint, Data, Some
-from scala_cli.models.locate import resolve
+from scala_cli.cli.options import Checkpoint, Data, Some, find_checkpoint
 from scala_cli.settings import DeviceSettings, EvalSettings, ReadSettings
 from scala_cli.slicing.point import choose_points
 
@@ -44,7 +43,7 @@ def evaluate(
     if (plot or threshold is not None) and not cascade:
         raise typer.BadParameter("--threshold and --plot go with --cascade.")
     threshold = 0.8 if threshold is None else threshold
-    directory = resolve(checkpoint)
+    directory = find_checkpoint(checkpoint, out)
 
     from scala_cli.cascade import Cascade
     from scala_cli.device import choose_device, note_emulation, uses_bfloat16

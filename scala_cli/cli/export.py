@@ -4,8 +4,7 @@ from typing import Annotated, Literal
 import typer
 
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import DATA_HELP, Checkpoint
-from scala_cli.models.locate import resolve
+from scala_cli.cli.options import DATA_HELP, Checkpoint, find_checkpoint
 from scala_cli.settings import ReadSettings
 
 COMPARED = 64
@@ -50,7 +49,7 @@ def export(
         raise typer.BadParameter("--int8 goes with --format onnx.")
     if every and (int8 or with_preprocess or format != "onnx"):
         raise typer.BadParameter("--all writes plain ONNX: leave out --format, --int8 and --with-preprocess.")
-    directory = resolve(checkpoint)
+    directory = find_checkpoint(checkpoint, out)
 
     import torch
 
@@ -58,16 +57,17 @@ def export(
     from scala_cli.data.split import open_split
     from scala_cli.deploy.export import export as write
     from scala_cli.deploy.export import export_all
-    from scala_cli.deploy.slice import default_target
+    from scala_cli.deploy.slice import default_target, tell_untrained
     from scala_cli.formats import FORMATS
     from scala_cli.models.checkpoint import load_with_record
     from scala_cli.models.vit import random_images
     from scala_cli.slicing.point import find_point
 
-    net, _ = load_with_record(directory)
+    net, record = load_with_record(directory)
     point = net.widest if every else find_point(ratio or "", net.points)
     target = output or default_target(checkpoint, directory, point)
     with out.progress() as live:
+        tell_untrained(record, net.points[0] if every else point, live)
         images = random_images(net.spec, COMPARED if net.spec.input_size[1] <= 64 else 4)
         if data is not None:
             split = open_split(data, False, read.data_dir)

@@ -47,6 +47,9 @@ def finetune(
 ) -> None:
     """Train every width of a pretrained ViT at once.
 
+    Where the images have other classes than the model, its head is new: the full width learns them first,
+    alone, for a third as many epochs, and then teaches.
+
     Example: scala finetune deit_s --data DIR --epochs 10
     """
     if resume is None and (model is None or data is None):

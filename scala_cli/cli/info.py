@@ -3,8 +3,7 @@ from typing import Annotated
 import typer
 
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import Checkpoint
-from scala_cli.models.locate import resolve
+from scala_cli.cli.options import Checkpoint, find_checkpoint
 
 
 def info(
@@ -24,7 +23,7 @@ def info(
         if checkpoint is not None:
             raise typer.BadParameter("--architectures is about timm, not about a checkpoint.")
         return tell_architectures(out)
-    directory = resolve(checkpoint)
+    directory = find_checkpoint(checkpoint, out)
 
     from scala_cli.measure import cost
     from scala_cli.models.checkpoint import load_with_record

@@ -5,6 +5,7 @@ help text are written once, where the setting is.
 """
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from scala_cli.cli.console import Output, reporting_errors
+from scala_cli.models.locate import resolve
 from scala_cli.settings import DEFAULT_RATIOS
 
 Checkpoint = Annotated[
@@ -50,6 +52,14 @@ LogGrads = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace what the output directory holds.")]
+
+
+def find_checkpoint(named: str | None, out: Output) -> Path:
+    """Where the checkpoint lies that a command reads. The newest run, which nobody named, is told."""
+    directory = resolve(named)
+    if named is None:
+        out.note(f"the newest run: {os.path.relpath(directory.resolve())}")
+    return directory
 
 
 def place_of(data: str) -> str:

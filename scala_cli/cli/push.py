@@ -5,8 +5,7 @@ from typing import Annotated
 import typer
 
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import Force, Target
-from scala_cli.models.locate import resolve
+from scala_cli.cli.options import Force, Target, find_checkpoint
 
 
 def push(
@@ -37,7 +36,7 @@ def push(
         raise typer.BadParameter("--output and --force go with --dry-run.")
     if private and dry_run:
         raise typer.BadParameter("--dry-run uploads nothing: leave out --private.")
-    directory = resolve(source)
+    directory = find_checkpoint(source, out)
 
     from scala_cli.deploy.push import upload, write_repository
 

@@ -1,13 +1,18 @@
 """Ctrl-C and SIGTERM."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from rich.console import Console
+
 
 class Stop:
     """Hears SIGINT and SIGTERM: at once, or where work would rather finish its step, at the second.
+
+    One more, while the process is ending, leaves it where it stands; what is saved is whole at any moment.
 
     Args:
         note: told once that the first was heard.
@@ -17,9 +22,14 @@ class Stop:
         self.note = note
         self.waits = False
         self.asked: int | None = None
+        self.ending = False
 
     def hear(self, number: int, frame: FrameType | None) -> None:
+        if self.ending:
+            Console(stderr=True).show_cursor()  # a bar hides it
+            os._exit(128 + number)
         if not self.waits or self.asked is not None:
+            self.ending = True
             raise KeyboardInterrupt(number)
         self.asked = number
         self.note("stopping after this step, once its state is saved; again to stop at once.")

@@ -4,9 +4,9 @@ from typing import Annotated
 import typer
 
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import Checkpoint, Force, Target
+from scala_cli.cli.options import Checkpoint, Force, Target, find_checkpoint
 from scala_cli.files import refuse_occupied
-from scala_cli.models.locate import FILES, resolve
+from scala_cli.models.locate import FILES
 from scala_cli.settings import Budget, DeviceSettings
 from scala_cli.slicing.point import Point
 
@@ -30,9 +30,9 @@ def slice(
     """
     limited = any(limit is not None for limit in asdict(budget).values())
     if (ratio is not None) is limited:
-        raise typer.BadParameter("Give a width, --ratio 0.5, or what it must fit: --max-latency-ms 8.")
+        raise typer.BadParameter("Give either a width, --ratio 0.5, or what it must fit, --max-latency-ms 8.")
     point = Point.of(ratio) if ratio is not None else None
-    directory = resolve(checkpoint)
+    directory = find_checkpoint(checkpoint, out)
     if output is not None:
         refuse_occupied(output, force, FILES, source=directory)  # before anything is measured
 

@@ -67,7 +67,7 @@ def model_card(
         metadata=metadata(name, spec, record, rows).to_yaml(),
         name=name,
         what=description(spec, record, rows, family),
-        table=markdown([{**line(row), **accuracy(found.get(Point.of(row["ratio"])))} for row in rows]),
+        table=markdown([{**line(row), **accuracy(found, Point.of(row["ratio"]))} for row in rows]),
         picture=f"\n![top-1 against GMACs]({picture})\n" if picture else "",
         code="\n\n".join(code),
         origin=record.provenance.get("weights", "unknown"),
@@ -80,10 +80,12 @@ def description(spec: Spec, record: Record, rows: Rows, family: bool) -> str:
     _, height, width = spec.input_size
     method = f", trained by the {record.method} method" if record.method else ""
     narrowest = Point.of(rows[0]["ratio"])
+    warning = record.untrained(narrowest)
+    warning = f" {warning.capitalize()}." if warning else ""
     if not family:
         return (
             f"{spec.architecture} at {narrowest} of its width, for images of {height} x {width} "
-            f"pixels. Cut from a slimmable Vision Transformer{method}, with scala-vit."
+            f"pixels. Cut from a slimmable Vision Transformer{method}, with scala-vit.{warning}"
         )
     cuts = (
         "timm loads the full width; scala-vit cuts the others."
@@ -92,7 +94,7 @@ def description(spec: Spec, record: Record, rows: Rows, family: bool) -> str:
     )
     return (
         f"{spec.architecture} in {len(rows)} widths that share these weights{method}, for images of "
-        f"{height} x {width} pixels. {cuts}"
+        f"{height} x {width} pixels. {cuts}{warning}"
     )
 
 
@@ -109,8 +111,10 @@ def line(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def accuracy(metric: Mapping[str, float] | None) -> dict[str, Any]:
-    return {f"top-{k}, %": f"{metric[f'top{k}']:.2f}" if metric else None for k in (1, 5)}
+def accuracy(found: Mapping[Point, Mapping[str, float]], point: Point) -> dict[str, Any]:
+    """Columns for the accuracy of one width; none where that of no width is known."""
+    metric = found.get(point)
+    return {f"top-{k}, %": f"{metric[f'top{k}']:.2f}" if metric else None for k in (1, 5) if found}
 
 
 def metadata(name: str, spec: Spec, record: Record, rows: Rows) -> ModelCardData:

@@ -8,7 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from scala_cli.deploy.card import model_card
-from scala_cli.deploy.slice import slice_model
+from scala_cli.deploy.slice import slice_model, tell_untrained
 from scala_cli.errors import ScalaError
 from scala_cli.files import refuse_occupied, whole_directory
 from scala_cli.measure import cost
@@ -55,6 +55,7 @@ def write_repository(
         if ratio is None:
             for name in (CONFIG, WEIGHTS):
                 copyfile(checkpoint / name, fresh / name)
+            tell_untrained(record, points[0], watch)
         else:
             slice_model(checkpoint, points[0], fresh, force=True, watch=watch)
         if drawn:

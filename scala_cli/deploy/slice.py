@@ -11,7 +11,7 @@ from scala_cli.deploy.card import model_card
 from scala_cli.errors import CheckpointError
 from scala_cli.files import refuse_occupied, whole_directory
 from scala_cli.measure import cost
-from scala_cli.models.checkpoint import TensorByTensor, read_about, versions, write_timm
+from scala_cli.models.checkpoint import Record, TensorByTensor, read_about, versions, write_timm
 from scala_cli.models.locate import CARD, FILES, WEIGHTS, short_name
 from scala_cli.models.slimmable import Ratio
 from scala_cli.models.vit import random_images, refuse_misfit
@@ -41,8 +41,6 @@ def slice_model(
     full, rule, record = read_about(checkpoint)
     point = find_point(ratio, rule.points)
     refuse_occupied(target, force, FILES, source=checkpoint)
-    if record.method is None and point.ratio < 1:
-        watch.note("no width but the full one has been trained yet: scala finetune CKPT --data DIR")
     spec = full.at(point)
     size = cost(spec)
     result = {
@@ -61,6 +59,7 @@ def slice_model(
     weights, probe = TensorByTensor(checkpoint / WEIGHTS), random_images(spec, 1)
     views, skeleton = rule.slice_state(weights, point), spec.build()
     refuse_misfit(skeleton, views, weights.file)
+    tell_untrained(record, point, watch)
     expected = functional_call(skeleton, views, (probe,), strict=True)  # as SlimmableViT.forward
     del views
     with whole_directory(target) as fresh:
@@ -77,6 +76,11 @@ def slice_model(
                 "Please report this with the output of: scala env",
             )
     return {**result, "max_abs_diff": difference}
+
+
+def tell_untrained(record: Record, point: Point, watch: Watcher) -> None:
+    if told := record.untrained(point):
+        watch.note(f"{told}: scala finetune CKPT --data DIR")
 
 
 def default_target(named: str | None, checkpoint: Path, point: Point) -> Path:

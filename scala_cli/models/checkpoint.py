@@ -47,6 +47,15 @@ class Record:
     metrics: Sequence[Mapping[str, float]] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
+    def untrained(self, point: Point) -> str:
+        """What is to be told of a width that no training has been through yet; "" of any other."""
+        if not self.trained:
+            return f"width {point} has random weights"
+        if self.method is not None or point.ratio == 1:
+            return ""
+        order = ", only put in order of importance" if self.order == "importance" else ""
+        return f"width {point} has not been trained{order}"
+
     def top1(self, point: Point) -> float | None:
         return next((m["top1"] for m in self.metrics if Point.of(m["ratio"]) == point), None)
 
@@ -117,7 +126,8 @@ def read_about(directory: Path) -> tuple[Spec, Rule, Record]:
     if "sliced_from" in about:
         raise CheckpointError(
             f"{directory} is a slice: it holds one width only.",
-            f"Load it with timm.create_model('local-dir:{directory}', pretrained=True)",
+            f"Load it with timm.create_model('local-dir:{directory}', pretrained=True), "
+            "or name the family that it was cut from.",
         )
     if about.get("format") != FORMAT:
         raise CheckpointError(

@@ -12,7 +12,9 @@ from huggingface_hub.utils import disable_progress_bars, logging
 
 from scala_cli.errors import CheckpointError
 
-NO_WEIGHTS = "Convert a file you have: scala convert MODEL --weights FILE; or random weights: --scratch"
+NO_WEIGHTS = (
+    "Convert a file you have: scala convert MODEL --weights FILE; or random weights: scala convert --scratch"
+)
 
 
 def fetch(repo: str, names: list[str]) -> Path:

@@ -25,6 +25,9 @@ from scala_cli.slicing.point import Point, find_point, parse_points
 from scala_cli.slicing.rule import Rule
 from scala_cli.slicing.table import Layout
 
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+"""How names of weight files end, so that one that is missing is not taken for a model's name."""
+
 
 @dataclass(frozen=True)
 class Changes:
@@ -102,7 +105,9 @@ def given_weights(model: str, weights: Path | None, scratch: bool, average: bool
     if weights is not None or file.is_file():
         return read_foreign(file, average)
     if average:
-        raise CheckpointError("there is no file to take a moving average from.", "Name it: --weights FILE")
+        raise CheckpointError(
+            f"{model} is no file, so there is no moving average to take.", "Name the file: --weights FILE"
+        )
     return None
 
 
@@ -189,7 +194,7 @@ def locate(model: str) -> tuple[str, dict[str, Any]]:
     if model.startswith("local-dir:"):
         directory = Path(model.removeprefix("local-dir:")).expanduser()
         if not (directory / CONFIG).is_file():
-            raise CheckpointError(f"{directory} has no config.json.", "Name a directory in timm's format.")
+            raise no_model(directory)
         config = read_config(directory)
         if config.get("scala", {}).get("method") and is_checkpoint(model):
             raise CheckpointError(
@@ -203,11 +208,9 @@ def locate(model: str) -> tuple[str, dict[str, Any]]:
             return model, dict(load_model_config_from_hf(model.removeprefix("hf-hub:"))[2])
         except (OSError, ValueError) as error:
             raise unreachable(model, error) from None
-    if model not in ALIASES and ("/" in model or Path(model).is_dir()):
-        raise CheckpointError(
-            f"{model} is no directory with a config.json, and no weight file.",
-            f"Name a model; one that was trained here is in {model}/best" if Path(model).is_dir() else "",
-        )
+    path = Path(model).expanduser()
+    if model not in ALIASES and ("/" in model or path.is_dir() or path.suffix in WEIGHT_FILES):
+        raise no_model(path)
     name = ALIASES.get(model, model)
     if not timm.is_model(name.partition(".")[0]):
         close = timm.list_models(f"*{name.partition('.')[0]}*")[:3]
@@ -218,6 +221,15 @@ def locate(model: str) -> tuple[str, dict[str, Any]]:
             else f"Try one of {', '.join(ALIASES)}, or a timm name.",
         )
     return name, {}
+
+
+def no_model(path: Path) -> CheckpointError:
+    """The error for a path at which no model lies."""
+    if path.is_dir():
+        return CheckpointError(
+            f"{path} has no config.json.", f"Name a directory in timm's format; of a run it is {path}/best"
+        )
+    return CheckpointError(f"{path} does not exist.", "Check the path, or name a model: scala convert deit_s")
 
 
 def check_patches(spec: Spec) -> None:

@@ -10,7 +10,7 @@ import torch
 from scala_cli.data.loader import calibration_images
 from scala_cli.data.split import Split, class_misfit, hold_out, open_split
 from scala_cli.device import choose_device, note_emulation
-from scala_cli.errors import ScalaError, TrainingError
+from scala_cli.errors import DataError, ScalaError, TrainingError
 from scala_cli.methods import METHODS
 from scala_cli.models.checkpoint import Record, load_with_record
 from scala_cli.models.order import put_first_what_matters
@@ -94,6 +94,7 @@ def go_on(run: Run, watch: Watcher) -> Row:
     start, record = load_with_record(run.path / "start")
     trainer = Trainer(start, state["taught"], settings, open_splits(settings))
     trainer.restore(state)
+    watch.note(f"going on after step {trainer.step.number} of {trainer.steps}.")
     return trainer.train(run, trained_by(record, start.points, settings, state["taught"]), watch)
 
 
@@ -168,6 +169,10 @@ def open_splits(settings: Settings) -> tuple[Split, Split]:
     """The training and the validation images; these are held out of the former where asked for."""
     data, place = settings.data, settings.read.data_dir
     training = open_split(data, True, place)
+    if len(training.classes) < 2:
+        raise DataError(
+            f"{data} holds one class only, {training.classes[0]!r}.", "Give images of two or more."
+        )
     if settings.holdout:
         return hold_out(training, settings.holdout)
     return training, open_split(data, False, place, training.classes)
