@@ -219,6 +219,7 @@ def named(*classes: str) -> Path:
         (["convert", "deit_s"], "no network"),
         (["convert", "deit_s", "-o", "tiny"], "not empty"),
         (["finetune", "tiny", "--data", "nowhere"], "no such folder"),
+        (["finetune", "deit_s", "--data", "nowhere"], "no such folder"),
         (["finetune", "--resume", "nowhere"], "nothing to resume"),
         (["finetune", "tiny"], "--data DIR"),
         (["finetune", "tiny", "--data", "digits", "--method", "separate"], "one width a run"),

@@ -62,6 +62,7 @@ def finetune(
     if resume is None and output is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise typer.BadParameter("Several processes must agree on the run directory: --output runs/NAME")
 
+    from scala_cli.data.split import refuse_unknown
     from scala_cli.models.source import open_slimmable
     from scala_cli.training.finetune import finetune, go_on
     from scala_cli.training.run import FILES, Run
@@ -75,6 +76,7 @@ def finetune(
             else:
                 assert model is not None and data is not None
                 refuse_occupied(run.path, force, FILES, path_of(model))
+                refuse_unknown(data)  # before anything is downloaded
                 settings = Settings(
                     place_of(data),
                     method,

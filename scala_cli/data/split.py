@@ -51,14 +51,18 @@ def open_split(
     Raises:
         DataError: missing or empty folders, a class without images, classes that differ between parts.
     """
+    refuse_unknown(data)
     if data == "digits":
         return digits(training)
     folder = Path(data).expanduser()
-    if folder.is_dir():
-        return open_folder(folder, training, classes)
+    return open_folder(folder, training, classes) if folder.is_dir() else open_named(data, training, data_dir)
+
+
+def refuse_unknown(data: str) -> None:
+    """Raises DataError for what is neither a folder nor the name of a data set; reads nothing yet."""
     kind, _, name = data.partition("/")
-    if kind in ("torch", "hfds") and name:
-        return open_named(data, training, data_dir)
+    if data == "digits" or Path(data).expanduser().is_dir() or (kind in ("torch", "hfds") and name):
+        return
     if kind in ("wds", "tfds") and name:
         raise DataError(
             f"{data}: streamed data sets cannot be counted exactly, so they are not read.",
