@@ -220,6 +220,11 @@ def named(*classes: str) -> Path:
         (["convert", "deit_s", "-o", "tiny"], "not empty"),
         (["finetune", "tiny", "--data", "nowhere"], "no such folder"),
         (["finetune", "deit_s", "--data", "nowhere"], "no such folder"),
+        (["finetune", "deit_s", "--data", "torch/cifar10"], "--data-dir"),
+        (["compare", "deit_s", "--data", "nowhere"], "no such folder"),
+        (["convert", "deit_s", "--order", "importance", "--data", "nowhere"], "no such folder"),
+        (["convert", "local-dir:tiny/model.safetensors"], "is a file, not a directory"),
+        (["slice", "tiny/model.safetensors", "--ratio", "0.5"], "is a file"),
         (["finetune", "--resume", "nowhere"], "nothing to resume"),
         (["finetune", "tiny"], "--data DIR"),
         (["finetune", "tiny", "--data", "digits", "--method", "separate"], "one width a run"),
@@ -260,12 +265,29 @@ def test_a_width_that_was_not_trained_is_told(scala, tiny):
             answer = scala(words[0], net, *words[1:], "--ratio", "0.5", "--force")
             assert answer.code == 0 and told in answer.stderr
             assert "been trained" not in scala(words[0], net, *words[1:], "--ratio", "1", "--force").stderr
-    assert "width 0.25 has not been trained" in scala("push", tiny, "org/all", "--dry-run").stderr
+    assert "the narrower widths have not been trained" in scala("push", tiny, "org/all", "--dry-run").stderr
     card = Path("all/README.md").read_text()
-    assert "Width 0.25 has not been trained." in card and "top-1" not in card
+    assert "The narrower widths have not been trained." in card and "top-1" not in card
+    assert "the narrower widths have not" in scala("export", tiny, "--all", "-o", "graphs").stderr
+    scala("convert", "tiny-timm", "--scratch", "-o", "random")
+    assert "the weights are random" in scala("slice", "random", "--ratio", "1", "-o", "noise").stderr
     (Path("tiny/model.safetensors")).unlink()
     answer = scala("slice", tiny, "--ratio", "0.5", "-o", "none")
     assert answer.code == 2 and "not been trained" not in answer.stderr, "a mistake is told alone"
+
+
+def test_a_head_that_convert_made_is_learnt_first(scala, tiny, photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "copy")
+    for part in ("train", "val"):
+        shutil.rmtree(folder / part / "blue")
+    scala("convert", "tiny-timm", "--num-classes", 2, "-o", "two")
+    assert "the head is new" in scala("slice", "two", "--ratio", "1", "-o", "cut").stderr
+    answer = scala("finetune", "two", "--data", folder, *QUICK, "-o", "run")
+    assert "none of its 2 classes has been learnt" in answer.stderr and Path("run/teacher/last").is_dir()
+    assert "the head is new" not in scala("slice", "run", "--ratio", "1", "-o", "again").stderr
+    assert scala("compare", "two", "--data", folder).code == 2
+    unchanged = ("convert", "tiny-timm", "--num-classes", 3, "-o", "three")
+    assert scala(*unchanged).code == 0 and scala("slice", "three", "--ratio", "1").stderr.count("new") == 0
 
 
 def test_one_class_teaches_nothing(scala, tiny, photos, tmp_path):

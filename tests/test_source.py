@@ -113,7 +113,7 @@ def test_a_checkpoint_keeps_its_widths_unless_told(timm_directory, tmp_path):
         ("vit_giant_patch14_224", "no pretrained weights"),
         ("deit_huge", "no model 'deit_huge'"),
         ("resnet18", "ResNet"),
-        ("local-dir:nowhere", "no config.json"),
+        ("local-dir:nowhere", "does not exist"),
         ("", "does not say which architecture"),
     ],
 )

@@ -82,6 +82,7 @@ def convert(
     from scala_cli.models.source import Changes, open_model
     from scala_cli.models.vit import random_images
 
+    split = open_split(data, True, read.data_dir) if data is not None else None  # before any download
     changes = Changes(num_classes, img_size, patch_size)
     net, record = open_model(
         model, points, changes, weights=weights, scratch=scratch, average=ema, layout=layout
@@ -92,7 +93,6 @@ def convert(
     if order == "importance":
         with out.progress() as live:
             noise = random_images(net.spec, 256).split(64)
-            split = open_split(data, True, read.data_dir) if data is not None else None
             images = calibration_images(split, net.spec, read, live) if split else noise
             net = put_first_what_matters(net, images)
     difference = largest_difference(net.vit, original, net.spec)

@@ -67,7 +67,6 @@ def export(
     point = net.widest if every else find_point(ratio or "", net.points)
     target = output or default_target(checkpoint, directory, point)
     with out.progress() as live:
-        tell_untrained(record, net.points[0] if every else point, live)
         images = random_images(net.spec, COMPARED if net.spec.input_size[1] <= 64 else 4)
         if data is not None:
             split = open_split(data, False, read.data_dir)
@@ -90,4 +89,5 @@ def export(
                 force=force,
                 watch=live,
             )
+        tell_untrained(record, net.points if every else [point], live)
     out.result(result, result.get("points", []))

@@ -47,8 +47,8 @@ def finetune(
 ) -> None:
     """Train every width of a pretrained ViT at once.
 
-    Where the images have other classes than the model, its head is new: the full width learns them first,
-    alone, for a third as many epochs, and then teaches.
+    Where the images have other classes than a pretrained model, its head is new: the full width learns them
+    first, alone, for a third as many epochs, and then teaches.
 
     Example: scala finetune deit_s --data DIR --epochs 10
     """
@@ -76,7 +76,7 @@ def finetune(
             else:
                 assert model is not None and data is not None
                 refuse_occupied(run.path, force, FILES, path_of(model))
-                refuse_unknown(data)  # before anything is downloaded
+                refuse_unknown(data, read.data_dir)  # before anything is downloaded
                 settings = Settings(
                     place_of(data),
                     method,

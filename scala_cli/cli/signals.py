@@ -12,7 +12,7 @@ from rich.console import Console
 class Stop:
     """Hears SIGINT and SIGTERM: at once, or where work would rather finish its step, at the second.
 
-    One more, while the process is ending, leaves it where it stands; what is saved is whole at any moment.
+    One more, while the process is ending, leaves it where it stands, temporary files and all.
 
     Args:
         note: told once that the first was heard.
@@ -26,8 +26,10 @@ class Stop:
 
     def hear(self, number: int, frame: FrameType | None) -> None:
         if self.ending:
-            Console(stderr=True).show_cursor()  # a bar hides it
-            os._exit(128 + number)
+            try:
+                Console(stderr=True).show_cursor()  # a bar hides it
+            finally:  # also where it was writing there when the signal came
+                os._exit(128 + number)
         if not self.waits or self.asked is not None:
             self.ending = True
             raise KeyboardInterrupt(number)

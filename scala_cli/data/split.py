@@ -51,17 +51,21 @@ def open_split(
     Raises:
         DataError: missing or empty folders, a class without images, classes that differ between parts.
     """
-    refuse_unknown(data)
+    refuse_unknown(data, data_dir)
     if data == "digits":
         return digits(training)
     folder = Path(data).expanduser()
     return open_folder(folder, training, classes) if folder.is_dir() else open_named(data, training, data_dir)
 
 
-def refuse_unknown(data: str) -> None:
+def refuse_unknown(data: str, data_dir: str | None = None) -> None:
     """Raises DataError for what is neither a folder nor the name of a data set; reads nothing yet."""
     kind, _, name = data.partition("/")
-    if data == "digits" or Path(data).expanduser().is_dir() or (kind in ("torch", "hfds") and name):
+    if data == "digits" or Path(data).expanduser().is_dir():
+        return
+    if kind == "torch" and name and data_dir is None:
+        raise DataError(f"{data} needs to know where its files lie.", "Name the place: --data-dir DIR")
+    if kind in ("torch", "hfds") and name:
         return
     if kind in ("wds", "tfds") and name:
         raise DataError(
@@ -124,8 +128,6 @@ def read_folder(folder: Path, classes: Sequence[str] | None = None) -> Split:
 def open_named(name: str, training: bool, data_dir: str | None) -> Split:
     """A data set timm knows by name. Raises DataError where it does not lie in `data_dir`."""
     split = "train" if training else "validation"
-    if name.startswith("torch/") and data_dir is None:
-        raise DataError(f"{name} needs to know where its files lie.", "Name the place: --data-dir DIR")
     try:
         with redirect_stdout(sys.stderr):  # timm prints there what is not installed
             dataset = create_dataset(name, data_dir, split=split, is_training=training)

@@ -79,12 +79,12 @@ def model_card(
 def description(spec: Spec, record: Record, rows: Rows, family: bool) -> str:
     _, height, width = spec.input_size
     method = f", trained by the {record.method} method" if record.method else ""
-    narrowest = Point.of(rows[0]["ratio"])
-    warning = record.untrained(narrowest)
+    points = [Point.of(row["ratio"]) for row in rows]
+    warning = record.untrained(points)
     warning = f" {warning.capitalize()}." if warning else ""
     if not family:
         return (
-            f"{spec.architecture} at {narrowest} of its width, for images of {height} x {width} "
+            f"{spec.architecture} at {points[0]} of its width, for images of {height} x {width} "
             f"pixels. Cut from a slimmable Vision Transformer{method}, with scala-vit.{warning}"
         )
     cuts = (
@@ -113,8 +113,10 @@ def line(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def accuracy(found: Mapping[Point, Mapping[str, float]], point: Point) -> dict[str, Any]:
     """Columns for the accuracy of one width; none where that of no width is known."""
+    if not found:
+        return {}
     metric = found.get(point)
-    return {f"top-{k}, %": f"{metric[f'top{k}']:.2f}" if metric else None for k in (1, 5) if found}
+    return {f"top-{k}, %": f"{metric[f'top{k}']:.2f}" if metric else None for k in (1, 5)}
 
 
 def metadata(name: str, spec: Spec, record: Record, rows: Rows) -> ModelCardData:

@@ -55,7 +55,7 @@ def write_repository(
         if ratio is None:
             for name in (CONFIG, WEIGHTS):
                 copyfile(checkpoint / name, fresh / name)
-            tell_untrained(record, points[0], watch)
+            tell_untrained(record, points, watch)
         else:
             slice_model(checkpoint, points[0], fresh, force=True, watch=watch)
         if drawn:

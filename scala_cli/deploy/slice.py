@@ -1,5 +1,6 @@
 """One width as files that stand alone."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def slice_model(
     weights, probe = TensorByTensor(checkpoint / WEIGHTS), random_images(spec, 1)
     views, skeleton = rule.slice_state(weights, point), spec.build()
     refuse_misfit(skeleton, views, weights.file)
-    tell_untrained(record, point, watch)
+    tell_untrained(record, [point], watch)
     expected = functional_call(skeleton, views, (probe,), strict=True)  # as SlimmableViT.forward
     del views
     with whole_directory(target) as fresh:
@@ -78,8 +79,8 @@ def slice_model(
     return {**result, "max_abs_diff": difference}
 
 
-def tell_untrained(record: Record, point: Point, watch: Watcher) -> None:
-    if told := record.untrained(point):
+def tell_untrained(record: Record, points: Sequence[Point], watch: Watcher) -> None:
+    if told := record.untrained(points):
         watch.note(f"{told}: scala finetune CKPT --data DIR")
 
 

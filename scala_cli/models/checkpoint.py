@@ -39,6 +39,7 @@ class Record:
         order: how the channels were put in order: by "importance", or "none"; None is not decided yet.
         metrics: per trained point {"ratio", "top1", "top5"}, in percent.
         provenance: where the weights came from, and the versions that wrote them.
+        new_head: whether the head, alone of trained weights, is still random.
     """
 
     trained: bool = True
@@ -46,15 +47,20 @@ class Record:
     order: str | None = None
     metrics: Sequence[Mapping[str, float]] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    new_head: bool = False
 
-    def untrained(self, point: Point) -> str:
-        """What is to be told of a width that no training has been through yet; "" of any other."""
+    def untrained(self, points: Sequence[Point]) -> str:
+        """What is to be told of widths that no training has been through yet; "" of others."""
         if not self.trained:
-            return f"width {point} has random weights"
-        if self.method is not None or point.ratio == 1:
+            return "the weights are random"
+        if self.new_head:
+            return "the head is new and has not been trained"
+        narrow = [point for point in points if point.ratio < 1]
+        if self.method is not None or not narrow:
             return ""
+        have = f"width {narrow[0]} has" if len(narrow) == 1 else "the narrower widths have"
         order = ", only put in order of importance" if self.order == "importance" else ""
-        return f"width {point} has not been trained{order}"
+        return f"{have} not been trained{order}"
 
     def top1(self, point: Point) -> float | None:
         return next((m["top1"] for m in self.metrics if Point.of(m["ratio"]) == point), None)
@@ -70,6 +76,7 @@ def save(net: SlimmableViT, record: Record, directory: Path) -> None:
     about = {
         "format": FORMAT,
         "trained": record.trained,
+        "new_head": record.new_head,
         "method": record.method,
         "order": record.order,
         "ratios": [point.label for point in rule.points],
@@ -147,7 +154,12 @@ def read_about(directory: Path) -> tuple[Spec, Rule, Record]:
             bounds=tuple(map(Point.of, about["bounds"])) if about.get("bounds") else None,  # type: ignore
         )
         record = Record(
-            about["trained"], about["method"], about["order"], about["metrics"], about["provenance"]
+            about["trained"],
+            about["method"],
+            about["order"],
+            about["metrics"],
+            about["provenance"],
+            about.get("new_head", False),
         )
         for point in rule.points:
             record.top1(point)

@@ -43,7 +43,7 @@ def resolve(checkpoint: str | Path | None) -> Path:
         raise CheckpointError(
             f"no epoch of the run {path} has ended.", f"Go on: scala finetune --resume {path}"
         )
-    what = "has no config.json" if path.is_dir() else "does not exist"
+    what = "has no config.json" if path.is_dir() else "is a file" if path.exists() else "does not exist"
     raise CheckpointError(f"checkpoint {path} {what}.", "Make one: scala convert deit_s -o DIR")
 
 

@@ -17,7 +17,7 @@ from scala_cli.models.checkpoint import Record, load_with_record, read_weights
 from scala_cli.models.foreign import Foreign, read_foreign
 from scala_cli.models.hub import NO_WEIGHTS, fail_fast_offline, fetch, unreachable
 from scala_cli.models.huggingface import directory_of, read_transformers
-from scala_cli.models.locate import CONFIG, WEIGHTS, path_of, read_config, resolve, short_name
+from scala_cli.models.locate import CONFIG, STATE, WEIGHTS, path_of, read_config, resolve, short_name
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.vit import ALIASES, Spec, describe, random_images, read_off, refuse_unless_plain
 from scala_cli.settings import DEFAULT_RATIOS
@@ -86,22 +86,25 @@ def open_model(
     vit = create(name, args, None if scratch else foreign, pretrained=not scratch)
     spec = describe(vit, args)
     net = SlimmableViT(vit.eval(), spec, Rule(tuple(sorted(points)), spec.num_heads, layout=layout))
-    file = weights or Path(model)
+    file = weights or Path(model).expanduser()
     called = foreign.named if foreign and weights is None and file.is_file() else model
     called = short_name(called) if path_of(called) else called
     origin = "random" if scratch else file.name if file.is_file() else called
-    return net, Record(trained=not scratch, provenance={"model": called, "weights": origin})
+    came_with: Any = vit.pretrained_cfg  # describe() does not change it
+    new_head = not scratch and vit.num_classes != came_with.get("num_classes")
+    about = {"model": called, "weights": origin}
+    return net, Record(trained=not scratch, provenance=about, new_head=new_head)
 
 
 def given_weights(model: str, weights: Path | None, scratch: bool, average: bool) -> Foreign | None:
     """What a file or a directory of transformers holds, where one is named; None for timm's own weights."""
-    if weights is not None and (scratch or Path(model).is_file()):
+    if weights is not None and (scratch or Path(model).expanduser().is_file()):
         raise CheckpointError("two sources of weights are given.", "Leave out --weights, or the other one.")
     if weights is None and model not in ALIASES:
         directory = directory_of(model)
         if directory is not None:
             return read_transformers(directory)
-    file = weights or Path(model)
+    file = weights or Path(model).expanduser()
     if weights is not None or file.is_file():
         return read_foreign(file, average)
     if average:
@@ -225,11 +228,18 @@ def locate(model: str) -> tuple[str, dict[str, Any]]:
 
 def no_model(path: Path) -> CheckpointError:
     """The error for a path at which no model lies."""
-    if path.is_dir():
+    if (path / STATE).is_file():
         return CheckpointError(
-            f"{path} has no config.json.", f"Name a directory in timm's format; of a run it is {path}/best"
+            f"{path} is a training run.",
+            f"Go on with it: scala finetune --resume {path}; cut it: scala slice {path}",
         )
-    return CheckpointError(f"{path} does not exist.", "Check the path, or name a model: scala convert deit_s")
+    if path.is_dir():
+        return CheckpointError(f"{path} has no config.json.", "Name a directory in timm's format.")
+    if path.exists():
+        return CheckpointError(f"{path} is a file, not a directory.", "Name it without local-dir:")
+    return CheckpointError(
+        f"{path} does not exist.", "Check the path; what lies on the Hub is hf-hub:org/name."
+    )
 
 
 def check_patches(spec: Spec) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from scala_cli.data.split import class_misfit
+from scala_cli.data.split import refuse_unknown
 from scala_cli.errors import TrainingError
 from scala_cli.files import whole_file
 from scala_cli.measure import cost
@@ -20,7 +20,7 @@ from scala_cli.settings import MethodSettings, Settings
 from scala_cli.slicing.point import Point
 from scala_cli.slicing.rule import AttnScale
 from scala_cli.slicing.table import Layout
-from scala_cli.training.finetune import can_be_ordered, finetune, go_on, open_splits
+from scala_cli.training.finetune import can_be_ordered, finetune, go_on, open_splits, unlearnt
 from scala_cli.training.price import training_gmacs
 from scala_cli.training.run import METRICS, Run
 from scala_cli.watch import Watcher
@@ -140,6 +140,7 @@ def compare(
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise TrainingError("compare runs in one process.", "Start it without torchrun: scala compare ...")
+    refuse_unknown(settings.data, settings.read.data_dir)  # before anything is downloaded
     net, record = open_start()
     refuse_unfit(net, record, arms, settings)
     what = {
@@ -184,7 +185,7 @@ def refuse_unfit(net: SlimmableViT, record: Record, arms: Sequence[Arm], setting
             "Give five or more: --ratios 0.25,0.375,0.5,0.625,0.75,0.875,1",
         )
     classes = open_splits(settings)[0].classes
-    misfit = class_misfit(classes, net.spec.num_classes, net.spec.label_names)
+    misfit = unlearnt(net, record, classes)
     if misfit:
         raise TrainingError(
             f"{misfit}: every method would learn them anew.",

@@ -49,7 +49,7 @@ def finetune(
     if len(start.points) == 1 and settings.method.method != "separate":
         watch.note(f"only width {start.points[0]} is trained; for others give --ratios.")
     taught = settings.method.teacher != "none" and method.taught and record.trained
-    misfit = class_misfit(classes, start.spec.num_classes, start.spec.label_names)
+    misfit = unlearnt(start, record, classes)
     start = SlimmableViT(start.vit, start.spec.naming(classes), start.rule)
     if misfit:
         torch.manual_seed(settings.seed)
@@ -94,7 +94,8 @@ def go_on(run: Run, watch: Watcher) -> Row:
     start, record = load_with_record(run.path / "start")
     trainer = Trainer(start, state["taught"], settings, open_splits(settings))
     trainer.restore(state)
-    watch.note(f"going on after step {trainer.step.number} of {trainer.steps}.")
+    if len(trainer.rows) < trainer.epochs:
+        watch.note(f"going on after step {trainer.step.number} of {trainer.steps}.")
     return trainer.train(run, trained_by(record, start.points, settings, state["taught"]), watch)
 
 
@@ -160,6 +161,7 @@ def widen(
     """Trains every width, taught by the full one that has learnt its classes in `run.teacher`."""
     net, _ = load_with_record(run.teacher.path / "last")
     _, record = load_with_record(run.teacher.path / "start")
+    record = replace(record, new_head=False)
     start = SlimmableViT(net.vit, net.spec, replace(net.rule, points=tuple(points)))
     start, record = prepare(start, record, settings, splits[0], watch)
     return begin(Trainer(start, True, settings, splits), start, record, run, watch)
@@ -176,6 +178,13 @@ def open_splits(settings: Settings) -> tuple[Split, Split]:
     if settings.holdout:
         return hold_out(training, settings.holdout)
     return training, open_split(data, False, place, training.classes)
+
+
+def unlearnt(start: SlimmableViT, record: Record, classes: Sequence[str]) -> str:
+    """Why the model has to learn these classes first; empty where it knows them."""
+    if record.new_head and len(classes) == start.spec.num_classes:
+        return f"none of its {len(classes)} classes has been learnt"
+    return class_misfit(classes, start.spec.num_classes, start.spec.label_names)
 
 
 def can_be_ordered(start: SlimmableViT, record: Record) -> bool:
