@@ -158,6 +158,6 @@ def test_what_does_not_fit_is_refused(scala):
     torch.save({"model": state}, "plain.pth")
     with pytest.raises(CheckpointError, match="no moving average"):
         open_model("deit_ti", None, weights=Path("plain.pth"), average=True)
-    with pytest.raises(CheckpointError, match="no file to take"):
+    with pytest.raises(CheckpointError, match="is no file, so there is no moving average"):
         open_model("deit_ti", None, average=True)
     assert scala("convert", theirs("so"), "-o", "family", "--order", "importance").code == 2
