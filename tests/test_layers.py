@@ -27,6 +27,9 @@ def imported(file: Path) -> set[str]:
     """The top-level parts of the package that a file imports, wherever in it."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
+        assert not (isinstance(node, ast.ImportFrom) and node.level), (
+            f"{file}: an import by dots hides its place"
+        )
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("scala_cli"):
             names = [alias.name for alias in node.names] if node.module == "scala_cli" else []
             found |= {node.module.split(".")[1]} if "." in node.module else set(names)
@@ -44,18 +47,21 @@ def test_imports_point_one_way():
             assert LEVEL[other] <= LEVEL[part], f"{file.relative_to(ROOT)} imports {other}"
 
 
+def modules(file: Path) -> set[str]:
+    """Every module that a file imports from, by its whole name."""
+    nodes = [*ast.walk(ast.parse(file.read_text()))]
+    plain = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+    return plain | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
 def test_slicing_knows_no_timm():
     for file in (ROOT / "slicing").glob("*.py"):
-        assert "timm" not in {
-            name.name.split(".")[0]
-            for node in ast.walk(ast.parse(file.read_text()))
-            if isinstance(node, ast.Import)
-            for name in node.names
-        } | {
-            (node.module or "").split(".")[0]
-            for node in ast.walk(ast.parse(file.read_text()))
-            if isinstance(node, ast.ImportFrom)
-        }
+        assert not any(name.partition(".")[0] == "timm" for name in modules(file)), file
+
+
+def test_one_file_knows_the_inside_of_timms_models():
+    inside = {"timm.layers", "timm.models.vision_transformer"}
+    assert [file.name for file in FILES if inside & modules(file)] == ["vit.py"]
 
 
 def test_only_the_console_prints():

@@ -43,15 +43,30 @@ def test_an_unknown_parameter_is_an_error(name):
 
 @pytest.mark.parametrize("isolated", [False, True])
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75, 1.0])
-def test_qkv_keeps_the_same_channels_of_every_head(ratio, isolated):
-    """Layout aligned: q, k, v and each head are cut alike."""
-    weight = torch.randn(3 * DIM, DIM)
+def test_attention_keeps_the_same_channels_of_every_head(ratio, isolated):
+    """Layout aligned: q, k, v and each head are cut alike, and what reads a head reads those channels."""
     end = "last" if isolated and ratio in (0.5, 0.75) else "first"
-    within = channels(HEAD_DIM, ratio, end)
-    rows = [(qkv * HEADS + head) * HEAD_DIM + c for qkv in range(3) for head in range(HEADS) for c in within]
-    expected = weight[rows][:, channels(DIM, ratio, end)]
-    sliced = Rule(WIDTHS, HEADS, isolated).slice_state({"blocks.7.attn.qkv.weight": weight}, Point.of(ratio))
-    assert torch.equal(sliced["blocks.7.attn.qkv.weight"], expected)
+    stream, within = channels(DIM, ratio, end), channels(HEAD_DIM, ratio, end)
+
+    def of_heads(count):
+        return [head * HEAD_DIM + channel for head in range(count) for channel in within]
+
+    rows, columns = torch.randn(3 * DIM, DIM), torch.randn(DIM, 2 * DIM)
+    expected = {  # name: (the whole, what is kept)
+        "blocks.7.attn.qkv.weight": (rows, rows[of_heads(3 * HEADS)][:, stream]),
+        "blocks.7.attn.qkv.bias": (rows[:, 0], rows[of_heads(3 * HEADS), 0]),
+        "blocks.7.attn.q_norm.weight": (rows[:HEAD_DIM, 0], rows[within, 0]),
+        "blocks.7.attn.norm.weight": (rows[:DIM, 0], rows[of_heads(HEADS), 0]),
+        "blocks.7.attn.proj.weight": (columns[:, :DIM], columns[stream][:, of_heads(HEADS)]),
+        "attn_pool.q.weight": (rows[:DIM], rows[of_heads(HEADS)][:, stream]),
+        "attn_pool.kv.weight": (rows[: 2 * DIM], rows[of_heads(2 * HEADS)][:, stream]),
+        "attn_pool.kv.bias": (rows[: 2 * DIM, 0], rows[of_heads(2 * HEADS), 0]),
+        "attn_pool.proj.weight": (columns[:, :DIM], columns[stream][:, of_heads(HEADS)]),
+    }
+    whole = {name: tensor for name, (tensor, _) in expected.items()}
+    sliced = Rule(WIDTHS, HEADS, isolated).slice_state(whole, Point.of(ratio))
+    for name, (_, kept) in expected.items():
+        assert torch.equal(sliced[name], kept), name
 
 
 @pytest.mark.parametrize("isolated", [False, True])

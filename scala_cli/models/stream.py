@@ -6,10 +6,9 @@ from collections.abc import Mapping
 
 import torch
 from timm.models import VisionTransformer
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from scala_cli.models.vit import Spec, random_images
+from scala_cli.models.vit import Spec, has_bare_stream, random_images
 from scala_cli.slicing.table import Table, axes_of
 
 PARTS = ("weight", "bias")
@@ -40,10 +39,7 @@ def norms_of(vit: VisionTransformer) -> Norms:
             norms[name] = linear_heads(vit)
     layers = [vit.get_submodule(name) for readers in norms.values() for name in readers]
     free = (
-        isinstance(vit.norm_pre, nn.Identity)
-        and isinstance(getattr(vit.patch_embed, "norm", nn.Identity()), nn.Identity)
-        and vit.attn_pool is None
-        and all(type(block) is Block for block in vit.blocks)
+        has_bare_stream(vit)
         and ("norm" in norms or "fc_norm" in norms)
         and all(readers and is_affine_layer_norm(vit.get_submodule(name)) for name, readers in norms.items())
         and all(layer.bias is not None for layer in layers)

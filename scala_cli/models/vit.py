@@ -278,6 +278,19 @@ class LastBlock(Block):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
+def has_bare_stream(vit: VisionTransformer) -> bool:
+    """Whether the residual stream is what is written to it: no norm on its way, none after a branch.
+
+    Nor is it pooled by attention, which reads it past the last norm.
+    """
+    on_its_way = (vit.norm_pre, getattr(vit.patch_embed, "norm", nn.Identity()))
+    return (
+        all(isinstance(norm, nn.Identity) for norm in on_its_way)
+        and all(type(block) is Block for block in vit.blocks)
+        and vit.attn_pool is None
+    )
+
+
 def skip_unread(vit: VisionTransformer) -> None:
     """Spares the last block what the head does not read, where that reads a class token alone.
 
