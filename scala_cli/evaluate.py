@@ -9,7 +9,7 @@ from timm.utils import AverageMeter, accuracy
 from torch import Tensor
 
 from scala_cli.cascade import Cascade, confidence, sweep
-from scala_cli.data.loader import Loader, naming_a_dead_reader, transform_for
+from scala_cli.data.loader import Loader, naming_a_dead_reader, nothing_read, transform_for
 from scala_cli.data.split import class_misfit, open_split
 from scala_cli.device import autocast, naming_lack_of_memory
 from scala_cli.errors import DataError
@@ -141,7 +141,3 @@ def batches(loader: Loader, device: torch.device, watch: Watcher) -> Iterator[tu
         if len(images):
             yield images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
             watch.step(len(targets))
-
-
-def nothing_read() -> DataError:
-    return DataError("not one of the images could be read.", "Check the validation images.")

@@ -1,5 +1,6 @@
 """Writing that either happens wholly or not at all."""
 
+import errno
 import os
 import re
 import shutil
@@ -9,6 +10,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 
 from scala_cli.errors import ScalaError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""What the system says where a file cannot grow."""
 
 
 @contextmanager
@@ -80,18 +84,26 @@ def whole_files(target: Path, force: bool) -> Iterator[Path]:
 
 @contextmanager
 def naming_a_full_disk(target: Path) -> Iterator[None]:
-    """Turns what safetensors and torch make of an error of the disk back into the OSError it is."""
+    """Turns what safetensors, torch and exporters make of a disk's error back into the OSError it is."""
     try:
         yield
     except Exception as error:
         if isinstance(error, OSError) and error.filename:
             raise
         told = re.search(r"os error (\d+)", str(error))  # safetensors
-        within = error if isinstance(error, OSError) else error.__context__  # torch, writing to an open file
-        number = int(told[1]) if told else within.errno if isinstance(within, OSError) else None
+        within = error.errno if isinstance(error, OSError) else next(disk_errors(error), None)
+        number = int(told[1]) if told else within
         if number is None:
             raise
         raise OSError(number, os.strerror(number), str(target)) from None
+
+
+def disk_errors(error: BaseException | None) -> Iterator[int]:
+    """The numbers of what a disk says behind other errors: torch's, then perhaps an exporter's."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in {*FULL, errno.EIO}:
+            yield error.errno
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def flush(path: Path) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,9 @@ def open_onnx(file: Path) -> Predictor:
 
 
 def write_pt2(model: nn.Module, example: Tensor, file: Path, labels: Sequence[str]) -> None:
-    torch.export.save(traced(model, example), file, extra_files={"labels.json": json.dumps(list(labels))})
+    whole = BytesIO()  # torch, writing by itself, does not tell a full disk from another failure
+    torch.export.save(traced(model, example), whole, extra_files={"labels.json": json.dumps(list(labels))})
+    file.write_bytes(whole.getbuffer())
 
 
 def open_pt2(file: Path) -> Predictor:

@@ -1,4 +1,5 @@
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,18 @@ def slimmable(kind: str = "deit", ratios: str = "0.25,0.5,0.75,1", **rule) -> Sl
     return SlimmableViT(vit, spec, Rule(parse_points(ratios), spec.num_heads, **rule)).eval()
 
 
+def interrupt(*_args, **_kwargs):
+    """Ctrl-C, in place of whatever this is patched over."""
+    raise KeyboardInterrupt
+
+
+class Bomb:
+    """What leaves a mark where a pickle that holds it is run."""
+
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -96,6 +109,11 @@ class Answer:
     @property
     def json(self) -> dict:
         return json.loads(self.stdout)
+
+    @property
+    def told(self) -> str:
+        """stderr as one line, out of the frame that typer draws around what it refuses."""
+        return " ".join(self.stderr.replace("│", " ").split())
 
 
 @pytest.fixture

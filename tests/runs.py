@@ -9,6 +9,8 @@ from scala_cli.settings import DeviceSettings, OptimizerSettings, ReadSettings, 
 from scala_cli.watch import Watcher
 
 FULL = DeviceSettings(device="cpu", amp=False)
+QUICK = ("--epochs", 1, "-b", 4, "-j", 0, "--no-amp", "--device", "cpu")
+"""One epoch of a few steps, as options of scala finetune."""
 
 
 class Listener(Watcher):

@@ -13,6 +13,7 @@ from scala_cli.errors import CheckpointError, PointError
 from scala_cli.models.source import open_model, open_slimmable
 from scala_cli.slicing.point import parse_points
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
 CLASSES = 7
 
 
@@ -75,11 +76,6 @@ def by_hand(state, images, ratio: Fraction, first: bool, heads=3) -> torch.Tenso
     x = norm(x, "norm")
     logits = linear(x[:, 0], "head", out=False)
     return (logits + linear(x[:, 1], "head_dist", out=False)) / 2 if "dist_token" in state else logits
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

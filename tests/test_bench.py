@@ -177,4 +177,4 @@ def test_what_training_cost_is_told_beside(scala, tiny, photos):
 def test_mistakes_in_measuring(scala, tiny, words, message):
     answer = scala("bench", tiny, *words)
     assert answer.code == 2 and answer.stdout == ""
-    assert message in " ".join(answer.stderr.replace("│", " ").split())
+    assert message in answer.told

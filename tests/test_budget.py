@@ -25,7 +25,9 @@ def fits(row, limits):
 def test_the_widest_that_fits_every_budget():
     """Every combination of limits, each at, just below and just above what a width has."""
     names = ("max_gmacs", "max_params", "max_latency_ms", "max_memory_mb", "min_top1")
-    edges = {name: [None, *(row[name[4:]] * f for row in ROWS[:3:2] for f in (1, 0.999))] for name in names}
+    edges = {
+        name: [None, *(row[name[4:]] * f for row in ROWS[:3:2] for f in (1, 0.999, 1.001))] for name in names
+    }
     for values in itertools.product(*edges.values()):
         limits = [(name, limit) for name, limit in zip(names, values, strict=True) if limit is not None]
         budget = Budget(**dict(limits))

@@ -1,8 +1,6 @@
 """The commands as a user runs them."""
 
-import errno
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,12 +9,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import write_timm_directory
+from conftest import interrupt, write_timm_directory
+from runs import QUICK
 
 from scala_cli.deploy.slice import default_target
 from scala_cli.slicing.point import Point
-
-QUICK = ("--epochs", 1, "-b", 4, "-j", 0, "--no-amp", "--device", "cpu")
 
 
 def test_convert_tells_what_it_wrote(scala, tmp_path):
@@ -119,9 +116,6 @@ def test_finetune_converts_a_model_first(scala, photos, tmp_path):
 
 
 def test_interrupted_and_resumed(scala, tiny, photos, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr("scala_cli.training.loop.evaluate", interrupt)
         answer = scala("finetune", tiny, "--data", photos, "-o", "run", *QUICK)
@@ -184,73 +178,6 @@ def named(*classes: str) -> Path:
     return Path("labels.txt")
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["slice", "tiny", "--ratio", "0.46875"], "nearest trained: 0.25, 0.5"),
-        (["slice", "tiny", "--ratio", "0"], "ratio 0 is not a width"),
-        (["slice", "tiny", "--ratio", "1.5"], "ratio 1.5 is not a width"),
-        (["slice", "tiny", "--ratio", "half"], "'half' is not a ratio"),
-        (["slice", "nowhere", "--ratio", "0.5"], "nowhere does not exist"),
-        (["slice", "--ratio", "0.5"], "no run yet"),
-        (["slice", "tiny", "--ratio", "0.5", "-o", "tiny"], "holds what is read"),
-        (["slice", "tiny", "--ratio", "0.5", "-o", "tiny", "--force"], "holds what is read"),
-        (["convert", "tiny-timm", "-o", "tiny-timm", "--force"], "holds what is read"),
-        (
-            ["convert", "deit_s", "--weights", "tiny-timm/model.safetensors", "-o", "tiny-timm", "--force"],
-            "holds what is read",
-        ),
-        (["finetune", "tiny", "--data", "digits", "-o", "tiny", "--force"], "holds what is read"),
-        (["finetune", "tiny/model.safetensors", "--data", "digits", "-o", "tiny"], "holds what is read"),
-        (["convert", "tiny-timm", "--order", "importance", "--data", "torch/cifar10"], "--data-dir"),
-        (["slice", "tiny", "--ratio", "0.5", "-o", "tiny-timm"], "not empty"),
-        (["convert", "deit_s", "--data", "digits"], "--data is for --order importance"),
-        (["convert", "./missing"], "missing does not exist"),
-        (["convert", "local-dir:missing"], "missing does not exist"),
-        (["convert", "missing.pth"], "missing.pth does not exist"),
-        (["convert", "missing.pth", "--ema"], "missing.pth is no file"),
-        (["convert", "."], "no config.json"),
-        (["slice", "tiny", "--ratio", "0.5", "--max-gmacs", "1"], "Give either a width"),
-        (["finetune", "--resume", "run", "--epochs", "3"], "give --resume alone"),
-        (["eval", "tiny", "--data", "nowhere"], "no such folder"),
-        (["eval", "tiny", "--data", "digits"], "3 classes, the data has 10"),
-        (["eval", "tiny", "--data", "digits", "--device", "tpu9"], "cannot be used here"),
-        (["convert", "deit_s", "--ratios", "0.3"], "not a whole number"),
-        (["convert", "deit_s"], "no network"),
-        (["convert", "deit_s", "-o", "tiny"], "not empty"),
-        (["finetune", "tiny", "--data", "nowhere"], "no such folder"),
-        (["finetune", "deit_s", "--data", "nowhere"], "no such folder"),
-        (["finetune", "deit_s", "--data", "torch/cifar10"], "--data-dir"),
-        (["compare", "deit_s", "--data", "nowhere"], "no such folder"),
-        (["convert", "deit_s", "--order", "importance", "--data", "nowhere"], "no such folder"),
-        (["convert", "local-dir:tiny/model.safetensors"], "is a file, not a directory"),
-        (["slice", "tiny/model.safetensors", "--ratio", "0.5"], "is a file"),
-        (["finetune", "--resume", "nowhere"], "nothing to resume"),
-        (["finetune", "tiny"], "--data DIR"),
-        (["finetune", "tiny", "--data", "digits", "--method", "separate"], "one width a run"),
-        (["finetune", "tiny", "--data", "digits", "--lr", "fast"], "--lr"),
-        (["finetune", "tiny", "--data", "digits", "--method", "magic"], "magic"),
-        (["bench", "tiny", "--ratio", "0.3"], "not trained"),
-        (["bench", "tiny", "--runs", "0"], "--runs"),
-        (["bench", "tiny", "--csv", "nowhere/rows.csv"], "there is no directory nowhere"),
-        (["eval", "tiny", "--data", "torch/cifar10"], "--data-dir"),
-        (["eval", "tiny", "--data", "digits", "-b", "0"], "--batch-size"),
-        (["finetune", "tiny", "--resume", "run"], "give --resume alone"),
-        (["finetune", "tiny", "--data", "digits", "--seed", "-1"], "--seed"),
-        (["finetune", "tiny", "--data", "digits", "--opt", "magic", "-j", "0"], "timm refuses"),
-        (["info", "--nonsense"], "nonsense"),
-    ],
-)
-def test_mistakes_end_with_a_remedy_and_exit_code_2(scala, tiny, words, message):
-    answer = scala(*words)
-    assert answer.code == 2 and answer.stdout == ""
-    assert message in " ".join(answer.stderr.replace("│", " ").split())
-    assert "Traceback" not in answer.stderr
-    if answer.stderr.startswith("error:"):
-        assert len(answer.stderr.splitlines()) <= 2
-    assert not list(Path().glob(".*")), "half-written output"
-
-
 def test_a_width_that_was_not_trained_is_told(scala, tiny):
     scala("convert", "tiny-timm", "-o", "ordered", "--order", "importance")
     for words in (
@@ -291,15 +218,6 @@ def test_a_head_that_convert_made_is_learnt_first(scala, tiny, photos, tmp_path)
     assert scala(*unchanged).code == 0 and scala("slice", "three", "--ratio", "1").stderr.count("new") == 0
 
 
-def test_one_class_teaches_nothing(scala, tiny, photos, tmp_path):
-    folder = shutil.copytree(photos, tmp_path / "copy")
-    for part in ("train", "val"):
-        for name in ("blue", "green"):
-            shutil.rmtree(folder / part / name)
-    answer = scala("finetune", tiny, "--data", folder, *QUICK)
-    assert answer.code == 2 and "one class only, 'red'" in answer.stderr and not Path("runs").exists()
-
-
 def test_a_large_seed(scala, tiny, photos):
     assert scala("finetune", tiny, "--data", photos, *QUICK, "--seed", 123456789).code == 0
 
@@ -318,68 +236,6 @@ def test_csv_is_written_through_a_link(scala, tiny, tmp_path):
     assert (tmp_path / "link.csv").is_symlink() and (tmp_path / "rows.csv").read_text().startswith(
         "model,ratio"
     )
-
-
-def test_a_run_without_an_epoch_names_the_way_on(scala, tiny, photos, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("scala_cli.training.loop.evaluate", interrupt)
-    scala("finetune", tiny, "--data", photos, "-o", "run", *QUICK)
-    answer = scala("info", "run")
-    assert answer.code == 2 and "scala finetune --resume run" in answer.stderr
-
-
-def test_a_full_disk(scala, tiny, monkeypatch):
-    def full(*_args, **_kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device", "half/model.safetensors")
-
-    monkeypatch.setattr("scala_cli.models.checkpoint.save_for_hf", full)
-    answer = scala("slice", tiny, "--ratio", "0.5", "-o", "half")
-    assert answer.code == 2 and "No space left" in answer.stderr and "Free some space" in answer.stderr
-    assert not Path("half").exists() and not list(Path().glob(".*"))
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("finetune", "tiny", "--data", "DATA", "-o", "fixed/run", *QUICK, "--ratios", "0.5,1"),
-        ("slice", "tiny", "--ratio", "0.5", "-o", "fixed/half"),
-        ("export", "tiny", "--ratio", "0.5", "--format", "pt2", "-o", "fixed/half.pt2"),
-    ],
-    ids=lambda words: words[0],
-)
-def test_a_place_that_cannot_be_written_to(tiny, photos, words):
-    """As a user without root's right to write everywhere."""
-    fixed = Path("fixed")
-    fixed.mkdir()
-    fixed.chmod(0o555)
-    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
-    prefix = drop if os.geteuid() == 0 else []
-    if prefix and shutil.which("setpriv") is None:
-        pytest.skip("root writes everywhere, and there is no setpriv")
-    command = [
-        *prefix,
-        sys.executable,
-        "-m",
-        "scala_cli",
-        *(str(w).replace("DATA", str(photos)) for w in words),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "Permission denied" in done.stderr and "Check the path and its permissions" in done.stderr
-    assert not list(fixed.iterdir())
-
-
-def test_our_own_bugs_exit_with_1(scala, tiny, monkeypatch):
-    def bug(*_args, **_kwargs):
-        raise ZeroDivisionError("oops")
-
-    monkeypatch.setattr("scala_cli.measure.cost", bug)
-    answer = scala("info", tiny)
-    assert answer.code == 1 and "bug of scala: ZeroDivisionError: oops" in answer.stderr
-    assert "Traceback" not in answer.stderr
-    assert "Traceback" in scala("info", tiny, "--debug").stderr
 
 
 @pytest.mark.parametrize(

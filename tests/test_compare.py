@@ -20,10 +20,7 @@ from scala_cli.training.compare import ARMS, arms_of, columns, compare, summary
 from scala_cli.training.gradients import GradientLog
 from scala_cli.training.price import training_gmacs
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def open_start():

@@ -20,7 +20,7 @@ from scala_cli.data.loader import (
     leave_stopping_to_the_parent,
     transform_for,
 )
-from scala_cli.data.split import Split, class_misfit, hold_out, open_split
+from scala_cli.data.split import FromReader, Split, class_misfit, hold_out, open_split
 from scala_cli.errors import DataError
 from scala_cli.evaluate import accuracies, evaluate
 from scala_cli.models.vit import describe
@@ -45,8 +45,9 @@ def test_parts_and_classes(folder):
     train, val = open_split(str(folder), True), open_split(str(folder), False)
     assert train.classes == val.classes == ("blue", "green", "red")
     assert (len(train), len(val)) == (12, 6)
-    (folder / "val").rename(folder / "validation")
-    assert len(open_split(str(folder), False)) == 6
+    for former, name in (("val", "validation"), ("validation", "test")):
+        (folder / former).rename(folder / name)
+        assert len(open_split(str(folder), False)) == 6
 
 
 def test_batches(folder):
@@ -74,13 +75,13 @@ def test_order_and_augmentation_depend_on_the_epoch_the_seed_and_the_image_alone
 
 
 def test_reading_images_leaves_other_random_numbers_alone(folder):
-    drawn = []
+    reading, drawn = loader(folder, training=True), []
     for read in (False, True):
         random.seed(0), np.random.seed(0), torch.manual_seed(0)
         if read:
-            next(loader(folder, training=True).of_epoch(0))
+            next(reading.of_epoch(0))
         drawn.append((random.random(), np.random.rand(), torch.rand(1).item()))
-    assert drawn[0][:2] == drawn[1][:2]
+    assert drawn[0] == drawn[1]
 
 
 def test_training_images_are_augmented_and_others_are_not(folder):
@@ -145,10 +146,34 @@ def test_malformed_folders(folder, spoil, training, message):
     assert error.value.hint
 
 
-@pytest.mark.parametrize("name", ["wds/imagenet", "torch/cifar10", "torch/nonsense", "nowhere"])
-def test_named_data_that_is_not_there(name, tmp_path):
-    with pytest.raises(DataError):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wds/imagenet", "streamed data sets"),
+        ("torch/cifar10", "torch/cifar10 in "),
+        ("torch/nonsense", "torch/nonsense in "),
+        ("nowhere", "no such folder"),
+    ],
+)
+def test_named_data_that_is_not_there(name, message, tmp_path):
+    with pytest.raises(DataError, match=message):
         open_split(name, True, str(tmp_path))
+
+
+def test_images_that_lie_in_a_table_are_named_by_their_numbers():
+    class Table:
+        def filename(self, index, absolute):
+            return None
+
+    assert FromReader(Table()).name(3) == "image 3"
+
+
+def test_classes_are_numbered_as_a_person_counts(folder):
+    for part in ("train", "val"):
+        for old, new in (("blue", "10"), ("green", "2"), ("red", "1")):
+            (folder / part / old).rename(folder / part / new)
+    assert open_split(str(folder), True).classes == open_split(str(folder), False).classes == ("1", "2", "10")
+    assert open_split(str(folder), False).samples[0][0].getpixel((0, 0)) == (200, 0, 0)  # red's
 
 
 def test_a_timm_data_set_name(folder):

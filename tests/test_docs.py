@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 import typer
-from conftest import build
+from conftest import build, slimmable
 from PIL import Image
 
+import scala_cli
 from scala_cli.cli.app import app
 from scala_cli.deploy.export import FromPixels, export
 from scala_cli.formats import FORMATS
+from scala_cli.models.checkpoint import Record, save
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.vit import describe, random_images
 from scala_cli.slicing.point import parse_points
@@ -84,5 +86,30 @@ def test_what_docs_say_of_deploying_runs_without_us(tmp_path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_pages_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+    for target, _, anchor in re.findall(r"\]\(([^)#]*)(#([^)]+))?\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        other = page.parent / target if target else page
+        assert other.exists(), target
+        assert not anchor or anchor in anchors(other), f"{target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as GitHub makes anchors of them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_what_the_readme_says_of_python_runs(tmp_path, monkeypatch, images):
+    monkeypatch.chdir(tmp_path)
+    save(slimmable(), Record(), Path("runs/last"))
+    scala_cli.slice_model("runs/last", 0.5, "half")
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    names = {"images": images}
+    for example in examples:
+        exec(example, names)
+    assert len(examples) == 2 and names["logits"].shape == names["cheap"](images).shape == (3, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(names["small"](images), names["model"](images))
+    assert all(getattr(scala_cli, name) for name in scala_cli.__all__)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     DeiTConfig,
     DeiTForImageClassification,
@@ -27,6 +27,7 @@ SIZES = {
     "patch_size": 4,
     "id2label": {0: "cat", 1: "dog", 2: "owl"},
 }
+pytestmark = pytest.mark.usefixtures("elsewhere")
 KINDS = {
     ViTForImageClassification: ViTConfig,
     DeiTForImageClassification: DeiTConfig,
@@ -42,11 +43,6 @@ def write(kind=ViTForImageClassification, folder="theirs", scale=0.1, **changes)
             parameter.add_(torch.randn_like(parameter) * scale)
     model.save_pretrained(folder)
     return model
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("scale", [0.1, 0.0])
@@ -138,6 +134,15 @@ def test_what_timm_does_not_compute_is_refused():
     Path("sizeless/config.json").write_text(
         json.dumps({k: v for k, v in config.items() if k != "patch_size"})
     )
+    write(folder="heads")
+    Path("heads/config.json").write_text(json.dumps({**config, "num_attention_heads": 5}))
+    write(folder="keyless")
+    state = load_file("keyless/model.safetensors")
+    save_file({name: t for name, t in state.items() if "key" not in name}, "keyless/model.safetensors")
+    write(folder="twice")
+    Path("twice/config.json").write_text(json.dumps({**config, "architectures": ["A", "B"]}))
+    write(folder="pixels")
+    Path("pixels/preprocessor_config.json").write_text("{")
     Path("bert").mkdir()
     Path("bert/config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
     for name, message in {
@@ -146,6 +151,10 @@ def test_what_timm_does_not_compute_is_refused():
         "half": "truncated",
         "lacking": r"has shape \(1, 1, 32\), not \(1, 1, 64\)",
         "sizeless": "lacks 'patch_size'",
+        "heads": "timm cannot build",
+        "keyless": r"no 'blocks\.0\.attn\.qkv\.weight'",
+        "twice": "holds a A of transformers",
+        "pixels": r"preprocessor_config\.json is not JSON",
     }.items():
         with pytest.raises(CheckpointError, match=message):
             open_model(name, None)

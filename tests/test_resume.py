@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import slimmable, write_timm_directory
+from conftest import Bomb, slimmable, write_timm_directory
 from runs import Listener, settings, start
 from safetensors.torch import load_file
 
@@ -133,9 +134,15 @@ def test_resuming_what_is_no_run(photos):
     with pytest.raises(TrainingError, match="damaged") as error:
         go_on(Run(Path("one")), Listener())
     assert "one/last" in error.value.hint
-    torch.save({"rows": []}, state)
-    with pytest.raises(TrainingError, match="another version"):
-        go_on(Run(Path("one")), Listener())
+    for damage in (b"hello", b"", pickle.dumps(Bomb(), protocol=2)):
+        state.write_bytes(damage)
+        with pytest.raises(TrainingError, match="damaged"):
+            go_on(Run(Path("one")), Listener())
+    assert not Path("exploded").exists()
+    for other in ({"rows": []}, []):
+        torch.save(other, state)
+        with pytest.raises(TrainingError, match="another version"):
+            go_on(Run(Path("one")), Listener())
 
 
 @pytest.mark.parametrize("every", [None, 1])
@@ -216,6 +223,20 @@ def test_a_disk_that_fails_once_the_classes_are_learnt(photos, monkeypatch):
     listener = Listener()
     go_on(Run(Path("cut")), listener)
     assert len(listener.losses) == 9, "the teacher has learnt already"
+
+
+def test_a_run_stopped_before_it_can_be_resumed_does_not_say_that_it_can(photos, monkeypatch):
+    begin = Run.begin
+
+    def interrupt(self, *given):
+        if self.path.name == "teacher":
+            raise KeyboardInterrupt
+        begin(self, *given)
+
+    monkeypatch.setattr(Run, "begin", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(slimmable(), Record(), settings(photos), Run(Path("cut")), Listener())
+    assert not Run(Path("cut")).holds_state()
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 4, 7])

@@ -1,7 +1,6 @@
 """From every way to name a model to a slimmable one, and every way that can go wrong."""
 
 import argparse
-import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +8,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import KINDS, TINY, build, write_timm_directory
+from conftest import KINDS, TINY, Bomb, build, write_timm_directory
 from safetensors.torch import save_file
 
+from scala_cli.deploy.slice import slice_model
 from scala_cli.errors import CheckpointError, PointError
-from scala_cli.models.checkpoint import save
+from scala_cli.models.checkpoint import Record, save
 from scala_cli.models.source import Changes, is_checkpoint, open_model, open_slimmable, slimmable
 from scala_cli.slicing.point import parse_points
 
@@ -66,9 +66,10 @@ def test_weights_for_a_named_architecture(tmp_path, released):
     state = torch.load(released, weights_only=False)["model"]
     save_file(state, tmp_path / "w.safetensors")
     x = torch.randn(1, 3, 224, 224)
-    one, _ = open_model("deit_ti", FOUR, weights=tmp_path / "w.safetensors")
-    other, _ = open_model("deit_ti", FOUR, weights=released)
-    assert torch.equal(one(x), other(x))
+    reference = timm.create_model("deit_tiny_patch16_224").eval()
+    reference.load_state_dict(state)
+    for file in (tmp_path / "w.safetensors", released):
+        assert torch.equal(open_model("deit_ti", FOUR, weights=file)[0](x), reference(x))
 
 
 def test_another_number_of_classes_gets_a_new_head(released):
@@ -134,11 +135,6 @@ def test_widths_are_checked_before_anything_is_downloaded():
         open_model("deit_s", parse_points("0.3,1"))
 
 
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("exploded",)
-
-
 @pytest.mark.parametrize(
     ("write", "message"),
     [
@@ -183,14 +179,61 @@ def test_a_trained_family_is_not_converted_again(timm_directory, tmp_path):
         open_model(str(tmp_path / "trained"), FOUR)
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        Record(trained=False, provenance={"weights": "random"}),
+        Record(new_head=True),
+        Record(order="importance"),
+        Record(order="none"),
+    ],
+)
+def test_what_is_converted_again_stays_what_it_was(timm_directory, tmp_path, record):
+    net, _ = open_model(str(timm_directory), FOUR)
+    save(net, record, tmp_path / "net")
+    slice_model(tmp_path / "net", 0.5, tmp_path / "cut")
+    for name, order in (("net", record.order), ("cut", None)):
+        again = open_model(str(tmp_path / name), FOUR)[1]
+        assert (again.trained, again.new_head, again.order) == (record.trained, record.new_head, order)
+    assert open_model(str(tmp_path / "net"), FOUR, scratch=True)[1].trained is False
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [torch.half, torch.bfloat16])
+def test_half_the_bits_are_read_as_what_they_say(tmp_path, kind):
+    vit = timm.create_model("test_vit").eval().to(kind)
+    torch.save({"model": vit.state_dict(), "arch": "test_vit"}, tmp_path / "half.pth")
+    assert slimmable(vit).vit is vit, "in memory it stays as it is"
+    net, _ = open_model(str(tmp_path / "half.pth"), FOUR)
+    x = torch.randn(1, *net.spec.input_size)
+    assert torch.equal(net(x), vit.float()(x))
+
+
+@torch.no_grad()
+def test_weights_without_a_classifier(tmp_path):
+    state = timm.create_model("deit_tiny_patch16_224", num_classes=0).state_dict()
+    save_file(state, tmp_path / "features.safetensors")
+    net, record = open_model("deit_ti", FOUR, weights=tmp_path / "features.safetensors")
+    assert net.spec.num_classes == 0 and record.trained and not record.new_head
+    assert net(torch.randn(1, 3, 224, 224), 0.5).shape == (1, 96)
+    net, record = open_model(
+        "deit_ti", FOUR, Changes(num_classes=3), weights=tmp_path / "features.safetensors"
+    )
+    assert net.spec.num_classes == 3 and record.new_head
+    assert torch.equal(net.vit.blocks[3].mlp.fc1.weight, state["blocks.3.mlp.fc1.weight"])
+
+
 def test_two_sources_of_weights(released):
     for source in ({"scratch": True}, {}):
         with pytest.raises(CheckpointError, match="two sources"):
             open_model("deit_ti" if source else str(released), FOUR, weights=released, **source)
 
 
-def test_an_alias_is_not_shadowed_by_a_directory(timm_directory, tmp_path, monkeypatch):
+def test_an_alias_is_not_shadowed_by_a_file_or_a_directory(timm_directory, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("deit_b").write_text("no weights")
+    with pytest.raises(CheckpointError, match="no network"):
+        open_model("deit_b", FOUR)
     timm_directory.rename(tmp_path / "deit_s")
     with pytest.raises(CheckpointError, match="no network"):
         open_slimmable("deit_s", None)

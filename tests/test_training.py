@@ -308,3 +308,13 @@ def test_corrupt_training_images_are_skipped_and_told(photos, tmp_path):
     read = ReadSettings(workers=0, on_corrupt="skip")
     finetune(start(), Record(), settings(folder, 1, read=read), Run(Path("one")), listener)
     assert any("unreadable and skipped: 1" in note for note in listener.notes)
+
+
+def test_training_on_nothing_that_can_be_read(photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "copy")
+    for file in (folder / "train").rglob("*.png"):
+        file.write_text("no image")
+    chosen = settings(folder, 1, read=ReadSettings(workers=0, on_corrupt="skip"))
+    with pytest.raises(DataError, match="not one of the images"):
+        finetune(start(), Record(order="none"), chosen, Run(Path("one")), Listener())
+    assert not Path("one").exists()

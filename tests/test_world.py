@@ -104,7 +104,7 @@ def test_no_step_is_lost_where_several_processes_are_stopped_or_one_is_killed(ho
 def test_several_processes_name_their_run(scala, photos, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     answer = scala("finetune", "model", "--data", photos)
-    assert answer.code == 2 and "--output runs/NAME" in " ".join(answer.stderr.replace("│", " ").split())
+    assert answer.code == 2 and "--output runs/NAME" in answer.told
 
 
 @pytest.mark.parametrize("shuffled", [True, False])

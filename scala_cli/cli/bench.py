@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import Some, find_checkpoint
+from scala_cli.cli.options import Widths, find_checkpoint
 from scala_cli.settings import (
     BenchSettings,
     DeviceSettings,
@@ -29,7 +29,7 @@ def bench(
             help="A checkpoint, or a model as in scala convert. Default: the newest run.",
         ),
     ] = None,
-    ratio: Some = None,
+    ratio: Widths = None,
     data: Annotated[str | None, typer.Option("--data", help="Also evaluate on these images.")] = None,
     compare: Annotated[
         list[str] | None,

@@ -1,6 +1,5 @@
 """The only place that prints: results to stdout, progress and notes to stderr."""
 
-import errno
 import json
 import os
 import signal
@@ -20,6 +19,7 @@ from rich.table import Table
 
 from scala_cli.cli.signals import Stop
 from scala_cli.errors import LostProcess, ScalaError
+from scala_cli.files import FULL
 from scala_cli.settings import option
 from scala_cli.slicing.point import Point
 from scala_cli.watch import Stopped, Watcher
@@ -52,11 +52,12 @@ class Output:
             return
         if self.json:
             sys.stdout.write(json.dumps(document, indent=2) + "\n")
-            return
-        print_table(Console(), rows, title)
-        for key, value in document.items():
-            if isinstance(value, str | int | float):
-                sys.stdout.write(f"{key}: {shown(value)}\n")
+        else:
+            print_table(Console(), rows, title)
+            for key, value in document.items():
+                if isinstance(value, str | int | float):
+                    sys.stdout.write(f"{key}: {shown(value)}\n")
+        sys.stdout.flush()  # here, where a full disk or a reader that has left is still told as one
 
     def error(self, message: str, hint: str = "") -> None:
         console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -116,9 +117,8 @@ class Live(Watcher):
         self.stop.waits = True
         try:
             yield
-        except (
-            LostProcess
-        ):  # torchrun's signals reach all processes; the first one saves, then the others end
+        except LostProcess:
+            # torchrun's signals reach all processes: the first one saves, then the others end
             if self.stop.asked is None:
                 raise
             raise Stopped(self.stop.asked) from None
@@ -185,7 +185,7 @@ def reporting_errors(out: Output) -> Iterator[None]:
     except ScalaError as error:
         code, message, hint = 2, error.message, error.hint
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in FULL
         place = Path(error.filename or "the disk")
         place = place.parent if place.name.startswith(".") else place  # not our temporary names
         code, message = 2, f"{place}: {error.strerror or error}."

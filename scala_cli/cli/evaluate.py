@@ -4,7 +4,7 @@ from typing import Annotated, Any
 import typer
 
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import Checkpoint, Data, Some, find_checkpoint
+from scala_cli.cli.options import Checkpoint, Data, Widths, find_checkpoint
 from scala_cli.settings import DeviceSettings, EvalSettings, ReadSettings
 from scala_cli.slicing.point import choose_points
 
@@ -15,7 +15,7 @@ def evaluate(
     checkpoint: Checkpoint = None,
     *,
     data: Data,
-    ratio: Some = None,
+    ratio: Widths = None,
     cascade: Annotated[
         str | None,
         typer.Option(help="Widths, 0.25,1: the first answers, the next is asked where it is unsure."),

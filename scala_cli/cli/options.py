@@ -32,7 +32,7 @@ Ratios = Annotated[
         help=f"Widths, as shares of the full one. Default: the checkpoint's, else {DEFAULT_RATIOS}.",
     ),
 ]
-Some = Annotated[
+Widths = Annotated[
     list[str] | None,
     typer.Option("--ratio", help="One of the trained widths; repeat for more. Default: all."),
 ]

@@ -202,6 +202,7 @@ class Loader:
             num_workers=read.workers,
             collate_fn=collate,
             worker_init_fn=leave_stopping_to_the_parent,
+            generator=torch.Generator(),  # or each epoch would draw from the random numbers of others
         )
 
     def __len__(self) -> int:
@@ -278,4 +279,8 @@ def calibration_images(
             yield images
         watch.step(len(images))
     if not readable:
-        raise DataError("not one of the images could be read.", "Check --data.")
+        raise nothing_read()
+
+
+def nothing_read() -> DataError:
+    return DataError("not one of the images could be read.", "Check --data.")

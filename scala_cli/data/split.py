@@ -189,7 +189,7 @@ class FromReader:
         return Image.open(file), target
 
     def name(self, index: int) -> str:
-        return self.reader.filename(index, absolute=True)
+        return self.reader.filename(index, absolute=True) or f"image {index}"  # which may lie in a table
 
 
 class FromDataset:

@@ -13,7 +13,7 @@ from scala_cli.errors import CheckpointError
 from scala_cli.files import refuse_occupied, whole_directory
 from scala_cli.measure import cost
 from scala_cli.models.checkpoint import Record, TensorByTensor, read_about, versions, write_timm
-from scala_cli.models.locate import CARD, FILES, WEIGHTS, short_name
+from scala_cli.models.locate import CARD, FILES, WEIGHTS, resolve, short_name
 from scala_cli.models.slimmable import Ratio
 from scala_cli.models.vit import random_images, refuse_misfit
 from scala_cli.slicing.point import Point, find_point
@@ -25,7 +25,11 @@ TOLERANCE = 1e-5
 
 @torch.inference_mode()
 def slice_model(
-    checkpoint: Path, ratio: Ratio, target: Path, force: bool = False, watch: Watcher = QUIET
+    checkpoint: str | Path,
+    ratio: Ratio,
+    target: str | Path,
+    force: bool = False,
+    watch: Watcher = QUIET,
 ) -> dict[str, Any]:
     """Writes one width of a checkpoint as a directory that timm loads by itself.
 
@@ -39,6 +43,7 @@ def slice_model(
         PointError: a width that was not trained.
         CheckpointError: where the slice read back by timm differs; nothing is left behind then.
     """
+    checkpoint, target = resolve(checkpoint), Path(target)
     full, rule, record = read_about(checkpoint)
     point = find_point(ratio, rule.points)
     refuse_occupied(target, force, FILES, source=checkpoint)
@@ -52,6 +57,8 @@ def slice_model(
     }
     about = {
         "sliced_from": record.provenance,
+        "trained": record.trained,
+        "new_head": record.new_head,
         "ratio": point.label,
         "method": record.method,
         "metrics": [m for m in record.metrics if Point.of(m["ratio"]) == point],

@@ -50,7 +50,7 @@ def read_foreign(file: Path, average: bool = False) -> Foreign:
     if file.suffix == ".safetensors" or not file.is_file():
         if average:
             raise no_average(file)
-        return Foreign(read_weights(file))
+        return Foreign(in_float32(read_weights(file)))
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols
@@ -75,7 +75,12 @@ def read_foreign(file: Path, average: bool = False) -> Foreign:
     options = content.get("args")
     options = vars(options) if isinstance(options, argparse.Namespace) else {}
     named = content.get("arch") or options.get("model", "")
-    return Foreign(clean_state_dict(state), named if isinstance(named, str) else "", options)
+    return Foreign(in_float32(clean_state_dict(state)), named if isinstance(named, str) else "", options)
+
+
+def in_float32(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights that were saved in half the bits, as they are trained and compared."""
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 
 
 def no_average(file: Path) -> CheckpointError:

@@ -1,13 +1,11 @@
 """ViTs of Hugging Face's transformers, in timm's terms: the same function under other names."""
 
-import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor
 
@@ -16,7 +14,7 @@ from scala_cli.models.foreign import Foreign, read_foreign
 from scala_cli.models.hub import fetch
 from scala_cli.models.locate import CONFIG, read_config
 from scala_cli.models.stream import with_eps
-from scala_cli.models.vit import describe, refuse_misfit
+from scala_cli.models.vit import refuse_misfit, spec_of
 
 KINDS = {
     "ViTForImageClassification": "vit_base",
@@ -80,7 +78,7 @@ def read_transformers(directory: Path) -> Foreign:
         CheckpointError: another kind of model, a missing or damaged file, weights that are not its config's.
     """
     config = read_config(directory)
-    (kind,) = config.get("architectures") or [config["model_type"]]
+    kind, *_ = config.get("architectures") or [config["model_type"]]
     if kind not in KINDS or config.get("hidden_act", "gelu") != "gelu":
         raise CheckpointError(
             f"{directory} holds a {kind} of transformers, which timm does not compute.",
@@ -94,12 +92,12 @@ def read_transformers(directory: Path) -> Foreign:
         raise CheckpointError(f"{directory / CONFIG} lacks {error}.", "Download it again.") from None
     if kind == "DeiTForImageClassification":  # its head does not read the distillation token: a register
         args["reg_tokens"] = 1
-        state["reg_token"] = state.pop("dist_token", state["cls_token"])
+        if "dist_token" in state:
+            state["reg_token"] = state.pop("dist_token")
     size = {192: "tiny", 384: "small"}.get(config["hidden_size"], "base")
     architecture = f"{KINDS[kind].replace('base', size)}_patch16_224"
     args["num_classes"] = len(state.get("head.bias", ()))
-    with torch.device("meta"):
-        spec = describe(timm.create_model(architecture, **args), args)
+    spec = spec_of({"architecture": architecture, "model_args": args, "pretrained_cfg": {}})
     refuse_misfit(spec.build(), state, file)
     state = with_eps(state, spec, config.get("layer_norm_eps", 1e-12))
     return Foreign(state, architecture, args=args, cfg=timm_cfg(directory, config))
@@ -125,9 +123,8 @@ def timm_cfg(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("id2label"):
         names = config["id2label"]
         cfg["label_names"] = [names[number] for number in sorted(names, key=int)]  # "10" may precede "2"
-    preprocessor = directory / PREPROCESSOR
-    if preprocessor.is_file():
-        seen = json.loads(preprocessor.read_text())
+    if (directory / PREPROCESSOR).is_file():
+        seen = read_config(directory, PREPROCESSOR)
         settings = {"mean": "image_mean", "std": "image_std"}
         cfg |= {ours: tuple(seen[its]) for ours, its in settings.items() if its in seen}
     return cfg
@@ -141,6 +138,7 @@ def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         new = next((re.sub(f"^{old}", new, bare) for old, new in NAMES.items() if re.match(old, bare)), name)
         ours[new] = tensor
     for name in [name for name in ours if ".attn.query." in name]:
-        parts = [ours.pop(name.replace("query", part)) for part in ("query", "key", "value")]
-        ours[name.replace("query", "qkv")] = torch.cat(parts)
+        parts = [name.replace("query", part) for part in ("query", "key", "value")]
+        if all(part in ours for part in parts):  # else what is missing is named, as of any other
+            ours[name.replace("query", "qkv")] = torch.cat([ours.pop(part) for part in parts])
     return ours

@@ -58,12 +58,13 @@ def path_of(model: str) -> Path | None:
     return path if path.exists() else None
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json as timm reads it. Raises CheckpointError where it is not JSON."""
+def read_config(directory: Path, name: str = CONFIG) -> dict[str, Any]:
+    """A directory's settings, as timm reads them. Raises CheckpointError where they are not JSON."""
+    file = directory / name
     try:
-        config = json.loads((directory / CONFIG).read_text())
+        config = json.loads(file.read_text())
     except ValueError as error:
-        raise CheckpointError(f"{directory / CONFIG} is not JSON: {error}.", "Download it again.") from None
+        raise CheckpointError(f"{file} is not JSON: {error}.", "Download it again.") from None
     if not isinstance(config, dict):
-        raise CheckpointError(f"{directory / CONFIG} does not hold an object.", "Download it again.")
+        raise CheckpointError(f"{file} does not hold an object.", "Download it again.")
     return config

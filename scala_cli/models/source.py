@@ -75,6 +75,12 @@ def open_model(
     if foreign and is_theirs(foreign):
         return open_family(foreign, str(weights or model), points, changes or Changes(), layout)
     name, args = locate(foreign.named if foreign and weights is None else model)
+    about = {} if scratch or foreign else about_of(model)
+    if about.get("method") and "sliced_from" not in about:
+        raise CheckpointError(
+            f"{model} is a trained family of widths; converting it again would mix them up.",
+            f"Use it as it is: scala finetune {model} --data DIR",
+        )
     args |= {**(foreign.args if foreign else {}), **(changes or Changes()).given()}
     with torch.device("meta"):  # what cannot be sliced is refused before any download
         skeleton_spec = describe(create(name, args))
@@ -86,32 +92,38 @@ def open_model(
     vit = create(name, args, None if scratch else foreign, pretrained=not scratch)
     spec = describe(vit, args)
     net = SlimmableViT(vit.eval(), spec, Rule(tuple(sorted(points)), spec.num_heads, layout=layout))
-    file = weights or Path(model).expanduser()
-    called = foreign.named if foreign and weights is None and file.is_file() else model
+    file = weights or weight_file(model)
+    called = foreign.named if foreign and weights is None and file else model
     called = short_name(called) if path_of(called) else called
-    origin = "random" if scratch else file.name if file.is_file() else called
+    origin = {"model": called, "weights": "random" if scratch else file.name if file else called}
     came_with: Any = vit.pretrained_cfg  # describe() does not change it
-    new_head = not scratch and vit.num_classes != came_with.get("num_classes")
-    about = {"model": called, "weights": origin}
-    return net, Record(trained=not scratch, provenance=about, new_head=new_head)
+    trained = not scratch and about.get("trained", True)
+    new_head = about.get("new_head", False) or vit.num_classes != came_with.get("num_classes")
+    return net, Record(trained, order=about.get("order"), provenance=origin, new_head=trained and new_head)
 
 
 def given_weights(model: str, weights: Path | None, scratch: bool, average: bool) -> Foreign | None:
     """What a file or a directory of transformers holds, where one is named; None for timm's own weights."""
-    if weights is not None and (scratch or Path(model).expanduser().is_file()):
+    if weights is not None and (scratch or weight_file(model)):
         raise CheckpointError("two sources of weights are given.", "Leave out --weights, or the other one.")
     if weights is None and model not in ALIASES:
         directory = directory_of(model)
-        if directory is not None:
+        if directory is not None and not average:
             return read_transformers(directory)
-    file = weights or Path(model).expanduser()
-    if weights is not None or file.is_file():
+    file = weights or weight_file(model)
+    if file:
         return read_foreign(file, average)
     if average:
         raise CheckpointError(
             f"{model} is no file, so there is no moving average to take.", "Name the file: --weights FILE"
         )
     return None
+
+
+def weight_file(model: str) -> Path | None:
+    """The file of weights that MODEL names, where it does; an alias never does."""
+    path = Path(model).expanduser()
+    return path if model not in ALIASES and path.is_file() else None
 
 
 def slimmable(model: nn.Module, ratios: str = DEFAULT_RATIOS) -> SlimmableViT:
@@ -128,7 +140,7 @@ def slimmable(model: nn.Module, ratios: str = DEFAULT_RATIOS) -> SlimmableViT:
     for point in points:
         spec.at(point)
     again = spec.build_with(vit.state_dict(), f"this {spec.architecture}")
-    probe, was_training = random_images(spec, 2).to(next(vit.parameters()).device), vit.training
+    probe, was_training = random_images(spec, 2).to(next(vit.parameters())), vit.training
     with torch.no_grad():
         same = torch.equal(again(probe), vit.eval()(probe))
     vit.train(was_training)
@@ -174,15 +186,21 @@ def open_slimmable(name: str, ratios: str | None, scratch: bool = False) -> tupl
 
 def is_checkpoint(name: str) -> bool:
     """Whether a name stands for a slimmable checkpoint; an alias never does, a slice is an ordinary model."""
+    about = about_of(name)
+    return bool(about) and "sliced_from" not in about
+
+
+def about_of(name: str) -> dict[str, Any]:
+    """What the checkpoint, or the slice, of that name tells of itself; nothing of anything else."""
     if name in ALIASES:
-        return False
+        return {}
     try:
         hub = name.startswith("hf-hub:")
         directory = fetch(name.removeprefix("hf-hub:"), [CONFIG]) if hub else resolve(name)
         about = read_config(directory).get("scala")
     except CheckpointError:
-        return False
-    return about is not None and "sliced_from" not in about
+        return {}
+    return about if isinstance(about, dict) else {}
 
 
 def locate(model: str) -> tuple[str, dict[str, Any]]:
@@ -198,13 +216,7 @@ def locate(model: str) -> tuple[str, dict[str, Any]]:
         directory = Path(model.removeprefix("local-dir:")).expanduser()
         if not (directory / CONFIG).is_file():
             raise no_model(directory)
-        config = read_config(directory)
-        if config.get("scala", {}).get("method") and is_checkpoint(model):
-            raise CheckpointError(
-                f"{directory} is a trained family of widths; converting it again would mix them up.",
-                f"Use it as it is: scala finetune {directory} --data DIR",
-            )
-        return f"local-dir:{directory}", dict(config.get("model_args", {}))
+        return f"local-dir:{directory}", dict(read_config(directory).get("model_args", {}))
     if model.startswith("hf-hub:"):
         fail_fast_offline()
         try:
@@ -263,7 +275,7 @@ def create(
     """
     kwargs: dict[str, Any] = dict(args)
     if foreign is not None:
-        classes = len(foreign.state["head.weight"]) if "head.weight" in foreign.state else 1000
+        classes = len(foreign.state.get("head.weight", ()))  # features alone have none
         kwargs.setdefault("num_classes", classes)
         overlay = {**foreign.cfg, "state_dict": dict(foreign.state), "num_classes": classes, "license": None}
         kwargs["pretrained_cfg_overlay"] = overlay

@@ -11,7 +11,6 @@ from typing import Any, Literal
 from scala_cli.data.split import refuse_unknown
 from scala_cli.errors import TrainingError
 from scala_cli.files import whole_file
-from scala_cli.measure import cost
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.locate import STATE
 from scala_cli.models.slimmable import SlimmableViT
@@ -21,7 +20,7 @@ from scala_cli.slicing.point import Point
 from scala_cli.slicing.rule import AttnScale
 from scala_cli.slicing.table import Layout
 from scala_cli.training.finetune import can_be_ordered, finetune, go_on, open_splits, unlearnt
-from scala_cli.training.price import training_gmacs
+from scala_cli.training.price import gmacs_of, training_gmacs
 from scala_cli.training.run import METRICS, Run
 from scala_cli.watch import Watcher
 
@@ -153,7 +152,7 @@ def compare(
         "settings": settings.words(),
     }
     claim(folder, what)
-    gmacs = {point: cost(net.spec.at(point))["gmacs"] for point in net.points}
+    gmacs = gmacs_of(net)
     first = training_gmacs(gmacs, arms[0].method, record.trained)
     rows = []
     for arm in arms:

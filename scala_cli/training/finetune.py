@@ -1,7 +1,8 @@
 """One-shot training: a pretrained ViT becomes a family of every width."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -114,14 +115,21 @@ def prepare(
 
 
 def begin(trainer: Trainer, start: SlimmableViT, record: Record, run: Run, watch: Watcher) -> Row:
-    """Trains in a directory that has been claimed. Leaves it free again if not one saved step comes of it."""
+    """Trains in a directory that has been claimed."""
     taught = trainer.step.frozen is not None
-    try:
+    with free_if_nothing_comes_of_it(run):
         run.begin(start, record, trainer.state())
         return trainer.train(run, trained_by(record, start.points, trainer.settings, taught), watch)
+
+
+@contextmanager
+def free_if_nothing_comes_of_it(run: Run) -> Iterator[None]:
+    """Leaves a claimed directory free again where training fails before one step is saved."""
+    try:
+        yield
     except (ScalaError, OSError):
-        nothing = not run.holds_state() or run.read_state().get("step", 0) == 0  # learning classes has none
-        if nothing and not run.teacher.holds_state():
+        parts = [part for part in (run, run.teacher) if part.holds_state()]
+        if not any(part.read_state().get("step") for part in parts):  # a run that learns classes has none
             run.discard()
         raise
 
@@ -146,13 +154,10 @@ def learn_classes(
     run.claim(settings, force)
     points = [str(point) for point in start.points]
     run.teacher.claim(learning, force)
-    run.write_state({"settings": asdict(settings), "learning": True, "points": points})
-    try:
-        begin(trainer, alone, record, run.teacher, watch)
-    except (ScalaError, OSError):
-        if not run.teacher.holds_state():
-            run.discard()
-        raise
+    with free_if_nothing_comes_of_it(run):
+        run.teacher.begin(alone, record, trainer.state())
+        run.write_state({"settings": asdict(settings), "learning": True, "points": points})
+        trainer.train(run.teacher, trained_by(record, alone.points, learning, taught=False), watch)
 
 
 def widen(

@@ -45,6 +45,11 @@ def training_gmacs(gmacs: Mapping[Point, float], method: MethodSettings, pretrai
     return round(3 * sum(drawn) / STEPS + teacher, 4)
 
 
+def gmacs_of(net: SlimmableViT) -> dict[Point, float]:
+    """Of one forward of one image at every width."""
+    return {point: cost(net.spec.at(point))["gmacs"] for point in net.points}
+
+
 def price_of_run(net: SlimmableViT, record: Record, checkpoint: Path) -> dict[str, float] | None:
     """What the run that wrote a checkpoint has spent; None where none of all widths lies beside it.
 
@@ -61,7 +66,7 @@ def price_of_run(net: SlimmableViT, record: Record, checkpoint: Path) -> dict[st
         minutes = sum(row["minutes"] for row in rows)
     except (ValueError, KeyError, TypeError):  # of another tool
         return None
-    gmacs = {point: cost(net.spec.at(point))["gmacs"] for point in net.points}
+    gmacs = gmacs_of(net)
     taught = bool(record.provenance.get("teacher"))
     joint, apart = (
         training_gmacs(gmacs, MethodSettings(method=method), taught)  # type: ignore[arg-type]

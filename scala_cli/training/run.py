@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -124,11 +123,13 @@ class Run:
             )
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError):
+        except OSError:
+            raise
+        except Exception:  # arbitrary bytes make the unpickler fail in arbitrary ways
             raise TrainingError(
                 f"{file} is damaged.", f"Go on from the weights: scala finetune {self.path}/last --data DIR"
             ) from None
-        if state.get("format") != FORMAT:
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise TrainingError(
                 f"{file} was written by another version of scala.",
                 f"Go on from the weights: scala finetune {self.path}/last --data DIR",

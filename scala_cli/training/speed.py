@@ -21,11 +21,12 @@ from scala_cli.device import (
     peak_memory,
     uses_bfloat16,
 )
+from scala_cli.errors import CheckpointError
 from scala_cli.measure import conditions, cost, take_turns
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.vit import choose_attention, random_images
 from scala_cli.settings import Settings
-from scala_cli.training.price import training_gmacs
+from scala_cli.training.price import gmacs_of, training_gmacs
 from scala_cli.training.step import Step, compiling
 from scala_cli.watch import Watcher
 
@@ -47,6 +48,10 @@ def bench_training(net: SlimmableViT, settings: Settings, rounds: int, watch: Wa
         how much memory peaks above what was held before, divided by the images of the batch, where the system
         tells.
     """
+    if not net.spec.num_classes:
+        raise CheckpointError(
+            "this model has no classes to learn.", "Give it some: scala convert MODEL --num-classes N"
+        )
     device = choose_device(settings.device)
     note_emulation(device, settings.device, watch)
     size = settings.optimizer.batch_size
@@ -73,8 +78,7 @@ def bench_training(net: SlimmableViT, settings: Settings, rounds: int, watch: Wa
     watch.phase("time", rounds * len(calls), "steps")
     times = take_turns(calls, rounds, device, watch)
 
-    gmacs = {point: cost(net.spec.at(point))["gmacs"] for point in net.points}
-    full = 3 * cost(net.spec)["gmacs"]
+    gmacs, full = gmacs_of(net), 3 * cost(net.spec)["gmacs"]
     untaught, taught = (
         training_gmacs(gmacs, settings.method, with_teacher) for with_teacher in (False, True)
     )
