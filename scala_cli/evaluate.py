@@ -9,7 +9,7 @@ from timm.utils import AverageMeter, accuracy
 from torch import Tensor
 
 from scala_cli.cascade import Cascade, confidence, sweep
-from scala_cli.data.loader import Loader, naming_a_dead_reader, nothing_read, transform_for
+from scala_cli.data.loader import Loader, naming_a_dead_reader, transform_for
 from scala_cli.data.split import class_misfit, open_split
 from scala_cli.device import autocast, naming_lack_of_memory
 from scala_cli.errors import DataError
@@ -95,7 +95,7 @@ def accuracies(
         total, count = world.sum(torch.tensor([meter.sum, meter.count], device=device)).tolist()
         meter.count, meter.avg = int(count), total / max(count, 1)
     if not any(top1.count for top1, _ in meters.values()):
-        raise nothing_read()
+        raise loader.nothing_read()
     return {
         key: {"top1": round(top1.avg, 4), "top5": round(top5.avg, 4), "images": top1.count}
         for key, (top1, top5) in meters.items()
@@ -124,7 +124,7 @@ def evaluate_cascade(
             logits = torch.stack([predict(images) for predict in predictors.values()])
         seen.append((confidence(logits).cpu(), (logits.argmax(-1) == targets).cpu()))
     if not seen:
-        raise nothing_read()
+        raise loader.nothing_read()
     sure, right = (torch.cat(part, dim=1) for part in zip(*seen, strict=True))
     gmacs = [cost(net.spec.at(point))["gmacs"] for point in points]
     alone = [

@@ -11,8 +11,11 @@ from tempfile import TemporaryDirectory, mkdtemp
 
 from scala_cli.errors import ScalaError
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""What the system says where a file cannot grow."""
+DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
+    *(errno.EIO, errno.ENXIO, errno.ESTALE, errno.ETIMEDOUT),
+}
+"""What the system says where a disk takes no more, or is not there any more."""
 
 
 @contextmanager
@@ -101,7 +104,7 @@ def naming_a_full_disk(target: Path) -> Iterator[None]:
 def disk_errors(error: BaseException | None) -> Iterator[int]:
     """The numbers of what a disk says behind other errors: torch's, then perhaps an exporter's."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in {*FULL, errno.EIO}:
+        if isinstance(error, OSError) and error.errno in DISK:
             yield error.errno
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 

@@ -195,6 +195,7 @@ def test_what_is_converted_again_stays_what_it_was(timm_directory, tmp_path, rec
     for name, order in (("net", record.order), ("cut", None)):
         again = open_model(str(tmp_path / name), FOUR)[1]
         assert (again.trained, again.new_head, again.order) == (record.trained, record.new_head, order)
+        assert again.provenance["weights"] == record.provenance.get("weights", name)
     assert open_model(str(tmp_path / "net"), FOUR, scratch=True)[1].trained is False
 
 
@@ -221,6 +222,20 @@ def test_weights_without_a_classifier(tmp_path):
     )
     assert net.spec.num_classes == 3 and record.new_head
     assert torch.equal(net.vit.blocks[3].mlp.fc1.weight, state["blocks.3.mlp.fc1.weight"])
+    save_file({f"encoder.{name}": t for name, t in state.items()}, tmp_path / "odd.safetensors")
+    with pytest.raises(CheckpointError, match="key"):  # a new head is no leave to be another model
+        open_model("deit_ti", FOUR, Changes(num_classes=3), weights=tmp_path / "odd.safetensors")
+
+
+@torch.no_grad()
+def test_weights_for_the_model_of_a_directory(timm_directory, tmp_path, images):
+    """The file's weights, not those that lie there."""
+    other, _ = build("deit")
+    other.head.bias += 1
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    net, record = open_model(str(timm_directory), FOUR, weights=tmp_path / "other.safetensors")
+    assert torch.equal(net(images), other(images)) and not torch.equal(net(images), build("deit")[0](images))
+    assert record.provenance["weights"] == "other.safetensors"
 
 
 def test_two_sources_of_weights(released):

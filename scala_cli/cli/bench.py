@@ -114,7 +114,6 @@ def bench(
             f"images, would take {spent['separate']:.3g} times the multiply-accumulates."
         )
     rows = document["steps" if train else "points"]
-    out.result(document, told(rows))
     if csv is not None:
         write_csv(csv, rows)
     if plot is not None:
@@ -123,6 +122,7 @@ def bench(
         facts = {name: value for name, value in document.items() if isinstance(value, str | int | float)}
         title = f"{net.spec.architecture}: what each width costs"
         write_page(html, title, facts, told(rows), as_svg(bench_picture(rows)))
+    out.result(document, told(rows))
 
 
 def what_to_time(

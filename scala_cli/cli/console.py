@@ -1,5 +1,6 @@
 """The only place that prints: results to stdout, progress and notes to stderr."""
 
+import errno
 import json
 import os
 import signal
@@ -19,7 +20,6 @@ from rich.table import Table
 
 from scala_cli.cli.signals import Stop
 from scala_cli.errors import LostProcess, ScalaError
-from scala_cli.files import FULL
 from scala_cli.settings import option
 from scala_cli.slicing.point import Point
 from scala_cli.watch import Stopped, Watcher
@@ -185,7 +185,7 @@ def reporting_errors(out: Output) -> Iterator[None]:
     except ScalaError as error:
         code, message, hint = 2, error.message, error.hint
     except OSError as error:
-        full = error.errno in FULL
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         place = Path(error.filename or "the disk")
         place = place.parent if place.name.startswith(".") else place  # not our temporary names
         code, message = 2, f"{place}: {error.strerror or error}."

@@ -236,6 +236,11 @@ class Loader:
                 batches = iter(self.loader)
             yield from batches
 
+    def nothing_read(self) -> DataError:
+        """The error where all that there is was skipped; it names one."""
+        one = "".join(f": {name} ({why})" for name, why in list(self.skipped.items())[:1])
+        return DataError(f"not one of the images could be read{one}.", "Mend them, or give others.")
+
     def tell_skipped(self, watch: Watcher) -> None:
         """Notes how many images were skipped, and each by name as far as the first ten."""
         if self.skipped:
@@ -272,15 +277,11 @@ def calibration_images(
     evenly = range(0, len(split), max(1, len(split) // count))
     some = Split(Some(split.samples, evenly), split.classes)
     watch.phase("look at images", len(some))
-    readable = 0
-    for images, _ in Loader(some, transform_for(spec), 64, read):
+    loader, readable = Loader(some, transform_for(spec), 64, read), 0
+    for images, _ in loader:
         readable += len(images)
         if len(images):
             yield images
         watch.step(len(images))
     if not readable:
-        raise nothing_read()
-
-
-def nothing_read() -> DataError:
-    return DataError("not one of the images could be read.", "Check --data.")
+        raise loader.nothing_read()

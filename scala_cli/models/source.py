@@ -95,10 +95,12 @@ def open_model(
     file = weights or weight_file(model)
     called = foreign.named if foreign and weights is None and file else model
     called = short_name(called) if path_of(called) else called
-    origin = {"model": called, "weights": "random" if scratch else file.name if file else called}
+    former = {} if about.get("method") else about.get("provenance") or about.get("sliced_from") or {}
+    weights_of = "random" if scratch else file.name if file else former.get("weights", called)
     came_with: Any = vit.pretrained_cfg  # describe() does not change it
     trained = not scratch and about.get("trained", True)
     new_head = about.get("new_head", False) or vit.num_classes != came_with.get("num_classes")
+    origin = {"model": called, "weights": weights_of}
     return net, Record(trained, order=about.get("order"), provenance=origin, new_head=trained and new_head)
 
 
@@ -106,9 +108,9 @@ def given_weights(model: str, weights: Path | None, scratch: bool, average: bool
     """What a file or a directory of transformers holds, where one is named; None for timm's own weights."""
     if weights is not None and (scratch or weight_file(model)):
         raise CheckpointError("two sources of weights are given.", "Leave out --weights, or the other one.")
-    if weights is None and model not in ALIASES:
+    if weights is None and model not in ALIASES and not average:
         directory = directory_of(model)
-        if directory is not None and not average:
+        if directory is not None:
             return read_transformers(directory)
     file = weights or weight_file(model)
     if file:
@@ -270,15 +272,15 @@ def create(
 ) -> VisionTransformer:
     """timm's model: on somebody's state dict, with the pretrained weights of its name, or random.
 
-    timm fits what differs: it resamples position and patch embeddings and leaves out a head of another
-    number of classes.
+    timm resamples position and patch embeddings that differ. Somebody's weights must fit in all else, then
+    their head gives way to one of the wanted number of classes.
     """
     kwargs: dict[str, Any] = dict(args)
     if foreign is not None:
         classes = len(foreign.state.get("head.weight", ()))  # features alone have none
-        kwargs.setdefault("num_classes", classes)
-        overlay = {**foreign.cfg, "state_dict": dict(foreign.state), "num_classes": classes, "license": None}
-        kwargs["pretrained_cfg_overlay"] = overlay
+        about = {"num_classes": classes, "license": None, "source": ""}  # else timm reads its own weights
+        kwargs["pretrained_cfg_overlay"] = {**foreign.cfg, **about, "state_dict": dict(foreign.state)}
+        kwargs["num_classes"] = classes  # else timm would let anything pass that differs
     elif pretrained and name.startswith("local-dir:"):
         read_weights(Path(name.removeprefix("local-dir:")) / WEIGHTS)
     elif pretrained and not name.startswith("hf-hub:"):
@@ -286,7 +288,11 @@ def create(
             raise CheckpointError(f"timm has no pretrained weights for {name}.", NO_WEIGHTS)
         fail_fast_offline()
     try:
-        return refuse_unless_plain(timm.create_model(name, pretrained=pretrained, **kwargs))
+        vit = refuse_unless_plain(timm.create_model(name, pretrained=pretrained, **kwargs))
+        wanted = args.get("num_classes", vit.num_classes)
+        if wanted != vit.num_classes:
+            vit.reset_classifier(wanted)
+        return vit
     except OSError as error:
         raise unreachable(name, error) from None
     except (RuntimeError, KeyError, AssertionError, TypeError, ValueError) as error:

@@ -1,8 +1,7 @@
 """One-shot training: a pretrained ViT becomes a family of every width."""
 
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from scala_cli.data.loader import calibration_images
 from scala_cli.data.split import Split, class_misfit, hold_out, open_split
 from scala_cli.device import choose_device, note_emulation
-from scala_cli.errors import DataError, ScalaError, TrainingError
+from scala_cli.errors import DataError, TrainingError
 from scala_cli.methods import METHODS
 from scala_cli.models.checkpoint import Record, load_with_record
 from scala_cli.models.order import put_first_what_matters
@@ -117,21 +116,9 @@ def prepare(
 def begin(trainer: Trainer, start: SlimmableViT, record: Record, run: Run, watch: Watcher) -> Row:
     """Trains in a directory that has been claimed."""
     taught = trainer.step.frozen is not None
-    with free_if_nothing_comes_of_it(run):
+    with run.free_if_nothing_comes_of_it():
         run.begin(start, record, trainer.state())
         return trainer.train(run, trained_by(record, start.points, trainer.settings, taught), watch)
-
-
-@contextmanager
-def free_if_nothing_comes_of_it(run: Run) -> Iterator[None]:
-    """Leaves a claimed directory free again where training fails before one step is saved."""
-    try:
-        yield
-    except (ScalaError, OSError):
-        parts = [part for part in (run, run.teacher) if part.holds_state()]
-        if not any(part.read_state().get("step") for part in parts):  # a run that learns classes has none
-            run.discard()
-        raise
 
 
 def learn_classes(
@@ -154,7 +141,7 @@ def learn_classes(
     run.claim(settings, force)
     points = [str(point) for point in start.points]
     run.teacher.claim(learning, force)
-    with free_if_nothing_comes_of_it(run):
+    with run.free_if_nothing_comes_of_it():
         run.teacher.begin(alone, record, trainer.state())
         run.write_state({"settings": asdict(settings), "learning": True, "points": points})
         trainer.train(run.teacher, trained_by(record, alone.points, learning, taught=False), watch)

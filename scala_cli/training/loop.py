@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from timm.scheduler import create_scheduler_v2
 
-from scala_cli.data.loader import Loader, naming_a_dead_reader, nothing_read, transform_for
+from scala_cli.data.loader import Loader, naming_a_dead_reader, transform_for
 from scala_cli.data.split import Split
 from scala_cli.device import choose_device, naming_lack_of_memory
 from scala_cli.errors import LostProcess, TrainingError
@@ -208,7 +208,7 @@ class Trainer:
                 saved = time.perf_counter()
             watch.step(len(images) * self.world.size, losses)
         if not self.world.sum(torch.tensor(so_far.images, device=self.step.device)):
-            raise nothing_read()
+            raise self.training.nothing_read()
         return {"epoch": number + 1, "lr": lr, **so_far.row()}
 
     @property

@@ -3,8 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub.utils import yaml_dump
 
-from scala_cli.errors import TrainingError
+from scala_cli.errors import ScalaError, TrainingError
 from scala_cli.files import refuse_occupied, whole_file
 from scala_cli.models.checkpoint import Record, save
 from scala_cli.models.locate import LAST_RUN, STATE
@@ -77,6 +77,17 @@ class Run:
             if LAST_RUN.is_symlink() or not LAST_RUN.exists():
                 with whole_file(LAST_RUN) as link:
                     link.symlink_to(os.path.relpath(self.path.resolve(), LAST_RUN.parent.resolve()))
+
+    @contextmanager
+    def free_if_nothing_comes_of_it(self) -> Iterator[None]:
+        """Leaves the claimed directory free again where what is done within fails before it saves a step."""
+        try:
+            yield
+        except (ScalaError, OSError):
+            parts = [part for part in (self, self.teacher) if part.holds_state()]
+            if not any(part.read_state().get("step") for part in parts):  # to learn classes is no step yet
+                self.discard()
+            raise
 
     def discard(self) -> None:
         """Removes all that a run writes."""
@@ -145,6 +156,10 @@ class Reader(Run):
 
     def begin(self, start: SlimmableViT, record: Record, state: Mapping[str, Any]) -> None:
         pass
+
+    @contextmanager
+    def free_if_nothing_comes_of_it(self) -> Iterator[None]:
+        yield
 
     def discard(self) -> None:
         pass
