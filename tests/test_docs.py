@@ -16,6 +16,7 @@ from PIL import Image
 
 import scala_cli
 from scala_cli.cli.app import app
+from scala_cli.data.loader import transform_for
 from scala_cli.deploy.export import FromPixels, export
 from scala_cli.formats import FORMATS
 from scala_cli.models.checkpoint import Record, save
@@ -62,15 +63,15 @@ def test_what_docs_say_of_deploying_runs_without_us(tmp_path):
     spec = describe(vit, args).naming(["ant", "bee", "cow", "doe", "eel"])
     net = SlimmableViT(vit, spec, Rule(parse_points("0.5,1"), spec.num_heads)).eval()
     model = FromPixels(net.slice(0.5), spec)
-    noise = np.random.default_rng(1).integers(0, 256, (3, 4, 3), dtype=np.uint8)
-    Image.fromarray(noise).resize((224, 224)).save(tmp_path / "cat.jpg", quality=100)
-    held = np.asarray(Image.open(tmp_path / "cat.jpg"))
+    noise = np.random.default_rng(45).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((400, 300)).save(tmp_path / "cat.jpg", quality=100)
+    image = Image.open(tmp_path / "cat.jpg")
+    pixels = model.pixels_of(transform_for(spec)(image)[None])
+    squashed = torch.tensor(np.array(image.resize((224, 224)))).permute(2, 0, 1)[None]
+    misread = pixels.permute(0, 2, 3, 1).reshape(pixels.shape)
     with torch.no_grad():
-        told, misread = (
-            spec.label_names[model(torch.tensor(pixels)).argmax()]
-            for pixels in (held.transpose(2, 0, 1)[None], held.reshape(1, 3, 224, 224))
-        )
-    assert told != misread, "the image must tell whether an example reads rows, columns and channels right"
+        told, *wrong = (spec.label_names[model(each).argmax()] for each in (pixels, squashed, misread))
+    assert told not in wrong, "the image must tell whether an example reads and cuts it right"
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs/deploy.md").read_text(), re.S)
     assert len(examples) == 4
     for example in examples:
