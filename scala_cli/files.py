@@ -94,19 +94,19 @@ def naming_a_full_disk(target: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.filename:
             raise
         told = re.search(r"os error (\d+)", str(error))  # safetensors
-        within = error.errno if isinstance(error, OSError) else next(disk_errors(error), None)
-        number = int(told[1]) if told else within
+        number = int(told[1]) if told else error.errno if isinstance(error, OSError) else disk_error(error)
         if number is None:
             raise
         raise OSError(number, os.strerror(number), str(target)) from None
 
 
-def disk_errors(error: BaseException | None) -> Iterator[int]:
-    """The numbers of what a disk says behind other errors: torch's, then perhaps an exporter's."""
+def disk_error(error: BaseException | None) -> int | None:
+    """The number of what a disk says behind other errors: torch's, then perhaps an exporter's."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in DISK:
-            yield error.errno
+            return error.errno
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
 
 
 def flush(path: Path) -> None:
