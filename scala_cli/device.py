@@ -44,14 +44,19 @@ def uses_bfloat16(device: torch.device, settings: DeviceSettings) -> bool:
 
 
 def note_emulation(device: torch.device, settings: DeviceSettings, watch: Watcher) -> None:
-    """Tells a user who asks for bfloat16 of an x86 CPU that cannot multiply in it: nothing else would."""
-    x86 = cpu_capabilities().get("architecture") == "x86_64"
-    if settings.amp and x86 and not multiplies_bfloat16(device):
-        watch.note("this CPU does not multiply in bfloat16; --amp can take a hundred times as long here.")
+    """Tells a user who asks for bfloat16 of what only emulates it: nothing else would."""
+    known = device.type == "cuda" or cpu_capabilities().get("architecture") == "x86_64"
+    if settings.amp and known and not multiplies_bfloat16(device):
+        slow = ", and can take a hundred times as long with --amp" if device.type == "cpu" else ""
+        watch.note(f"{device_name(device)} only emulates bfloat16{slow}.")
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Any GPU does, and a CPU with AMX or AVX512-BF16: it trains twice as fast so (docs/performance.md)."""
+    """GPUs do, NVIDIA's from Ampere on; and a CPU with AMX or AVX512-BF16, which trains twice as fast so
+    (docs/performance.md).
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return True
     capabilities = cpu_capabilities()

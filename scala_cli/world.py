@@ -37,12 +37,18 @@ class World:
                 dist.all_reduce(tensor)
         return tensor
 
-    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Gives every process the mean of all their gradients, in one message."""
+    def average_gradients(self, parameters: Iterable[nn.Parameter], images: int) -> None:
+        """Gives every process the mean of all their gradients, in one message.
+
+        Args:
+            images: whose mean this process's gradients are, and for which they count.
+        """
         if self.size == 1:
             return
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        vector_to_parameters(self.sum(parameters_to_vector(gradients)) / self.size, gradients)
+        sums = parameters_to_vector([*gradients, gradients[0].new_ones(1)]).mul_(images)
+        self.sum(sums)
+        vector_to_parameters(sums[:-1].div_(sums[-1].clamp(min=1)), gradients)
 
     def agree(self, module: nn.Module) -> None:
         """Gives every process the weights of the first: the same arithmetic may round elsewhere otherwise."""
@@ -53,7 +59,8 @@ class World:
 
     def wait(self) -> None:
         """Until all are here."""
-        self.sum(torch.zeros(1, device="cuda" if self.size > 1 and dist.get_backend() == "nccl" else "cpu"))
+        on = "cuda" if self.size > 1 and dist.get_backend() == "nccl" else "cpu"
+        self.sum(torch.zeros(1, device=on)).item()  # which a GPU only has once all have sent theirs
 
 
 ALONE = World()

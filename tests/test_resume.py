@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from conftest import Bomb, slimmable, write_timm_directory
 from runs import Listener, settings, start
 from safetensors.torch import load_file
 
-from scala_cli.errors import TrainingError
+from scala_cli.errors import DataError, TrainingError
+from scala_cli.methods.scala import Scala
 from scala_cli.models.checkpoint import Record
 from scala_cli.settings import AugmentSettings
 from scala_cli.training.finetune import finetune, go_on
@@ -203,9 +205,50 @@ def test_a_loss_that_is_not_finite_names_width_and_step(photos):
     state["weights"]["blocks.0.mlp.fc1.bias"][0] = math.nan
     state["settings"]["optimizer"]["epochs"] = 3
     run.write_state(state)
-    with pytest.raises(TrainingError, match=r"loss of width 1 is nan at step 4 \(epoch 2/3\)"):
+    with pytest.raises(TrainingError, match="loss of width 1 is nan at step 4"):
         go_on(run, Listener())
     assert (run.path / "last/model.safetensors").read_bytes() == before
+
+
+def test_a_gradient_that_is_not_finite_leaves_weights_and_state_as_they_were(photos, monkeypatch):
+    """Every loss is finite: what goes wrong does so on the way back, in step 5 of 6."""
+    chosen = settings(photos)
+    chosen = replace(chosen, optimizer=replace(chosen.optimizer, save_every_steps=1))
+    finetune(start(), Record(), chosen, Run(Path("whole")), Listener())
+
+    with monkeypatch.context() as patched:
+
+        class Spoiling(Listener):
+            def step(self, count, losses=None):
+                super().step(count, losses)
+                if len(self.losses) == 4:
+                    patched.setattr(Scala, "weight", lambda *_: math.inf)
+
+        with pytest.raises(TrainingError, match=r"gradient's norm is (nan|inf) at step 5"):
+            finetune(start(), Record(), chosen, Run(Path("cut")), Spoiling())
+    assert Run(Path("cut")).read_state()["step"] == 4
+    go_on(Run(Path("cut")), Listener())
+    assert same_runs("whole", "cut")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda own: (own / "train/red/0.png").unlink(), "12 training images then, 11 now"),
+        (
+            lambda own: [(own / part / "red").rename(own / part / "rot") for part in ("train", "val")],
+            "classes",
+        ),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_images(photos, tmp_path, change, told):
+    own = shutil.copytree(photos, tmp_path / "own")
+    with pytest.raises(Stopped):
+        finetune(start(), Record(), settings(own), Run(Path("cut")), Listener(stop_at=2, kind=Stopped))
+    change(own)
+    with pytest.raises(DataError, match="not those this run began with") as error:
+        go_on(Run(Path("cut")), Listener())
+    assert told in error.value.message and "cut/last" in error.value.hint
 
 
 def test_a_disk_that_fails_once_the_classes_are_learnt(photos, monkeypatch):
@@ -248,3 +291,17 @@ def test_a_run_with_a_new_head_is_resumed_in_either_part(photos, stop_at):
     go_on(Run(Path("cut")), Listener())
     one, other = (load_file(f"{run}/last/model.safetensors") for run in ("whole", "cut"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_with_a_new_head_keeps_its_batch_in_another_number_of_processes(photos):
+    """Begun by two processes with two images each, stopped while the classes are learnt, resumed by one."""
+    finetune(slimmable(), Record(), settings(photos), Run(Path("whole")), Listener())
+    with pytest.raises(Stopped):
+        finetune(slimmable(), Record(), settings(photos), Run(Path("cut")), Listener(stop_at=1, kind=Stopped))
+    for run in (Run(Path("cut")), Run(Path("cut/teacher"))):
+        state = run.read_state()
+        state["processes"], state["settings"]["optimizer"]["batch_size"] = 2, 2
+        run.write_state(state)
+    go_on(Run(Path("cut")), Listener())
+    assert Run(Path("cut")).read_state()["images_per_step"] == 4
+    assert same_runs("whole", "cut")

@@ -31,6 +31,19 @@ def test_in_training_the_first_waits_for_the_step_and_the_second_does_not(number
     assert not isinstance(stopped.value, Stopped)
 
 
+def test_torchrun_repeats_what_the_terminal_has_sent(monkeypatch):
+    """Within two seconds that is one request; after them it is a second one."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    with pytest.raises(KeyboardInterrupt) as stopped, Output().progress() as live, live.between_steps():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        now += 3
+        signal.raise_signal(signal.SIGINT)
+    assert not isinstance(stopped.value, Stopped)
+
+
 def test_one_more_while_the_process_is_ending_leaves_at_once(monkeypatch):
     def leave(code):
         raise SystemExit(code)

@@ -10,7 +10,7 @@ import torch
 from runs import Listener, settings, start
 from timm.models.vision_transformer import Block
 
-from scala_cli.device import naming_lack_of_memory, note_emulation
+from scala_cli.device import naming_lack_of_memory, note_emulation, uses_bfloat16
 from scala_cli.errors import ScalaError
 from scala_cli.models.checkpoint import Record, load, save
 from scala_cli.models.slimmable import SlimmableViT
@@ -101,6 +101,16 @@ def test_bfloat16_that_would_be_emulated_is_told(monkeypatch, amp, cpu, told):
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: cpu, raising=False)
     listener = Listener()
     note_emulation(torch.device("cpu"), DeviceSettings(amp=amp), listener)
+    assert len(listener.notes) == told
+
+
+@pytest.mark.parametrize(("capability", "told"), [(False, 1), (True, 0)])
+def test_a_gpu_that_emulates_bfloat16_does_not_use_it_by_itself(monkeypatch, capability, told):
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: capability)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Tesla T4")
+    device, listener = torch.device("cuda"), Listener()
+    assert uses_bfloat16(device, DeviceSettings()) is capability
+    note_emulation(device, DeviceSettings(amp=True), listener)
     assert len(listener.notes) == told
 
 
@@ -202,6 +212,17 @@ def test_a_compiler_that_fails_is_named(photos):
     assert "--torchcompile" in caught.value.hint
 
 
+def test_lack_of_memory_is_not_the_compilers(photos):
+    ready = step(photos, optimizer=OptimizerSettings(batch_size=4, torchcompile=True))
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB")
+
+    ready.gather_gradients = fail
+    with pytest.raises(ScalaError, match="memory for 4 images"):
+        ready(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]))
+
+
 def test_the_narrowest_pulls_with_its_weight(photos):
     """The gradient is the sum of the widths' own, the narrowest's three times."""
     images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
@@ -238,6 +259,36 @@ def test_what_training_starts_from_stays_as_it_was(photos, tmp_path):
     assert all(parameter.requires_grad for parameter in begun.vit.parameters())
     assert type(begun.vit.blocks[-1]) is Block
     assert all(parameter.data_ptr() % 64 == 0 for parameter in ready.frozen.parameters())
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_what_moves_uncounted_is_cut_anew(photos, tmp_path, monkeypatch, averaged):
+    """As on a GPU, where not every kernel that writes to weights counts it."""
+
+    def uncounted(values, others, weight):
+        for value, other in zip(values, others, strict=True):
+            value.data.lerp_(other, weight)
+
+    class SGD(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            super().__init__(parameters, {"lr": 1.0})
+
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data.sub_(parameter.grad)
+
+    monkeypatch.setattr("torch._foreach_lerp_", uncounted)
+    ready = trainer(photos, optimizer=OptimizerSettings(epochs=2, batch_size=4, model_ema=averaged))
+    ready.step.optimizer = SGD([*ready.step.net.vit.parameters()])
+    images = torch.randn(4, 3, 16, 16)
+    ready.step.judged.eval()
+    for _ in range(2):
+        ready.step(images, torch.tensor([0, 1, 2, 0]))
+        with torch.no_grad():
+            for point in ready.step.net.points:
+                expected = ready.step.judged.slice(point)(images)
+                torch.testing.assert_close(ready.step.judged(images, point), expected)
 
 
 def test_a_model_can_be_copied_after_a_step(photos):

@@ -113,3 +113,20 @@ def test_together_the_processes_read_each_image_once(shuffled):
     parts = [list(Batches(11, 2, shuffled, 0, World(rank, 2))) for rank in range(2)]
     for batch, one, two in zip(whole, *parts, strict=True):
         assert sorted(batch) == sorted(one + two)
+
+
+def test_gradients_count_by_the_images_they_are_of(monkeypatch):
+    """Where one process could read three of its images and another one."""
+    sent = []
+    monkeypatch.setattr(World, "sum", lambda _, tensor: sent.append(tensor.clone()) or tensor)
+
+    def average(gradient: float, images: int) -> list[float]:
+        parameter = torch.nn.Parameter(torch.zeros(2))
+        parameter.grad = torch.full((2,), gradient)
+        World(0, 2).average_gradients([parameter], images)
+        return parameter.grad.tolist()
+
+    average(1.0, 3)
+    average(5.0, 1)
+    monkeypatch.setattr(World, "sum", lambda _, tensor: tensor.copy_(torch.stack(sent).sum(0)))
+    assert average(0.0, 1) == [2.0, 2.0]

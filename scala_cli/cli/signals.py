@@ -2,11 +2,15 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from rich.console import Console
+
+AT_ONCE = 2.0
+"""Seconds in which torchrun passes on to its processes what a terminal has sent to all of them itself."""
 
 
 class Stop:
@@ -22,6 +26,7 @@ class Stop:
         self.note = note
         self.waits = False
         self.asked: int | None = None
+        self.moment = 0.0
         self.ending = False
 
     def hear(self, number: int, frame: FrameType | None) -> None:
@@ -30,10 +35,13 @@ class Stop:
                 Console(stderr=True).show_cursor()  # a bar hides it
             finally:  # also where it was writing there when the signal came
                 os._exit(128 + number)
+        again = self.asked is not None and time.monotonic() - self.moment < AT_ONCE
+        if again and "TORCHELASTIC_RUN_ID" in os.environ:
+            return
         if not self.waits or self.asked is not None:
             self.ending = True
             raise KeyboardInterrupt(number)
-        self.asked = number
+        self.asked, self.moment = number, time.monotonic()
         self.note("stopping after this step, once its state is saved; again to stop at once.")
 
     @contextmanager

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from scala_cli.data.split import Samples, Some, Split
 from scala_cli.errors import DataError
@@ -40,6 +40,10 @@ class Batch:
     images: Tensor
     targets: Tensor
     corrupt: tuple[Corrupt, ...]
+
+    def pin_memory(self) -> "Batch":
+        """The same in memory that a GPU reads by itself; torch's loader calls this."""
+        return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.corrupt)
 
 
 @contextmanager
@@ -117,7 +121,7 @@ class Batches(Sampler[list[tuple[int, str]]]):
 def collate(items: Sequence[tuple[Tensor, int] | Corrupt]) -> Batch:
     good = [item for item in items if not isinstance(item, Corrupt)]
     return Batch(
-        images=torch.stack([image for image, _ in good]) if good else torch.empty(0),
+        images=default_collate([image for image, _ in good]) if good else torch.empty(0),
         targets=torch.tensor([target for _, target in good], dtype=torch.long),
         corrupt=tuple(item for item in items if isinstance(item, Corrupt)),
     )
@@ -161,7 +165,7 @@ def naming_a_dead_reader() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not re.search(r"DataLoader worker.*(is killed|exited unexpectedly)", str(error)):
+        if not re.search(r"(DataLoader worker|Pin memory).*(is killed|exited unexpectedly)", str(error)):
             raise
         raise DataError(
             "a process that reads images was killed; there may be too little memory.",
@@ -202,6 +206,7 @@ class Loader:
             num_workers=read.workers,
             collate_fn=collate,
             worker_init_fn=leave_stopping_to_the_parent,
+            pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # or each epoch would draw from the random numbers of others
         )
 

@@ -248,7 +248,8 @@ def first_odd_part(vit: VisionTransformer) -> str:
 class LastBlock(Block):
     """timm's block as the last one, where only the first tokens are read: it computes no others.
 
-    These attend to all tokens: torch's own attention takes queries of their own.
+    These attend to all tokens: torch's own attention takes queries of their own. For so few the explicit
+    one, which has the attention's weights at hand, is at least as fast as the fused (docs/performance.md).
     """
 
     read: int
@@ -272,7 +273,7 @@ class LastBlock(Block):
             out_proj_weight=attn.proj.weight,
             out_proj_bias=attn.proj.bias,
             training=self.training,
-            need_weights=False,
+            average_attn_weights=False,
         )
         x = x[:, : self.read] + self.drop_path1(self.ls1(attn.proj_drop(attended.transpose(0, 1))))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

@@ -1,7 +1,7 @@
 """One-shot training: a pretrained ViT becomes a family of every width."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -70,29 +70,30 @@ def finetune(
 def go_on(run: Run, watch: Watcher) -> Row:
     """Trains from the last saved step of a run, with the settings it was begun with.
 
-    Raises TrainingError where the directory holds no run.
+    Raises TrainingError where the directory holds no run, DataError where its images have changed.
     """
     state = run.read_state()
     settings = Settings.of(state["settings"])
     device = choose_device(settings.device)
     world = World.join(device)
     run = run if world.rank == 0 else Reader(run.path)
-    if state.get("learning"):
-        go_on(run.teacher, watch)
-        world.wait()
-        points = [Point.of(ratio) for ratio in state["points"]]
-        return widen(run, settings, points, open_splits(settings), watch)
-    note_emulation(device, settings.device, watch)
     share, rest = divmod(state["images_per_step"], world.size)
     if rest:
         raise TrainingError(
             f"{world.size} processes cannot share the {state['images_per_step']} images of this run's steps.",
             "Resume it with a number of processes that divides that.",
         )
-    if state.get("processes") != world.size:
+    if state["processes"] != world.size:
         settings = replace(settings, optimizer=replace(settings.optimizer, batch_size=share))
+    if state.get("learning"):
+        go_on(run.teacher, watch)
+        world.wait()
+        points = [Point.of(ratio) for ratio in state["points"]]
+        return widen(run, settings, points, open_splits(settings), watch)
+    note_emulation(device, settings.device, watch)
     start, record = load_with_record(run.path / "start")
     trainer = Trainer(start, state["taught"], settings, open_splits(settings))
+    refuse_other_images(trainer.images(), state["images"], run)
     trainer.restore(state)
     if len(trainer.rows) < trainer.epochs:
         watch.note(f"going on after step {trainer.step.number} of {trainer.steps}.")
@@ -143,7 +144,7 @@ def learn_classes(
     run.teacher.claim(learning, force)
     with run.free_if_nothing_comes_of_it():
         run.teacher.begin(alone, record, trainer.state())
-        run.write_state({"settings": asdict(settings), "learning": True, "points": points})
+        run.write_state({**trainer.terms(), "settings": asdict(settings), "learning": True, "points": points})
         trainer.train(run.teacher, trained_by(record, alone.points, learning, taught=False), watch)
 
 
@@ -170,6 +171,17 @@ def open_splits(settings: Settings) -> tuple[Split, Split]:
     if settings.holdout:
         return hold_out(training, settings.holdout)
     return training, open_split(data, False, place, training.classes)
+
+
+def refuse_other_images(now: Mapping[str, object], then: Mapping[str, object], run: Run) -> None:
+    """Raises DataError where a run would go on with other images or classes than it began with."""
+    for name, before in then.items():
+        if now[name] != before:
+            change = f"{before} {name} then, {now[name]} now" if isinstance(before, int) else f"other {name}"
+            raise DataError(
+                f"the images are not those this run began with: {change}.",
+                f"Go on from the weights instead: scala finetune {run.path}/last --data DIR",
+            )
 
 
 def unlearnt(start: SlimmableViT, record: Record, classes: Sequence[str]) -> str:

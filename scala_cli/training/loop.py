@@ -12,7 +12,7 @@ from timm.scheduler import create_scheduler_v2
 
 from scala_cli.data.loader import Loader, naming_a_dead_reader, transform_for
 from scala_cli.data.split import Split
-from scala_cli.device import choose_device, naming_lack_of_memory
+from scala_cli.device import choose_device
 from scala_cli.errors import LostProcess, TrainingError
 from scala_cli.evaluate import evaluate
 from scala_cli.models.checkpoint import Record
@@ -25,7 +25,6 @@ from scala_cli.watch import Stopped, Watcher
 from scala_cli.world import World
 
 SECONDS_BETWEEN_SAVES = 180.0
-IN_PARTS = "Work through them in parts with --grad-accum-steps 2, or give a smaller --batch-size (-b)."
 
 
 @dataclass
@@ -115,14 +114,25 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """All that `restore` needs to go on after the last step."""
+        return {**self.terms(), "rows": self.rows, "epoch": asdict(self.epoch), **self.step.state()}
+
+    def terms(self) -> dict[str, Any]:
+        """What a run begins with and keeps to."""
         return {
             "settings": asdict(self.settings),
             "taught": self.step.frozen is not None,
             "images_per_step": self.images_per_step,
             "processes": self.world.size,
-            "rows": self.rows,
-            "epoch": asdict(self.epoch),
-            **self.step.state(),
+            "images": self.images(),
+        }
+
+    def images(self) -> dict[str, Any]:
+        """How many there are, and their classes."""
+        training, validation = self.training.split, self.validation.split
+        return {
+            "training images": len(training),
+            "validation images": len(validation),
+            "classes": [*training.classes],
         }
 
     @property
@@ -142,7 +152,7 @@ class Trainer:
             record: what to save beside the weights; its metrics are filled in.
 
         Raises:
-            TrainingError: where a loss is not finite; what was saved before stays.
+            TrainingError: where a loss or a gradient is not finite; what was saved before stays.
             ScalaError: where the device has not enough memory for a step.
             Stopped: where the watcher asks for it, after saving; LostProcess likewise.
         """
@@ -191,15 +201,8 @@ class Trainer:
         began = saved = time.perf_counter()
         for images, targets in islice(self.training.of_epoch(number, first), last - self.step.number):
             lr = self.lr
-            with naming_lack_of_memory(len(images), IN_PARTS):
-                losses = self.step(images, targets)
+            losses = self.step(images, targets)
             self.scheduler.step_update(self.step.number)
-            for name, loss in losses.items():
-                if not math.isfinite(loss):
-                    raise TrainingError(
-                        f"the loss of width {name} is {loss} at step {self.step.number} ({of}).",
-                        f"Lower --lr (now {self.settings.optimizer.lr:g}). What was saved before is whole.",
-                    )
             now = time.perf_counter()
             so_far.count(len(images) * self.world.size, losses, now - began)
             began = now

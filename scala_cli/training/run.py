@@ -25,7 +25,7 @@ Row = dict[str, Any]
 """One epoch: {"epoch", "lr", "images_per_sec", "minutes", "loss": {name: mean},
 "points": [{"ratio", "top1", ...}]}; the minutes are those of training, without evaluation."""
 
-METRICS, GRADIENTS, FORMAT = "metrics.jsonl", "grads.jsonl", 2
+METRICS, GRADIENTS, FORMAT = "metrics.jsonl", "grads.jsonl", 3
 FILES = {"teacher", "start", "last", "best", STATE, METRICS, GRADIENTS, "summary.csv", "args.yaml"}
 
 

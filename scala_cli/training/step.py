@@ -1,5 +1,6 @@
 """One training step: every pass of a method on one batch, then one move of the weights."""
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -9,10 +10,12 @@ from typing import Any
 import torch
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
+from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.nn.utils import clip_grad_norm_
 
-from scala_cli.device import allow_compiling_all, autocast, uses_bfloat16
+from scala_cli.device import allow_compiling_all, autocast, naming_lack_of_memory, uses_bfloat16
 from scala_cli.errors import TrainingError, naming_failure
 from scala_cli.methods import METHODS
 from scala_cli.models.slimmable import SlimmableViT
@@ -21,6 +24,8 @@ from scala_cli.settings import AugmentSettings, Settings
 from scala_cli.slicing.point import Point
 from scala_cli.training.gradients import GradientLog
 from scala_cli.world import ALONE, World
+
+IN_PARTS = "Give a smaller --batch-size (-b), or train in parts: --grad-accum-steps 2."
 
 
 class Step:
@@ -113,22 +118,39 @@ class Step:
             targets: (B,) class numbers.
 
         Raises:
-            ScalaError: where torch.compile was asked for and fails.
+            TrainingError: where a loss or the gradient is not finite; the weights have not moved then.
+            ScalaError: where there is not enough memory, or torch.compile was asked for and fails.
         """
-        with self.compiling:
+        with self.compiling, naming_lack_of_memory(len(images), IN_PARTS):
             losses = self.gather_gradients(images, targets)
             if self.gradients:
                 self.gradients.write(self.number)
-            self.world.average_gradients(self.net.vit.parameters())
-            if self.settings.optimizer.clip_grad:
-                dispatch_clip_grad(self.net.vit.parameters(), self.settings.optimizer.clip_grad)
+            parameters = [*self.net.vit.parameters()]
+            self.world.average_gradients(parameters, len(images))
+            norm = clip_grad_norm_(parameters, self.settings.optimizer.clip_grad or math.inf)
+            # the one moment of a step in which the processor waits for a GPU
+            *values, length = torch.stack([*losses.values(), norm]).tolist()
+            told = dict(zip(losses, values, strict=True))
+            self.refuse_infinite(told, length)
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.number += 1
             if self.average:
                 self.average.update(self.net.vit, self.number)
+                for parameter in self.average.module.parameters():  # without it, on a GPU,
+                    increment_version(parameter)  # no width would be cut anew (`SlimmableViT.forward`)
         self.compiling = nullcontext()
-        return {name: loss.item() for name, loss in losses.items()}
+        return told
+
+    def refuse_infinite(self, losses: Mapping[str, float], norm: float) -> None:
+        """Raises TrainingError where a loss, or the norm of the gradient, is not finite."""
+        named = {f"the loss of width {name}": loss for name, loss in losses.items()}
+        for name, value in {**named, "the gradient's norm": norm}.items():
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"{name} is {value} at step {self.number + 1}.",
+                    f"Lower --lr (now {self.settings.optimizer.lr:g}). What was saved before is whole.",
+                )
 
     def gather_gradients(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Every pass of the method, forwards and backwards. Returns their losses."""
