@@ -39,12 +39,12 @@ class LostProcess(TrainingError):
 
 
 @contextmanager
-def naming_failure(what: str, hint: str) -> Iterator[None]:
-    """Turns errors of any kind, which compilers, exporters and runtimes raise, into a ScalaError."""
+def naming_failure(what: str, hint: str, kind: type[ScalaError] = ScalaError) -> Iterator[None]:
+    """Turns errors of any kind, as compilers, exporters, runtimes and timm raise, into one of ours."""
     try:
         yield
     except (OSError, MemoryError, ScalaError):
         raise
     except Exception as error:
         said = " ".join(str(error).split())
-        raise ScalaError(f"{what}: {type(error).__name__}: {said[:160]}", hint) from error
+        raise kind(f"{what}: {type(error).__name__}: {said[:160]}", hint) from error

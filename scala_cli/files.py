@@ -74,11 +74,7 @@ def whole_files(target: Path, force: bool) -> Iterator[Path]:
         with naming_a_full_disk(target):
             yield fresh
         for file in fresh.iterdir():
-            if (target.parent / file.name).exists() and not force:
-                raise ScalaError(
-                    f"{target.parent / file.name} exists.",
-                    "Choose another name with -o FILE, or replace it: --force",
-                )
+            refuse_existing(target.parent / file.name, force)
         for file in sorted(fresh.iterdir(), key=lambda file: file.name == target.name):  # it comes last
             flush(file)
             file.replace(target.parent / file.name)
@@ -116,6 +112,20 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def refuse_unwritable(file: Path) -> None:
+    """Raises ScalaError unless a file can lie there."""
+    if file.is_dir():
+        raise ScalaError(f"{file} is a directory.", "Name a file.")
+    if not file.parent.is_dir():
+        raise ScalaError(f"there is no directory {file.parent}.", "Make it, or name another place.")
+
+
+def refuse_existing(file: Path, force: bool) -> None:
+    """Raises ScalaError where, without `force`, a file would be replaced."""
+    if file.exists() and not force:
+        raise ScalaError(f"{file} exists.", "Choose another name with -o FILE, or replace it: --force")
 
 
 def refuse_occupied(target: Path, force: bool, ours: set[str], source: Path | None = None) -> None:

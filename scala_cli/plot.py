@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from scala_cli.errors import ScalaError
-from scala_cli.files import whole_file
+from scala_cli.files import refuse_unwritable, whole_file
 from scala_cli.report import Rows
 from scala_cli.slicing.point import Point
 
@@ -26,8 +26,7 @@ def refuse_picture(file: Path) -> None:
         raise ScalaError("pictures need matplotlib, which is not installed.", INSTALL)
     if file.suffix not in SUFFIXES:
         raise ScalaError(f"{file} is no picture.", f"Let its name end in {', '.join(SUFFIXES)}.")
-    if not file.parent.is_dir():
-        raise ScalaError(f"there is no directory {file.parent}.", "Make it, or name another place.")
+    refuse_unwritable(file)
 
 
 def new_axes() -> tuple[Any, Any]:

@@ -169,12 +169,15 @@ def test_what_training_cost_is_told_beside(scala, tiny, photos):
         (["--compare", "nosuchmodel"], "there is no model 'nosuchmodel'"),
         (["--plot", "x.txt"], "is no picture"),
         (["--plot", "nowhere/x.svg"], "there is no directory nowhere"),
+        (["--plot", "tiny/picture.svg"], "picture.svg is a directory"),
+        (["--csv", "tiny"], "tiny is a directory"),
         (["--html", "nowhere/x.html"], "there is no directory nowhere"),
         (["--train", "--int8"], "--train times torch on random images"),
         (["--train", "--compare", "deit_s"], "--train times torch on random images"),
     ],
 )
 def test_mistakes_in_measuring(scala, tiny, words, message):
+    Path("tiny/picture.svg").mkdir()
     answer = scala("bench", tiny, *words)
     assert answer.code == 2 and answer.stdout == ""
     assert message in answer.told

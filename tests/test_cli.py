@@ -258,9 +258,9 @@ def test_python_m(tmp_path):
 
 
 def test_where_a_slice_goes_by_default():
-    assert default_target("/x/runs/mine", Path("/x/runs/mine/best"), Point.of(0.5)) == Path("mine-0.5")
-    assert default_target(None, Path("/x/deit"), Point.of("1/3")) == Path("deit-1_3")
-    assert default_target("hf-hub:me/vit@main", Path("/x/snapshots/1a2b"), Point.of(0.5)) == Path("vit-0.5")
+    assert default_target("/x/runs/mine", Path("/x/runs/mine/best"), "0.5") == Path("mine-0.5")
+    assert default_target(None, Path("/x/deit"), Point.of("1/3").file_name) == Path("deit-1_3")
+    assert default_target("hf-hub:me/vit@main", Path("/x/snapshots/1a2b"), "0.5") == Path("vit-0.5")
 
 
 def test_json_is_one_document(scala, tiny):

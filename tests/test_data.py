@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import build, slimmable
 from PIL import Image
+from runs import Listener
 
 from scala_cli.data.loader import (
     Loader,
@@ -94,6 +95,13 @@ def test_training_images_are_augmented_and_others_are_not(folder):
         transform_for(net.spec, AugmentSettings())(split.samples[0][0].convert("RGB")) for _ in range(2)
     ]
     assert torch.equal(*once) and not torch.equal(*varied)
+
+
+def test_what_is_skipped_on_the_way_to_an_order_is_told(folder):
+    (folder / "val/red/0.png").write_text("no image")
+    skipping, listener = ReadSettings(workers=0, on_corrupt="skip"), Listener()
+    list(calibration_images(open_split(str(folder), False), slimmable().spec, skipping, listener))
+    assert "unreadable and skipped: 1" in listener.notes[0] and "red/0.png" in listener.notes[0]
 
 
 def test_not_one_image_that_can_be_read(folder):

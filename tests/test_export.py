@@ -10,12 +10,16 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from conftest import KINDS, slimmable
+from conftest import KINDS, build, slimmable
 
 from scala_cli import formats
 from scala_cli.deploy.export import export, export_all
 from scala_cli.errors import CheckpointError, ScalaError
 from scala_cli.models.checkpoint import Record, load, save
+from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.models.vit import describe
+from scala_cli.slicing.point import parse_points
+from scala_cli.slicing.rule import Rule
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 SUFFIXES = {name: form.suffix for name, form in formats.FORMATS.items()}
@@ -162,6 +166,15 @@ def test_export_as_a_user_runs_it(scala, tiny, photos):
     assert again.code == 2 and "exists" in again.stderr and "--force" in again.stderr
     whole = scala("export", tiny, "--all", "--json").json
     assert whole["path"] == "tiny-onnx" and len(whole["points"]) == 4
+
+
+def test_what_is_made_of_thirds_is_named_like_all_else(scala, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vit, args = build("deit", embed_dim=48)
+    spec = describe(vit, args)
+    save(SlimmableViT(vit, spec, Rule(parse_points("1/3"), spec.num_heads)), Record(), Path("odd"))
+    for words, name in ((["--all"], "odd-onnx"), (["--ratio", "1/3"], "odd-1_3.onnx")):
+        assert scala("export", "odd", *words, "--json").json["path"] == name
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ from runs import QUICK
         (["eval", "tiny", "--data", "torch/cifar10"], "--data-dir"),
         (["eval", "tiny", "--data", "digits", "-b", "0"], "--batch-size"),
         (["finetune", "tiny", "--resume", "run"], "give --resume alone"),
+        (["finetune", "--resume", "run", "--force"], "give --resume alone"),
         (["finetune", "tiny", "--data", "digits", "--seed", "-1"], "--seed"),
         (["finetune", "tiny", "--data", "digits", "--opt", "magic", "-j", "0"], "timm refuses"),
         (["info", "--nonsense"], "nonsense"),

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from scala_cli.errors import CheckpointError, ScalaError
+from scala_cli.errors import CheckpointError, ScalaError, naming_failure
 from scala_cli.formats import FORMATS, format_named
 from scala_cli.measure import cost_of
 from scala_cli.models.locate import short_name
@@ -60,14 +60,11 @@ def other(asked: str) -> Subject:
     def build(_: bool) -> Any:
         return timm.create_model(name, **args).eval()
 
-    try:
+    with naming_failure(f"{asked} cannot be compared with", "Name another.", CheckpointError):
         with torch.device("meta"):
             skeleton = build(False)
         size = tuple(skeleton.pretrained_cfg["input_size"])
         costs = cost_of(skeleton, size)
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:  # timm's, of a tag or of arguments
-        said = " ".join(str(error).split())[:160]
-        raise CheckpointError(f"{asked} cannot be compared with: {said}", "Name another.") from None
     return Subject(short_name(asked), None, size, costs, build)
 
 

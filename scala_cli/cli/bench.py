@@ -6,6 +6,7 @@ import typer
 
 from scala_cli.cli.console import Output
 from scala_cli.cli.options import Widths, find_checkpoint
+from scala_cli.files import refuse_unwritable
 from scala_cli.settings import (
     BenchSettings,
     DeviceSettings,
@@ -68,11 +69,8 @@ def bench(
     Example: scala bench runs/last --runtime torch,onnx --int8 --compare mobilenetv3_large_100 --plot b.svg;
     before training: scala bench deit_s --train -b 64
     """
-    for name, file in (("--csv", csv), ("--html", html)):
-        if file is not None and not file.parent.is_dir():
-            raise typer.BadParameter(f"{name}: there is no directory {file.parent}.")
-        if file is not None and file.is_dir():
-            raise typer.BadParameter(f"{name}: {file} is a directory.")
+    for file in filter(None, (csv, html)):
+        refuse_unwritable(file)
     elsewhere = (data, compare, plot, html, settings.int8, settings.runtime != "torch")
     if train and any(elsewhere):
         raise typer.BadParameter("--train times torch on random images: leave out what is for predictions.")

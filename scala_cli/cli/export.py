@@ -65,19 +65,18 @@ def export(
 
     net, record = load_with_record(directory)
     point = net.widest if every else find_point(ratio or "", net.points)
-    target = output or default_target(checkpoint, directory, point)
     with out.progress() as live:
         images = random_images(net.spec, COMPARED if net.spec.input_size[1] <= 64 else 4)
         if data is not None:
             split = open_split(data, False, read.data_dir)
             images = torch.cat([*calibration_images(split, net.spec, read, live, COMPARED)])
         if every:
-            target = output or target.with_name(target.name.removesuffix(f"-{point.label}") + "-onnx")
+            target = output or default_target(checkpoint, directory, "onnx")
             result = export_all(net, directory, target, images, force=force, watch=live)
         else:
             kind = f"{format}-int8" if int8 else format
-            ending = ("-int8" if int8 else "") + FORMATS[kind].suffix
-            target = output or target.with_name(target.name + ending)
+            ending = point.file_name + ("-int8" if int8 else "") + FORMATS[kind].suffix
+            target = output or default_target(checkpoint, directory, ending)
             result = write(
                 net,
                 point,

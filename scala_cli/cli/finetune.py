@@ -55,7 +55,7 @@ def finetune(
     if resume is None and (model is None or data is None):
         raise typer.BadParameter("Give a model and its images: scala finetune deit_s --data DIR")
     groups = (method, optimizer, augment, read, device)
-    given = (model, data, output, ratios, seed, holdout, log_grads)
+    given = (model, data, output, ratios, seed, holdout, log_grads, force)
     if resume is not None and (any(given) or any(g != type(g)() for g in groups)):
         raise typer.BadParameter("A resumed run keeps its model, images and settings: give --resume alone.")
 

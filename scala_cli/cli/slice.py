@@ -46,7 +46,7 @@ def slice(
         if point is None:
             rows = candidates(directory, budget, device, live)
             point = Point.of(choose(rows, budget)["ratio"])
-        target = output or default_target(checkpoint, directory, point)
+        target = output or default_target(checkpoint, directory, point.file_name)
         result = slice_model(directory, point, target, force, live)
     out.result({**result, "candidates": rows} if rows else result, rows)
     out.note(f"load it: timm.create_model('local-dir:{result['path']}', pretrained=True)")

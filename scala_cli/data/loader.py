@@ -288,5 +288,6 @@ def calibration_images(
         if len(images):
             yield images
         watch.step(len(images))
+    loader.tell_skipped(watch)
     if not readable:
         raise loader.nothing_read()

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from scala_cli.errors import CheckpointError, ScalaError
-from scala_cli.files import refuse_occupied, whole_directory, whole_files
+from scala_cli.files import (
+    refuse_existing,
+    refuse_occupied,
+    refuse_unwritable,
+    whole_directory,
+    whole_files,
+)
 from scala_cli.formats import Format, format_named, is_int8, opened, to_onnx, write
 from scala_cli.measure import Predictor
 from scala_cli.models.locate import CONFIG, WEIGHTS
@@ -165,7 +171,7 @@ def export_all(
     format_named("onnx")
     import onnx_ir
 
-    names = {point: f"{point.label.replace('/', '_')}.onnx" for point in net.points}
+    names = {point: f"{point.file_name}.onnx" for point in net.points}
     refuse_occupied(target, force, {CONFIG, WEIGHTS, *names.values()}, source=checkpoint)
     watch.phase("export", len(net.points), "widths")
     rows = []
@@ -218,15 +224,11 @@ def places_of(file: Path) -> dict[str, tuple[int, int]]:
 
 def refuse_file(target: Path, chosen: Format, force: bool) -> None:
     """Raises ScalaError unless a file of the format can be written there."""
-    if target.is_dir():
-        raise ScalaError(f"{target} is a directory.", "Name a file: -o FILE")
+    refuse_unwritable(target)
     if target.suffix != chosen.suffix:
         better = target.with_name(target.name + chosen.suffix)
         raise ScalaError(f"{target} does not end in {chosen.suffix}.", f"Name it so: -o {better}")
-    if not target.parent.is_dir():
-        raise ScalaError(f"there is no directory {target.parent}.", "Make it, or name another place: -o FILE")
-    if target.exists() and not force:
-        raise ScalaError(f"{target} exists.", "Choose another name with -o FILE, or replace it: --force")
+    refuse_existing(target, force)
 
 
 def refuse_difference(found: Difference, kind: str, real: bool) -> None:

@@ -13,7 +13,7 @@ from scala_cli.errors import ScalaError
 from scala_cli.files import refuse_occupied, whole_directory
 from scala_cli.measure import cost
 from scala_cli.models.checkpoint import read_about
-from scala_cli.models.hub import fail_fast_offline
+from scala_cli.models.hub import TRANSPORT, fail_fast_offline
 from scala_cli.models.locate import CARD, CONFIG, FILES, WEIGHTS
 from scala_cli.models.slimmable import Ratio
 from scala_cli.plot import arms_picture, can_draw, save
@@ -22,8 +22,6 @@ from scala_cli.watch import Watcher
 
 PICTURE = "widths.svg"
 OURS = {*FILES, PICTURE}
-TRANSPORT: type[Exception] = HfHubHTTPError.__bases__[0]
-"""What the HTTP library raises that this version of the Hub's client is built on."""
 
 
 def write_repository(

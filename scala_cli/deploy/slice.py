@@ -91,15 +91,16 @@ def tell_untrained(record: Record, points: Sequence[Point], watch: Watcher) -> N
         watch.note(f"{told}: scala finetune CKPT --data DIR")
 
 
-def default_target(named: str | None, checkpoint: Path, point: Point) -> Path:
-    """Where a slice goes unless told: beside the user, named after what it is cut from.
+def default_target(named: str | None, checkpoint: Path, suffix: str) -> Path:
+    """Where what is made of a checkpoint goes unless told: beside the user, named after it.
 
     Args:
         named: what the user calls that; on the Hub it is the repository, not the cache, that gives the name.
         checkpoint: where it lies.
+        suffix: "0.5" of one width.
     """
     checkpoint = checkpoint.resolve()
     name = checkpoint.parent.name if checkpoint.name in ("best", "last") else checkpoint.name
     if named and named.startswith("hf-hub:"):
         name = short_name(named.partition("@")[0])
-    return Path(f"{name}-{point.label.replace('/', '_')}")
+    return Path(f"{name}-{suffix}")

@@ -8,6 +8,7 @@ from urllib.parse import urlparse
 
 import huggingface_hub
 from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import disable_progress_bars, logging
 
 from scala_cli.errors import CheckpointError
@@ -15,6 +16,9 @@ from scala_cli.errors import CheckpointError
 NO_WEIGHTS = (
     "Convert a file you have: scala convert MODEL --weights FILE; or random weights: scala convert --scratch"
 )
+
+TRANSPORT: type[Exception] = HfHubHTTPError.__bases__[0]
+"""What the HTTP library raises that this version of the Hub's client is built on."""
 
 
 def fetch(repo: str, names: list[str]) -> Path:
@@ -26,7 +30,7 @@ def fetch(repo: str, names: list[str]) -> Path:
     repo, _, revision = repo.partition("@")
     try:
         paths = [huggingface_hub.hf_hub_download(repo, name, revision=revision or None) for name in names]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TRANSPORT) as error:
         raise unreachable(f"hf-hub:{repo}", error) from None
     return Path(paths[0]).parent
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import VisionTransformer, load_model_config_from_hf
+from timm.models import VisionTransformer
 from torch import nn
 
 from scala_cli.errors import CheckpointError
 from scala_cli.models.authors import is_theirs, open_theirs
 from scala_cli.models.checkpoint import Record, load_with_record, read_weights
 from scala_cli.models.foreign import Foreign, read_foreign
-from scala_cli.models.hub import NO_WEIGHTS, fail_fast_offline, fetch, unreachable
+from scala_cli.models.hub import NO_WEIGHTS, TRANSPORT, fail_fast_offline, fetch, unreachable
 from scala_cli.models.huggingface import directory_of, read_transformers
 from scala_cli.models.locate import CONFIG, STATE, WEIGHTS, path_of, read_config, resolve, short_name
 from scala_cli.models.slimmable import SlimmableViT
@@ -81,7 +81,10 @@ def open_model(
             f"{model} is a trained family of widths; converting it again would mix them up.",
             f"Use it as it is: scala finetune {model} --data DIR",
         )
-    args |= {**(foreign.args if foreign else {}), **(changes or Changes()).given()}
+    if foreign:  # whose own head is kept, also where it has other classes than the model it is named after
+        args.pop("num_classes", None)
+        args |= foreign.args
+    args |= (changes or Changes()).given()
     with torch.device("meta"):  # what cannot be sliced is refused before any download
         skeleton_spec = describe(create(name, args))
     check_patches(skeleton_spec)
@@ -218,13 +221,9 @@ def locate(model: str) -> tuple[str, dict[str, Any]]:
         directory = Path(model.removeprefix("local-dir:")).expanduser()
         if not (directory / CONFIG).is_file():
             raise no_model(directory)
-        return f"local-dir:{directory}", dict(read_config(directory).get("model_args", {}))
+        return f"local-dir:{directory}", args_of(directory)
     if model.startswith("hf-hub:"):
-        fail_fast_offline()
-        try:
-            return model, dict(load_model_config_from_hf(model.removeprefix("hf-hub:"))[2])
-        except (OSError, ValueError) as error:
-            raise unreachable(model, error) from None
+        return model, args_of(fetch(model.removeprefix("hf-hub:"), [CONFIG]))
     path = Path(model).expanduser()
     if model not in ALIASES and ("/" in model or path.is_dir() or path.suffix in WEIGHT_FILES):
         raise no_model(path)
@@ -238,6 +237,11 @@ def locate(model: str) -> tuple[str, dict[str, Any]]:
             else f"Try one of {', '.join(ALIASES)}, or a timm name.",
         )
     return name, {}
+
+
+def args_of(directory: Path) -> dict[str, Any]:
+    """The arguments timm stored with a model; none where it needed none."""
+    return dict(read_config(directory).get("model_args") or {})
 
 
 def no_model(path: Path) -> CheckpointError:
@@ -293,7 +297,7 @@ def create(
         if wanted != vit.num_classes:
             vit.reset_classifier(wanted)
         return vit
-    except OSError as error:
+    except (OSError, TRANSPORT) as error:
         raise unreachable(name, error) from None
     except (RuntimeError, KeyError, AssertionError, TypeError, ValueError) as error:
         key = re.search(r'(?:Missing|Unexpected) key[^"]*"[^"]+"|size mismatch for [^.]+[^,]+', str(error))

@@ -47,6 +47,11 @@ class Point:
         decimal = f"{float(self.ratio):.10g}"
         return decimal if Fraction(decimal) == self.ratio else str(self.ratio)
 
+    @property
+    def file_name(self) -> str:
+        """The same where no slash may be: "1_3"."""
+        return self.label.replace("/", "_")
+
     def __str__(self) -> str:
         return self.label
 

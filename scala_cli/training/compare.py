@@ -213,7 +213,7 @@ def train(
     alone = arm.method.method == "separate"
     rows = []
     for widths in [(point,) for point in points] if alone else [points]:
-        run = Run(place / widths[0].label.replace("/", "_") if alone else place)
+        run = Run(place / widths[0].file_name if alone else place)
         if run.holds_state():
             go_on(run, watch)
         else:

@@ -20,7 +20,7 @@ from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.settings import Settings
 from scala_cli.training.gradients import GradientLog
 from scala_cli.training.run import GRADIENTS, Row, Run, mean_top1
-from scala_cli.training.step import Step, refused
+from scala_cli.training.step import Step, refusing_settings
 from scala_cli.watch import Stopped, Watcher
 from scala_cli.world import World
 
@@ -78,10 +78,8 @@ class Trainer:
             raise TrainingError(
                 f"--scale {low:g} {high:g} is no range.", "Give the smaller share first: 0.5 1"
             )
-        try:
+        with refusing_settings():
             augmented, plain = transform_for(start.spec, settings.augment), transform_for(start.spec)
-        except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise refused(error) from None
         self.training = Loader(
             splits[0],
             augmented,

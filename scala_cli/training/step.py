@@ -60,7 +60,7 @@ class Step:
             if model:
                 world.agree(model)
         chosen = settings.optimizer
-        try:
+        with refusing_settings():
             self.mix = mixer(settings.augment, settings.method.smoothing, start.spec.num_classes)
             self.optimizer = create_optimizer_v2(
                 self.net.vit,
@@ -69,8 +69,6 @@ class Step:
                 weight_decay=chosen.weight_decay,
                 layer_decay=chosen.layer_decay,
             )
-        except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise refused(error) from None
         if getattr(self.optimizer, "is_second_order", False):
             raise TrainingError(
                 f"{chosen.opt} needs second derivatives, which training does not keep.", "Try --opt adamw"
@@ -209,6 +207,6 @@ def mixer(
     return mix
 
 
-def refused(error: Exception) -> TrainingError:
-    """What timm says of settings it does not take."""
-    return TrainingError(f"timm refuses these settings: {error}.", "See scala finetune -h")
+def refusing_settings() -> AbstractContextManager[object]:
+    """Within, an error is timm's, of settings it does not take."""
+    return naming_failure("timm refuses these settings", "See scala finetune -h", TrainingError)
