@@ -91,20 +91,19 @@ def kept_count(length: int, point: Point) -> int:
 def slice_tensor(tensor: Tensor, axes: Sequence[Axis | None], point: Point, end: End) -> Tensor:
     """The kept part of one parameter; `axes` has one entry per dimension.
 
-    Each narrowing axis is viewed as (blocks, run) and cut within the run.
+    An axis of several runs is viewed as (blocks, run) and cut within the run; what is left of them is joined.
     """
-    shape: list[int] = []
-    for dim in reversed(range(tensor.ndim)):
-        axis = axes[dim]
-        if axis is None:
-            shape.insert(0, tensor.shape[dim])
-            continue
+    narrowing = [(dim, axis) for dim, axis in enumerate(axes) if axis]
+    for dim, axis in sorted(narrowing, key=lambda pair: pair[1].blocks):  # last what has to be copied
         run = tensor.shape[dim] // axis.blocks
         count = kept_count(run, point)
         start = run - count if end == "last" else 0
-        tensor = tensor.unflatten(dim, (axis.blocks, run)).narrow(dim + 1, start, count)
-        shape.insert(0, axis.blocks * count)
-    return tensor.reshape(shape)
+        if axis.blocks == 1:
+            tensor = tensor.narrow(dim, start, count)
+        else:
+            tensor = tensor.unflatten(dim, (axis.blocks, run)).narrow(dim + 1, start, count)
+            tensor = tensor.flatten(dim, dim + 1)
+    return tensor
 
 
 def fold_fixed_scale(sliced: dict[str, Tensor], point: Point) -> dict[str, Tensor]:
