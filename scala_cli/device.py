@@ -29,6 +29,7 @@ def choose_device(settings: DeviceSettings) -> torch.device:
         device = torch.device(wanted)
         if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # torchrun: a GPU for each process
+        if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):  # the latter where torch is built without CUDA

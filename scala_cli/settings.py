@@ -4,7 +4,7 @@ The command line makes one option of each field, named after it, with the help t
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
 DEFAULT_RATIOS = "0.25,0.5,0.75,1"
@@ -163,6 +163,28 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class RunSettings:
+    """What is drawn, judged and recorded."""
+
+    seed: int = option(0, "Seed of everything random.", min=0)
+    holdout: float = option(
+        0.0, "Judge on this share of the training images instead of on val/.", min=0, max=0.5
+    )
+    log_grads: bool = option(
+        False,
+        "Write each width's gradient norm, and the cosines between widths, to grads.jsonl.",
+        only="on",
+    )
+
+
+ON_RESUME = (
+    *("data_dir", "workers", "on_corrupt", "device", "threads"),
+    *("grad_accum_steps", "grad_checkpointing", "torchcompile", "save_every_steps"),
+)
+"""What a run may go on with otherwise: where and how its steps are computed, not what they compute."""
+
+
+@dataclass(frozen=True)
 class Settings:
     """One training run."""
 
@@ -172,15 +194,12 @@ class Settings:
     augment: AugmentSettings = AugmentSettings()
     read: ReadSettings = ReadSettings()
     device: DeviceSettings = DeviceSettings()
-    seed: int = 0
-    holdout: float = 0.0
-    log_grads: bool = False
+    run: RunSettings = RunSettings()
 
     def words(self) -> list[str]:
         """The options of `scala finetune` that differ from their defaults, but for data and machine."""
-        groups = (self.method, self.optimizer, self.augment)
+        groups = (self.method, self.optimizer, self.augment, self.run)
         given = {f.name: (getattr(group, f.name), f.default) for group in groups for f in fields(group)}
-        given |= {"seed": (self.seed, 0), "holdout": (self.holdout, 0.0)}
         words = []
         for name, (value, default) in given.items():
             flag = name.replace("_", "-")
@@ -192,9 +211,14 @@ class Settings:
                 words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
         return words
 
+    def changed(self, values: Mapping[str, Any]) -> "Settings":
+        """The same with other values of some options, by their names."""
+        groups = {f.name: getattr(self, f.name) for f in fields(self) if is_dataclass(f.default)}
+        changes = {g: {k: v for k, v in values.items() if k in vars(group)} for g, group in groups.items()}
+        return replace(self, **{name: replace(group, **changes[name]) for name, group in groups.items()})
+
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Settings":
         """The settings that `dataclasses.asdict` turned into `values`."""
         groups: dict[str, Any] = {f.name: type(f.default) for f in fields(cls) if is_dataclass(f.default)}
-        built: dict[str, Any] = {k: groups[k](**v) if k in groups else v for k, v in values.items()}
-        return cls(**built)
+        return cls(values["data"], **{name: group(**values[name]) for name, group in groups.items()})

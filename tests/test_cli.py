@@ -266,3 +266,9 @@ def test_where_a_slice_goes_by_default():
 def test_json_is_one_document(scala, tiny):
     answer = scala("info", tiny, "--json")
     assert json.loads(answer.stdout)["path"] == str(tiny)
+
+
+def test_a_resumed_run_may_be_computed_otherwise(scala, tiny, photos):
+    scala("finetune", tiny, "--data", photos, "-o", "run", *QUICK)
+    answer = scala("finetune", "--resume", "run", "-j", 1, "--grad-accum-steps", 2, "-q", "--json")
+    assert answer.code == 0 and answer.json["run"] == "run"

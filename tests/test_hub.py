@@ -42,7 +42,9 @@ def test_a_repository_that_is_not_there(repository):
         load("hf-hub:org/other")
 
 
-@pytest.mark.parametrize("config", [{}, {"model_args": None}])
+@pytest.mark.parametrize(
+    "config", [{}, {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}, "model_args": None}]
+)
 def test_a_repository_that_is_no_model_of_timms(repository, tmp_path, config):
     (tmp_path / "net/config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="hf-hub:org/net"):

@@ -20,12 +20,13 @@ from conftest import Bomb, slimmable, write_timm_directory
 from runs import Listener, settings, start
 from safetensors.torch import load_file
 
-from scala_cli.errors import DataError, TrainingError
+from scala_cli.errors import DataError, ScalaError, TrainingError
 from scala_cli.methods.scala import Scala
 from scala_cli.models.checkpoint import Record
 from scala_cli.settings import AugmentSettings
 from scala_cli.training.finetune import finetune, go_on
 from scala_cli.training.run import FILES, Run
+from scala_cli.training.step import Step
 from scala_cli.watch import Stopped
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -119,6 +120,20 @@ def test_resuming_with_other_sizes_of_a_batch(photos, changes, stop_at):
         finetune(start(), Record(), chosen, Run(Path("cut")), Listener(stop_at=stop_at, kind=Stopped))
     go_on(Run(Path("cut")), Listener())
     assert same_runs("whole", "cut")
+
+
+@pytest.mark.parametrize("again", ["resume", "force"])
+def test_what_a_killed_process_had_begun_to_write_is_removed(photos, again):
+    with pytest.raises(Stopped):
+        finetune(start(), Record(), settings(photos), Run(Path("cut")), Listener(stop_at=1, kind=Stopped))
+    Path("cut/.last.x7").mkdir()
+    for name in (".last.x7/model.safetensors", ".state.pt.4711"):
+        Path("cut", name).write_text("half")
+    if again == "resume":
+        go_on(Run(Path("cut")), Listener())
+    else:
+        finetune(start(), Record(), settings(photos), Run(Path("cut")), Listener(), force=True)
+    assert not list(Path("cut").glob(".*"))
 
 
 def test_resuming_a_run_stopped_in_its_first_epoch(photos):
@@ -232,6 +247,47 @@ def test_a_gradient_that_is_not_finite_leaves_weights_and_state_as_they_were(pho
 
 
 @pytest.mark.parametrize(
+    ("owner", "name", "saved"), [(Step, "gather_gradients", 4), (torch.optim.AdamW, "step", 3)]
+)
+def test_lack_of_memory_keeps_the_last_whole_step(photos, monkeypatch, owner, name, saved):
+    """In step 5, before its weights move or on the way; the run goes on in parts, as the error says."""
+    listener, real = Listener(), getattr(owner, name)
+
+    def fail(*given, **named):
+        if len(listener.losses) == 4:
+            raise torch.OutOfMemoryError("Tried to allocate 20 GiB")
+        return real(*given, **named)
+
+    with monkeypatch.context() as patched, pytest.raises(ScalaError, match="memory for 4") as error:
+        patched.setattr(owner, name, fail)
+        finetune(start(), Record(), settings(photos), Run(Path("cut")), listener)
+    assert ("--resume cut" in error.value.hint) is (saved == 4)
+    assert Run(Path("cut")).read_state()["step"] == saved
+    go_on(Run(Path("cut")), Listener(), {"grad_accum_steps": 2})
+    assert Run(Path("cut")).read_state()["settings"]["optimizer"]["grad_accum_steps"] == 2
+
+
+def test_an_image_that_cannot_be_read_keeps_every_step(photos, tmp_path):
+    own = shutil.copytree(photos, tmp_path / "own")
+    finetune(start(), Record(), settings(own), Run(Path("whole")), Listener())
+
+    class Spoiling(Listener):
+        def step(self, count, losses=None):
+            super().step(count, losses)
+            if len(self.losses) == 4:
+                for file in own.glob("train/*/*.png"):
+                    file.write_text("no image")
+
+    with pytest.raises(DataError, match="cannot be read") as error:
+        finetune(start(), Record(), settings(own), Run(Path("cut")), Spoiling())
+    assert "--resume cut" in error.value.hint and Run(Path("cut")).read_state()["step"] == 4
+    for file in photos.glob("train/*/*.png"):
+        shutil.copy(file, own / file.relative_to(photos))
+    go_on(Run(Path("cut")), Listener())
+    assert same_runs("whole", "cut")
+
+
+@pytest.mark.parametrize(
     ("change", "told"),
     [
         (lambda own: (own / "train/red/0.png").unlink(), "12 training images then, 11 now"),
@@ -248,7 +304,7 @@ def test_a_run_does_not_go_on_with_other_images(photos, tmp_path, change, told):
     change(own)
     with pytest.raises(DataError, match="not those this run began with") as error:
         go_on(Run(Path("cut")), Listener())
-    assert told in error.value.message and "cut/last" in error.value.hint
+    assert told in error.value.message and "scala finetune cut/start" in error.value.hint
 
 
 def test_a_disk_that_fails_once_the_classes_are_learnt(photos, monkeypatch):

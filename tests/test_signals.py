@@ -38,10 +38,20 @@ def test_torchrun_repeats_what_the_terminal_has_sent(monkeypatch):
     monkeypatch.setattr("time.monotonic", lambda: now)
     with pytest.raises(KeyboardInterrupt) as stopped, Output().progress() as live, live.between_steps():
         signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGTERM)
-        now += 3
         signal.raise_signal(signal.SIGINT)
-    assert not isinstance(stopped.value, Stopped)
+        now += 3
+        signal.raise_signal(signal.SIGTERM)
+    assert stopped.value.args == (signal.SIGTERM,)
+
+
+def test_torchruns_repetition_does_not_cut_an_end_short(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setattr("os._exit", lambda _: pytest.fail("left at once"))
+    with pytest.raises(KeyboardInterrupt), Output().progress():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_one_more_while_the_process_is_ending_leaves_at_once(monkeypatch):

@@ -1,6 +1,7 @@
 """From every way to name a model to a slimmable one, and every way that can go wrong."""
 
 import argparse
+import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -80,15 +81,20 @@ def test_another_number_of_classes_gets_a_new_head(released):
 
 
 @torch.no_grad()
-@torch.no_grad()
 def test_a_file_keeps_its_head_beside_a_directory_of_other_classes(timm_directory, tmp_path, images):
+    config = json.loads((timm_directory / "config.json").read_text())
+    config["label_names"] = ["one", "two", "three", "four", "five"]
+    (timm_directory / "config.json").write_text(json.dumps(config))
+    assert open_model(str(timm_directory), FOUR)[0].spec.label_names[4] == "five"
     other = write_timm_directory(tmp_path / "other", num_classes=7)
     file = tmp_path / "other/model.safetensors"
     net, record = open_model(str(timm_directory), FOUR, weights=file)
     assert torch.equal(net(images), other(images)) and not record.new_head
+    assert net.spec.label_names is None
     assert open_model(str(timm_directory), FOUR, Changes(num_classes=4), weights=file)[1].new_head
 
 
+@torch.no_grad()
 def test_image_and_patch_size_are_resampled_by_timm(timm_directory):
     net, _ = open_model(str(timm_directory), FOUR, Changes(img_size=24, patch_size=8))
     expected = timm.create_model(

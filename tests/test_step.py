@@ -146,8 +146,8 @@ def test_lack_of_memory_names_the_batch_and_keeps_what_was_saved(photos, tmp_pat
     ready.step.predict = lambda *args: torch.empty(1 << 50) if ready.step.number == 4 else real(*args)
     with pytest.raises(ScalaError, match="memory for 4 images") as error:
         ready.train(run, Record(), Watcher())
-    assert "--batch-size" in error.value.hint
-    assert run.read_state()["step"] == 3 and (run.path / "last/model.safetensors").is_file()
+    assert "--batch-size" in error.value.hint and "--resume" in error.value.hint
+    assert run.read_state()["step"] == 4 and (run.path / "last/model.safetensors").is_file()
 
 
 def test_other_failures_are_not_called_lack_of_memory():
@@ -242,6 +242,19 @@ def test_the_narrowest_pulls_with_its_weight(photos):
     assert list(losses) == [point.label for point in own]
 
 
+def test_a_gradient_that_is_not_finite_moves_nothing(photos, monkeypatch):
+    ready = step(photos)
+    given = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
+    ready(*given)
+    before = deepcopy(ready.state())
+    monkeypatch.setattr(ready.method, "weight", lambda _: math.inf)
+    with pytest.raises(ScalaError, match=r"norm is (nan|inf) at step 2"):
+        ready(*given)
+    for part in ("weights", "average"):
+        assert all(torch.equal(tensor, ready.state()[part][name]) for name, tensor in before[part].items())
+    assert ready.number == 1 and not ready.moving
+
+
 def test_an_optimizer_of_second_order_is_refused(photos):
     with pytest.raises(ScalaError, match="adahessian needs second derivatives"):
         step(photos, optimizer=OptimizerSettings(epochs=1, batch_size=4, opt="adahessian"))
@@ -279,16 +292,16 @@ def test_what_moves_uncounted_is_cut_anew(photos, tmp_path, monkeypatch, average
                     parameter.data.sub_(parameter.grad)
 
     monkeypatch.setattr("torch._foreach_lerp_", uncounted)
-    ready = trainer(photos, optimizer=OptimizerSettings(epochs=2, batch_size=4, model_ema=averaged))
-    ready.step.optimizer = SGD([*ready.step.net.vit.parameters()])
+    chosen = settings(photos, optimizer=OptimizerSettings(batch_size=4, model_ema=averaged))
+    ready = Step(start(ratios="0.25,0.375,0.5,0.625,0.75,0.875,1"), True, chosen, torch.device("cpu"))
+    ready.optimizer = SGD([*ready.net.vit.parameters()])
     images = torch.randn(4, 3, 16, 16)
-    ready.step.judged.eval()
     for _ in range(2):
-        ready.step(images, torch.tensor([0, 1, 2, 0]))
+        ready(images, torch.tensor([0, 1, 2, 0]))
         with torch.no_grad():
-            for point in ready.step.net.points:
-                expected = ready.step.judged.slice(point)(images)
-                torch.testing.assert_close(ready.step.judged(images, point), expected)
+            for point in ready.net.points:
+                expected = ready.judged.slice(point)(images)
+                torch.testing.assert_close(ready.judged.eval()(images, point), expected)
 
 
 def test_a_model_can_be_copied_after_a_step(photos):

@@ -5,7 +5,7 @@ import json
 import math
 import shlex
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from scala_cli.settings import (
     MethodSettings,
     OptimizerSettings,
     ReadSettings,
+    RunSettings,
     Settings,
 )
 from scala_cli.slicing.point import parse_points
@@ -258,9 +259,8 @@ def test_an_occupied_run_directory(photos):
 
 
 def test_settings_survive_being_saved():
-    chosen = Settings("x", MethodSettings(method="usnet"), augment=AugmentSettings(scale=(0.3, 0.9)), seed=4)
-    from dataclasses import asdict
-
+    chosen = Settings("x", MethodSettings(method="usnet"), augment=AugmentSettings(scale=(0.3, 0.9)))
+    chosen = replace(chosen, run=RunSettings(seed=4))
     assert Settings.of(asdict(chosen)) == chosen
 
 
@@ -270,15 +270,14 @@ def test_a_model_tells_the_command_that_trained_it(photos):
         photos,
         method=MethodSettings(isolation=False, noise_calibration=False, smoothing=0.2),
         augment=AugmentSettings(scale=(0.3, 0.9), hflip=0.0),
-        seed=4,
+        run=RunSettings(4),
     )
     told = " ".join(["scala finetune model --data photos --ratios 0.5,1", *chosen.words()])
     command = typer.main.get_command(app).commands["finetune"]
     context = command.make_context("finetune", shlex.split(told)[2:])
     heard = context.params
-    for group in (chosen.method, chosen.optimizer, chosen.augment):
+    for group in (chosen.method, chosen.optimizer, chosen.augment, chosen.run):
         assert {name: heard[name] for name in vars(group)} == vars(group)
-    assert heard["seed"] == 4 and heard["holdout"] == 0
 
     finetune(
         start(ratios="0.5,1"),

@@ -4,9 +4,16 @@ from typing import Annotated, Literal
 import typer
 
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import Data, Holdout, LogGrads, Ratios, Seed, place_of
+from scala_cli.cli.options import Data, Ratios, place_of
 from scala_cli.models.locate import short_name
-from scala_cli.settings import AugmentSettings, DeviceSettings, OptimizerSettings, ReadSettings, Settings
+from scala_cli.settings import (
+    AugmentSettings,
+    DeviceSettings,
+    OptimizerSettings,
+    ReadSettings,
+    RunSettings,
+    Settings,
+)
 
 
 def compare(
@@ -28,14 +35,12 @@ def compare(
         Path | None, typer.Option("--output", "-o", help="Directory to write, or to go on in.")
     ] = None,
     ratios: Ratios = None,
-    seed: Seed = 0,
-    holdout: Holdout = 0.0,
-    log_grads: LogGrads = False,
     *,
     optimizer: OptimizerSettings,
     augment: AugmentSettings,
     read: ReadSettings,
     device: DeviceSettings,
+    drawn: RunSettings,
     out: Output,
 ) -> None:
     """Train several methods from the same start, and put their widths side by side.
@@ -55,14 +60,7 @@ def compare(
     if not can_draw():
         out.note(MISSING)
     settings = Settings(
-        place_of(data),
-        optimizer=optimizer,
-        augment=augment,
-        read=read,
-        device=device,
-        seed=seed,
-        holdout=holdout,
-        log_grads=log_grads,
+        place_of(data), optimizer=optimizer, augment=augment, read=read, device=device, run=drawn
     )
     with out.progress() as live:
         try:

@@ -6,21 +6,24 @@ from typing import Annotated
 import typer
 
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import DATA_HELP, Force, Holdout, LogGrads, Ratios, Seed, place_of
+from scala_cli.cli.options import DATA_HELP, Force, Ratios, place_of
 from scala_cli.files import refuse_occupied
 from scala_cli.models.locate import path_of, short_name
 from scala_cli.settings import (
+    ON_RESUME,
     AugmentSettings,
     DeviceSettings,
     MethodSettings,
     OptimizerSettings,
     ReadSettings,
+    RunSettings,
     Settings,
 )
 from scala_cli.slicing.point import Point
 
 
 def finetune(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(metavar="MODEL|CKPT", help="What to start from: see scala convert; or a checkpoint."),
@@ -31,11 +34,12 @@ def finetune(
     ] = None,
     ratios: Ratios = None,
     resume: Annotated[
-        Path | None, typer.Option("--resume", help="Go on with this run, with its own settings.")
+        Path | None,
+        typer.Option(
+            "--resume",
+            help="Go on with this run; only where and how it is computed may differ.",
+        ),
     ] = None,
-    seed: Seed = 0,
-    holdout: Holdout = 0.0,
-    log_grads: LogGrads = False,
     force: Force = False,
     *,
     method: MethodSettings,
@@ -43,6 +47,7 @@ def finetune(
     augment: AugmentSettings,
     read: ReadSettings,
     device: DeviceSettings,
+    drawn: RunSettings,
     out: Output,
 ) -> None:
     """Train every width of a pretrained ViT at once.
@@ -54,10 +59,13 @@ def finetune(
     """
     if resume is None and (model is None or data is None):
         raise typer.BadParameter("Give a model and its images: scala finetune deit_s --data DIR")
-    groups = (method, optimizer, augment, read, device)
-    given = (model, data, output, ratios, seed, holdout, log_grads, force)
-    if resume is not None and (any(given) or any(g != type(g)() for g in groups)):
-        raise typer.BadParameter("A resumed run keeps its model, images and settings: give --resume alone.")
+    given = {name: value for name, value in context.params.items() if is_given(context, name)}
+    changes = {name: given[name] for name in ON_RESUME if name in given}
+    if resume is not None and given.keys() - {*changes, "resume", *vars(out)}:
+        options = ", ".join("--" + name.replace("_", "-") for name in ON_RESUME)
+        raise typer.BadParameter(
+            f"A resumed run keeps its model, images and settings: beside --resume may stand {options}."
+        )
 
     if resume is None and output is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise typer.BadParameter("Several processes must agree on the run directory: --output runs/NAME")
@@ -72,22 +80,12 @@ def finetune(
     with out.progress() as live:
         try:
             if resume is not None:
-                best = go_on(run, live)
+                best = go_on(run, live, changes)
             else:
                 assert model is not None and data is not None
                 refuse_occupied(run.path, force, FILES, path_of(model))
                 refuse_unknown(data, read.data_dir)  # before anything is downloaded
-                settings = Settings(
-                    place_of(data),
-                    method,
-                    optimizer,
-                    augment,
-                    read,
-                    device,
-                    seed,
-                    holdout,
-                    log_grads,
-                )
+                settings = Settings(place_of(data), method, optimizer, augment, read, device, drawn)
                 best = finetune(*open_slimmable(model, ratios), settings, run, live, force)
         except KeyboardInterrupt:
             if run.holds_state():
@@ -105,3 +103,9 @@ def finetune(
         title=f"best epoch: {best['epoch']}",
     )
     out.note(f"next: scala slice --ratio {Point.of(best['points'][0]['ratio'])}, scala bench")
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether the user wrote this option."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"

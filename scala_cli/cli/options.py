@@ -37,20 +37,6 @@ Widths = Annotated[
     typer.Option("--ratio", help="One of the trained widths; repeat for more. Default: all."),
 ]
 Target = Annotated[Path | None, typer.Option("--output", "-o", help="Directory to write.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
-Holdout = Annotated[
-    float,
-    typer.Option(
-        "--holdout", min=0, max=0.5, help="Judge on this share of the training images instead of on val/."
-    ),
-]
-LogGrads = Annotated[
-    bool,
-    typer.Option(
-        "--log-grads",
-        help="Write each width's gradient norm, and the cosines between widths, to grads.jsonl.",
-    ),
-]
 Force = Annotated[bool, typer.Option("--force", help="Replace what the output directory holds.")]
 
 

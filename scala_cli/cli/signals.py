@@ -26,22 +26,23 @@ class Stop:
         self.note = note
         self.waits = False
         self.asked: int | None = None
-        self.moment = 0.0
+        self.moment = -AT_ONCE
         self.ending = False
 
     def hear(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if "TORCHELASTIC_RUN_ID" in os.environ and now - self.moment < AT_ONCE:
+            return
+        self.moment = now
         if self.ending:
             try:
                 Console(stderr=True).show_cursor()  # a bar hides it
             finally:  # also where it was writing there when the signal came
                 os._exit(128 + number)
-        again = self.asked is not None and time.monotonic() - self.moment < AT_ONCE
-        if again and "TORCHELASTIC_RUN_ID" in os.environ:
-            return
         if not self.waits or self.asked is not None:
             self.ending = True
             raise KeyboardInterrupt(number)
-        self.asked, self.moment = number, time.monotonic()
+        self.asked = number
         self.note("stopping after this step, once its state is saved; again to stop at once.")
 
     @contextmanager

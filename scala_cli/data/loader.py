@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from threading import Thread
 from typing import Any
 
@@ -144,7 +145,8 @@ def leave_stopping_to_the_parent(_: int) -> None:
 
 
 def obey_the_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    parent = parent_process()  # which is not always the one that forked this process
+    while parent and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
     os._exit(0)
 
@@ -179,6 +181,7 @@ class Loader:
     Args:
         training: shuffled and augmented, and an incomplete last batch is left out.
         world: the processes among which each batch is divided, `batch_size` for each.
+        pinned: in memory that a GPU reads by itself.
 
     Raises (on iteration):
         DataError: an unreadable image, unless `read.on_corrupt` is "skip".
@@ -194,6 +197,7 @@ class Loader:
         training: bool = False,
         seed: int = 0,
         world: World = ALONE,
+        pinned: bool = False,
     ) -> None:
         self.split = split
         self.skipped: dict[str, str] = {}
@@ -206,7 +210,7 @@ class Loader:
             num_workers=read.workers,
             collate_fn=collate,
             worker_init_fn=leave_stopping_to_the_parent,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pinned,
             generator=torch.Generator(),  # or each epoch would draw from the random numbers of others
         )
 
@@ -229,7 +233,7 @@ class Loader:
                 if self.on_corrupt == "error":
                     raise DataError(
                         f"{bad.name} cannot be read ({bad.why}).",
-                        "Mend or remove it, or pass --on-corrupt skip",
+                        "Mend it, or pass --on-corrupt skip.",
                     )
                 self.skipped[bad.name] = bad.why
             yield batch.images, batch.targets

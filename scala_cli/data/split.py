@@ -156,23 +156,8 @@ def digits(training: bool) -> Split:
     bunch = load_digits()
     chosen = [i for i in range(len(bunch.target)) if (i % 5 != 0) == training]
     pixels = (bunch.images[chosen] * (255 / 16)).astype("uint8")
-    return Split(Digits(pixels, bunch.target[chosen]), tuple(map(str, range(10))))
-
-
-class Digits:
-    """Arrays of grey pixels."""
-
-    def __init__(self, pixels: Any, targets: Any) -> None:
-        self.pixels, self.targets = pixels, targets
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.pixels[index]), int(self.targets[index])
-
-    def name(self, index: int) -> str:
-        return f"digits[{index}]"
+    pairs = [*zip(map(Image.fromarray, pixels), map(int, bunch.target[chosen]), strict=True)]
+    return Split(FromDataset(pairs, "digits"), tuple(map(str, range(10))))
 
 
 class FromReader:
@@ -193,7 +178,7 @@ class FromReader:
 
 
 class FromDataset:
-    """The samples of a torchvision data set, which opens its images itself."""
+    """The samples of what opens its images itself, as torchvision's data sets do."""
 
     def __init__(self, dataset: Any, label: str) -> None:
         self.dataset, self.label = dataset, label

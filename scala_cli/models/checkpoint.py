@@ -75,17 +75,13 @@ def save(net: SlimmableViT, record: Record, directory: Path) -> None:
     rule = net.rule
     about = {
         "format": FORMAT,
-        "trained": record.trained,
-        "new_head": record.new_head,
-        "method": record.method,
-        "order": record.order,
+        **vars(record),
         "ratios": [point.label for point in rule.points],
         "isolated": rule.isolated,
         "bounds": [point.label for point in rule.bounds] if rule.bounds else None,
         "layout": rule.layout,
         "attn_scale": rule.attn_scale,
         "dims": {point.label: dims(net.spec.at(point)) for point in rule.points},
-        "metrics": list(record.metrics),
         "provenance": {**record.provenance, "versions": versions()},
     }
     with whole_directory(directory) as fresh:
@@ -153,14 +149,7 @@ def read_about(directory: Path) -> tuple[Spec, Rule, Record]:
             attn_scale=about["attn_scale"],
             bounds=tuple(map(Point.of, about["bounds"])) if about.get("bounds") else None,  # type: ignore
         )
-        record = Record(
-            about["trained"],
-            about["method"],
-            about["order"],
-            about["metrics"],
-            about["provenance"],
-            about.get("new_head", False),
-        )
+        record = Record(**{name: about[name] for name in vars(Record())})
         for point in rule.points:
             record.top1(point)
     except KeyError as missing:

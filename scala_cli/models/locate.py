@@ -11,6 +11,15 @@ FILES = {WEIGHTS, CONFIG, CARD}
 STATE = "state.pt"
 """What a run directory resumes from."""
 LAST_RUN = Path("runs/last")
+ALIASES = {
+    "deit_ti": "deit_tiny_patch16_224",
+    "deit_s": "deit_small_patch16_224",
+    "deit_b": "deit_base_patch16_224",
+    "deit_ti_distilled": "deit_tiny_distilled_patch16_224",
+    "deit_s_distilled": "deit_small_distilled_patch16_224",
+    "deit_b_distilled": "deit_base_distilled_patch16_224",
+}
+"""Short names of the papers' models, and timm's. A directory of such a name is ./deit_s."""
 
 
 def resolve(checkpoint: str | Path | None) -> Path:
@@ -53,9 +62,9 @@ def short_name(model: str) -> str:
 
 
 def path_of(model: str) -> Path | None:
-    """The file or directory that MODEL names, where it names one that is there."""
+    """The file or directory that MODEL names, where it names one that is there; an alias never does."""
     path = Path(model.removeprefix("local-dir:")).expanduser()
-    return path if path.exists() else None
+    return path if model not in ALIASES and path.exists() else None
 
 
 def read_config(directory: Path, name: str = CONFIG) -> dict[str, Any]:

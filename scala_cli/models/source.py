@@ -17,9 +17,9 @@ from scala_cli.models.checkpoint import Record, load_with_record, read_weights
 from scala_cli.models.foreign import Foreign, read_foreign
 from scala_cli.models.hub import NO_WEIGHTS, TRANSPORT, fail_fast_offline, fetch, unreachable
 from scala_cli.models.huggingface import directory_of, read_transformers
-from scala_cli.models.locate import CONFIG, STATE, WEIGHTS, path_of, read_config, resolve, short_name
+from scala_cli.models.locate import ALIASES, CONFIG, STATE, WEIGHTS, path_of, read_config, resolve, short_name
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.models.vit import ALIASES, Spec, describe, random_images, read_off, refuse_unless_plain
+from scala_cli.models.vit import Spec, describe, random_images, read_off, refuse_unless_plain
 from scala_cli.settings import DEFAULT_RATIOS
 from scala_cli.slicing.point import Point, find_point, parse_points
 from scala_cli.slicing.rule import Rule
@@ -126,9 +126,9 @@ def given_weights(model: str, weights: Path | None, scratch: bool, average: bool
 
 
 def weight_file(model: str) -> Path | None:
-    """The file of weights that MODEL names, where it does; an alias never does."""
-    path = Path(model).expanduser()
-    return path if model not in ALIASES and path.is_file() else None
+    """The file of weights that MODEL names, where it does."""
+    path = None if model.startswith("local-dir:") else path_of(model)
+    return path if path and path.is_file() else None
 
 
 def slimmable(model: nn.Module, ratios: str = DEFAULT_RATIOS) -> SlimmableViT:
@@ -282,8 +282,10 @@ def create(
     kwargs: dict[str, Any] = dict(args)
     if foreign is not None:
         classes = len(foreign.state.get("head.weight", ()))  # features alone have none
-        about = {"num_classes": classes, "license": None, "source": ""}  # else timm reads its own weights
-        kwargs["pretrained_cfg_overlay"] = {**foreign.cfg, **about, "state_dict": dict(foreign.state)}
+        # else timm reads its own weights
+        about: dict[str, Any] = {"num_classes": classes, "license": None, "source": ""}
+        about |= {"label_names": foreign.cfg.get("label_names"), "state_dict": dict(foreign.state)}
+        kwargs["pretrained_cfg_overlay"] = {**foreign.cfg, **about}
         kwargs["num_classes"] = classes  # else timm would let anything pass that differs
     elif pretrained and name.startswith("local-dir:"):
         read_weights(Path(name.removeprefix("local-dir:")) / WEIGHTS)
@@ -299,7 +301,7 @@ def create(
         return vit
     except (OSError, TRANSPORT) as error:
         raise unreachable(name, error) from None
-    except (RuntimeError, KeyError, AssertionError, TypeError, ValueError) as error:
+    except (RuntimeError, LookupError, AssertionError, AttributeError, TypeError, ValueError) as error:
         key = re.search(r'(?:Missing|Unexpected) key[^"]*"[^"]+"|size mismatch for [^.]+[^,]+', str(error))
         reason = key[0] if key else " ".join(str(error).split())
         raise CheckpointError(

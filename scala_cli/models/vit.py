@@ -16,15 +16,6 @@ from scala_cli.errors import CheckpointError, naming_failure
 from scala_cli.slicing.point import Point
 from scala_cli.slicing.rule import kept_count
 
-ALIASES = {
-    "deit_ti": "deit_tiny_patch16_224",
-    "deit_s": "deit_small_patch16_224",
-    "deit_b": "deit_base_patch16_224",
-    "deit_ti_distilled": "deit_tiny_distilled_patch16_224",
-    "deit_s_distilled": "deit_small_distilled_patch16_224",
-    "deit_b_distilled": "deit_base_distilled_patch16_224",
-}
-
 
 @dataclass(frozen=True)
 class Spec:

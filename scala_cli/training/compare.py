@@ -160,13 +160,13 @@ def compare(
         epochs = settings.optimizer.epochs * (first / spent if equal == "macs" else 1)
         runs = []
         for number in range(seeds):
-            seed = settings.seed + number
+            seed = settings.run.seed + number
             watch.note(f"{arm.name}, seed {seed} ({number + 1} of {seeds})")
             chosen = replace(
                 settings,
                 method=arm.method,
                 optimizer=replace(settings.optimizer, epochs=epochs),
-                seed=seed,
+                run=replace(settings.run, seed=seed),
             )
             runs.append(train(arm, open_start, net.points, chosen, folder / arm.name / str(seed), watch))
         rows.append(

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,7 +53,7 @@ def finetune(
     misfit = unlearnt(start, record, classes)
     start = SlimmableViT(start.vit, start.spec.naming(classes), start.rule)
     if misfit:
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(settings.run.seed)
         start.vit.reset_classifier(len(classes))
         if taught and start.points != (FULL,):
             watch.note(f"{misfit}: the head is new, so the full width learns alone first, then it teaches.")
@@ -67,16 +68,20 @@ def finetune(
     return begin(trainer, start, record, run, watch)
 
 
-def go_on(run: Run, watch: Watcher) -> Row:
+def go_on(run: Run, watch: Watcher, changes: Mapping[str, Any] | None = None) -> Row:
     """Trains from the last saved step of a run, with the settings it was begun with.
+
+    Args:
+        changes: other values of `settings.ON_RESUME`, by name.
 
     Raises TrainingError where the directory holds no run, DataError where its images have changed.
     """
     state = run.read_state()
-    settings = Settings.of(state["settings"])
+    settings = Settings.of(state["settings"]).changed(changes or {})
     device = choose_device(settings.device)
     world = World.join(device)
     run = run if world.rank == 0 else Reader(run.path)
+    run.sweep()
     share, rest = divmod(state["images_per_step"], world.size)
     if rest:
         raise TrainingError(
@@ -86,7 +91,7 @@ def go_on(run: Run, watch: Watcher) -> Row:
     if state["processes"] != world.size:
         settings = replace(settings, optimizer=replace(settings.optimizer, batch_size=share))
     if state.get("learning"):
-        go_on(run.teacher, watch)
+        go_on(run.teacher, watch, changes)
         world.wait()
         points = [Point.of(ratio) for ratio in state["points"]]
         return widen(run, settings, points, open_splits(settings), watch)
@@ -168,8 +173,8 @@ def open_splits(settings: Settings) -> tuple[Split, Split]:
         raise DataError(
             f"{data} holds one class only, {training.classes[0]!r}.", "Give images of two or more."
         )
-    if settings.holdout:
-        return hold_out(training, settings.holdout)
+    if settings.run.holdout:
+        return hold_out(training, settings.run.holdout)
     return training, open_split(data, False, place, training.classes)
 
 
@@ -178,9 +183,10 @@ def refuse_other_images(now: Mapping[str, object], then: Mapping[str, object], r
     for name, before in then.items():
         if now[name] != before:
             change = f"{before} {name} then, {now[name]} now" if isinstance(before, int) else f"other {name}"
+            weights = run.path / ("last" if (run.path / "last").is_dir() else "start")
             raise DataError(
                 f"the images are not those this run began with: {change}.",
-                f"Go on from the weights instead: scala finetune {run.path}/last --data DIR",
+                f"Go on from its weights instead: scala finetune {weights} --data DIR",
             )
 
 

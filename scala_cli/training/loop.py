@@ -13,7 +13,7 @@ from timm.scheduler import create_scheduler_v2
 from scala_cli.data.loader import Loader, naming_a_dead_reader, transform_for
 from scala_cli.data.split import Split
 from scala_cli.device import choose_device
-from scala_cli.errors import LostProcess, TrainingError
+from scala_cli.errors import LostProcess, ScalaError, TrainingError
 from scala_cli.evaluate import evaluate
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.slimmable import SlimmableViT
@@ -80,16 +80,20 @@ class Trainer:
             )
         with refusing_settings():
             augmented, plain = transform_for(start.spec, settings.augment), transform_for(start.spec)
+        pinned = device.type == "cuda"
         self.training = Loader(
             splits[0],
             augmented,
             chosen.batch_size,
             settings.read,
             training=True,
-            seed=settings.seed,
+            seed=settings.run.seed,
             world=self.world,
+            pinned=pinned,
         )
-        self.validation = Loader(splits[1], plain, chosen.batch_size, settings.read, world=self.world)
+        self.validation = Loader(
+            splits[1], plain, chosen.batch_size, settings.read, world=self.world, pinned=pinned
+        )
         an_epoch = len(self.training)
         if not an_epoch:
             raise TrainingError(
@@ -142,7 +146,6 @@ class Trainer:
         self.rows, self.epoch = state["rows"], Epoch(**state["epoch"])
         self.step.restore(state)
 
-    @naming_a_dead_reader()
     def train(self, run: Run, record: Record, watch: Watcher) -> Row:
         """Trains what is left, saves every epoch and between, and returns the row of the best.
 
@@ -151,14 +154,15 @@ class Trainer:
 
         Raises:
             TrainingError: where a loss or a gradient is not finite; what was saved before stays.
-            ScalaError: where the device has not enough memory for a step.
+            ScalaError: where the device has not enough memory for a step; DataError: an image that cannot be
+                read, a process that reads and died; after saving.
             Stopped: where the watcher asks for it, after saving; LostProcess likewise.
         """
-        if self.settings.log_grads and self.world.rank == 0:
+        if self.settings.run.log_grads and self.world.rank == 0:
             parameters = self.step.net.vit.parameters()
             self.step.gradients = GradientLog(parameters, run.path / GRADIENTS, self.step.number)
         try:
-            with watch.between_steps():
+            with naming_a_dead_reader(), watch.between_steps():
                 while len(self.rows) < self.epochs:
                     row = self.train_epoch(run, watch)
                     points = evaluate(
@@ -175,6 +179,13 @@ class Trainer:
                     watch.epoch(self.rows[-1])
         except (Stopped, LostProcess):  # between two steps, or before the weights of one have moved
             run.write_state(self.state())
+            raise
+        except TrainingError:
+            raise  # it would come again
+        except ScalaError as error:
+            if not self.step.moving:
+                run.write_state(self.state())
+                error.hint += f" Then go on: scala finetune --resume {run.path}"
             raise
         for loader in (self.training, self.validation):
             loader.tell_skipped(watch)

@@ -91,11 +91,17 @@ class Run:
 
     def discard(self) -> None:
         """Removes all that a run writes."""
+        self.sweep()
         for name in FILES:
-            path = self.path / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            remove(self.path / name)
         with suppress(OSError):
             self.path.rmdir()
+
+    def sweep(self) -> None:
+        """Removes what a process that was killed had begun to write."""
+        for name in FILES:
+            for path in self.path.glob(f".{name}.*"):
+                remove(path)
 
     def save_epoch(
         self, net: SlimmableViT, record: Record, rows: Sequence[Row], state: Mapping[str, Any]
@@ -164,6 +170,9 @@ class Reader(Run):
     def discard(self) -> None:
         pass
 
+    def sweep(self) -> None:
+        pass
+
     def save_epoch(
         self, net: SlimmableViT, record: Record, rows: Sequence[Row], state: Mapping[str, Any]
     ) -> None:
@@ -171,6 +180,10 @@ class Reader(Run):
 
     def write_state(self, state: Mapping[str, Any]) -> None:
         pass
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def flat(row: Row) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from scala_cli.slicing.point import Point
 from scala_cli.training.gradients import GradientLog
 from scala_cli.world import ALONE, World
 
-IN_PARTS = "Give a smaller --batch-size (-b), or train in parts: --grad-accum-steps 2."
+IN_PARTS = "Try --grad-checkpointing, --grad-accum-steps 2, or a smaller --batch-size (-b)."
 
 
 class Step:
@@ -89,6 +89,8 @@ class Step:
                 if model:
                     model.compile(dynamic=False)
         self.number = 0
+        self.moving = False
+        """Whether a step has begun to change the weights: what fails then leaves nothing to go on from."""
         self.gradients: GradientLog | None = None
 
     def state(self) -> dict[str, Any]:
@@ -130,14 +132,15 @@ class Step:
             *values, length = torch.stack([*losses.values(), norm]).tolist()
             told = dict(zip(losses, values, strict=True))
             self.refuse_infinite(told, length)
+            self.moving = True
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.number += 1
             if self.average:
                 self.average.update(self.net.vit, self.number)
-                for parameter in self.average.module.parameters():  # without it, on a GPU,
-                    increment_version(parameter)  # no width would be cut anew (`SlimmableViT.forward`)
-        self.compiling = nullcontext()
+            for parameter in self.judged.vit.parameters():  # on a GPU not all that writes to them does so,
+                increment_version(parameter)  # and no width would be cut anew (`SlimmableViT.forward`)
+        self.moving, self.compiling = False, nullcontext()
         return told
 
     def refuse_infinite(self, losses: Mapping[str, float], norm: float) -> None:
@@ -157,13 +160,13 @@ class Step:
             for parameter in self.net.vit.parameters():
                 parameter.grad = torch.zeros_like(parameter)
             return losses
-        random_seed((self.settings.seed * 1_000_003 + self.number) % 2**32)
+        random_seed((self.settings.run.seed * 1_000_003 + self.number) % 2**32)
         images = images.to(self.device, non_blocking=True)
         images, targets = self.mix(images, targets.to(self.device, non_blocking=True))
         teacher = self.teach if self.frozen else None
         parts = self.settings.optimizer.grad_accum_steps
         for some, their in zip(images.chunk(parts), targets.chunk(parts), strict=True):
-            random = Random(f"{self.settings.seed} {self.number}")  # every part at the same widths
+            random = Random(f"{self.settings.run.seed} {self.number}")  # every part at the same widths
             for point, loss in self.method.passes(self.predict, some, their, teacher, random):
                 share = loss * (len(some) / len(images))
                 (share * self.method.weight(point)).backward()
