@@ -183,7 +183,7 @@ class Trainer:
         except TrainingError:
             raise  # it would come again
         except ScalaError as error:
-            if not self.step.moving:
+            if not self.step.moving and (self.rows or self.epoch.images):  # else nothing has been learnt yet
                 run.write_state(self.state())
                 error.hint += f" Then go on: scala finetune --resume {run.path}"
             raise
