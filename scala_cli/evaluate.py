@@ -9,8 +9,9 @@ from timm.utils import AverageMeter, accuracy
 from torch import Tensor
 
 from scala_cli.cascade import Cascade, confidence, sweep
-from scala_cli.data.loader import Loader, naming_a_dead_reader, transform_for
+from scala_cli.data.loader import Loader, naming_a_dead_reader
 from scala_cli.data.split import class_misfit, open_split
+from scala_cli.data.transform import transform_for
 from scala_cli.device import autocast, naming_lack_of_memory
 from scala_cli.errors import DataError
 from scala_cli.measure import Predictor, cost

@@ -19,9 +19,9 @@ from scala_cli.data.loader import (
     Loader,
     calibration_images,
     leave_stopping_to_the_parent,
-    transform_for,
 )
 from scala_cli.data.split import FromReader, Split, class_misfit, hold_out, open_split
+from scala_cli.data.transform import transform_for
 from scala_cli.errors import DataError
 from scala_cli.evaluate import accuracies, evaluate
 from scala_cli.models.vit import describe
@@ -95,6 +95,14 @@ def test_training_images_are_augmented_and_others_are_not(folder):
         transform_for(net.spec, AugmentSettings())(split.samples[0][0].convert("RGB")) for _ in range(2)
     ]
     assert torch.equal(*once) and not torch.equal(*varied)
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-n8-inc1", "rand-m0-n8"])
+def test_the_strongest_posterizing(policy):
+    transform = transform_for(slimmable().spec, AugmentSettings(aa=policy))
+    random.seed(0), np.random.seed(0)
+    noise = Image.effect_noise((20, 20), 80).convert("RGB")
+    assert all(transform(noise).isfinite().all() for _ in range(40))
 
 
 def test_what_is_skipped_on_the_way_to_an_order_is_told(folder):

@@ -16,7 +16,7 @@ from PIL import Image
 
 import scala_cli
 from scala_cli.cli.app import app
-from scala_cli.data.loader import transform_for
+from scala_cli.data.transform import transform_for
 from scala_cli.deploy.export import FromPixels, export
 from scala_cli.formats import FORMATS
 from scala_cli.models.checkpoint import Record, save

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from scala_cli.data.split import Samples, Some, Split
+from scala_cli.data.transform import transform_for
 from scala_cli.errors import DataError
 from scala_cli.models.vit import Spec
-from scala_cli.settings import AugmentSettings, ReadSettings
+from scala_cli.settings import ReadSettings
 from scala_cli.watch import Watcher
 from scala_cli.world import ALONE, World
 
@@ -255,28 +255,6 @@ class Loader:
         if self.skipped:
             named = ", ".join(f"{name} ({why})" for name, why in list(self.skipped.items())[:10])
             watch.note(f"unreadable and skipped: {len(self.skipped)}: {named}")
-
-
-def transform_for(spec: Spec, augment: AugmentSettings | None = None) -> Any:
-    """timm's transform with the model's size, mean and deviation; augmenting where told how."""
-    if spec.input_size[0] != 3:
-        raise DataError(
-            f"the model takes images of {spec.input_size[0]} channels; only RGB images are read.",
-            "Convert it from a model for RGB images.",
-        )
-    config = resolve_data_config(pretrained_cfg=dict(spec.pretrained_cfg))
-    common: dict[str, Any] = {k: config[k] for k in ("input_size", "interpolation", "mean", "std")}
-    if augment is None:
-        return create_transform(**common, crop_pct=config["crop_pct"], crop_mode=config["crop_mode"])
-    return create_transform(
-        **common,
-        is_training=True,
-        scale=augment.scale,
-        hflip=augment.hflip,
-        auto_augment=augment.aa,
-        re_prob=augment.reprob,
-        color_jitter=None,  # type: ignore[arg-type]  # timm's own way to say none
-    )
 
 
 def calibration_images(

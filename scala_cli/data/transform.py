@@ -1,0 +1,42 @@
+"""timm's transforms, with what a model and a user say of images."""
+
+from typing import Any
+
+from timm.data import create_transform, resolve_data_config
+from timm.data.auto_augment import LEVEL_TO_ARG
+
+from scala_cli.errors import DataError
+from scala_cli.models.vit import Spec
+from scala_cli.settings import AugmentSettings
+
+
+def transform_for(spec: Spec, augment: AugmentSettings | None = None) -> Any:
+    """timm's transform with the model's size, mean and deviation; augmenting where told how."""
+    if spec.input_size[0] != 3:
+        raise DataError(
+            f"the model takes images of {spec.input_size[0]} channels; only RGB images are read.",
+            "Convert it from a model for RGB images.",
+        )
+    config = resolve_data_config(pretrained_cfg=dict(spec.pretrained_cfg))
+    common: dict[str, Any] = {k: config[k] for k in ("input_size", "interpolation", "mean", "std")}
+    if augment is None:
+        return create_transform(**common, crop_pct=config["crop_pct"], crop_mode=config["crop_mode"])
+    return create_transform(
+        **common,
+        is_training=True,
+        scale=augment.scale,
+        hflip=augment.hflip,
+        auto_augment=augment.aa,
+        re_prob=augment.reprob,
+        color_jitter=None,  # type: ignore[arg-type]  # timm's own way to say none
+    )
+
+
+def keep_a_bit(name: str) -> None:
+    """Lets a policy's strongest posterizing keep one bit of a colour: of none Pillow 13 makes an error."""
+    bits: Any = LEVEL_TO_ARG[name]
+    LEVEL_TO_ARG[name] = lambda level, hparams: (max(1, *bits(level, hparams)),)
+
+
+for name in ("Posterize", "PosterizeIncreasing"):
+    keep_a_bit(name)
