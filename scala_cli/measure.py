@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -168,4 +169,6 @@ def conditions(device: torch.device, bfloat16: bool) -> dict[str, Any]:
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "precision": "bfloat16" if bfloat16 else "float32",
+        "torch": str(torch.__version__),
+        "timm": timm.__version__,
     }

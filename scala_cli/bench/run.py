@@ -55,12 +55,12 @@ def bench(
         loader: images to measure accuracy on.
 
     Returns:
-        {"device", "threads", "precision", "batch_size", "peak_gflops", "points"}; per point and runtime
-        {"model", "ratio", "runtime", "params", "gmacs", "latency_ms", "latency_ms_low", "latency_ms_high",
-        "latency_ms_p95", "of_peak", "throughput", "batch", "memory_mb", "top1"}: the median and its 95 %
-        confidence interval; the share of the machine's peak that the latency stands for; images/s at the
-        batch that gives most; by how much memory peaks while the model is loaded and answers once; top1 as
-        measured, or as the checkpoint records it. Compared models have no ratio.
+        {"device", "threads", "precision", "torch", "timm", "batch_size", "peak_gflops", "points"}; per point
+        and runtime {"model", "ratio", "runtime", "params", "gmacs", "latency_ms", "latency_ms_low",
+        "latency_ms_high", "latency_ms_p95", "of_peak", "throughput", "batch", "memory_mb", "top1"}: the
+        median and its 95 % confidence interval; the share of the machine's peak that the latency stands for;
+        images/s at the batch that gives most; by how much memory peaks while the model is loaded and answers
+        once; top1 as measured, or as the checkpoint records it. Compared models have no ratio.
 
     Raises:
         ScalaError: an unknown model or runtime, or one that is not installed or not for this device.

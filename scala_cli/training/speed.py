@@ -40,13 +40,13 @@ def bench_training(net: SlimmableViT, settings: Settings, rounds: int, watch: Wa
         rounds: how often each step is timed.
 
     Returns:
-        {"device", "threads", "precision", "batch_size", "runs", "steps"}; the steps are timm's, the method's
-        without a teacher and, as from pretrained weights, with one. Per step {"step", "images_per_sec",
-        "cost_ratio", "efficiency", "mb_per_image"}: the median; the multiply-accumulates of an image relative
-        to timm's; images/s times that relative to timm's images/s, which is 1 where training many widths
-        costs no more than timm's arithmetic for them, some of which is skipped (`vit.skip_unread`); and by
-        how much memory peaks above what was held before, divided by the images of the batch, where the system
-        tells.
+        {"device", "threads", "precision", "torch", "timm", "batch_size", "runs", "steps"}; the steps are
+        timm's, the method's without a teacher and, as from pretrained weights, with one. Per step {"step",
+        "images_per_sec", "cost_ratio", "efficiency", "mb_per_image"}: the median; the multiply-accumulates
+        of an image relative to timm's; images/s times that relative to timm's images/s, which is 1 where
+        training many widths costs no more than timm's arithmetic for them, some of which is skipped
+        (`vit.skip_unread`); and by how much memory peaks above what was held before, divided by the images
+        of the batch, where the system tells.
     """
     if not net.spec.num_classes:
         raise CheckpointError(
