@@ -29,9 +29,9 @@ def choose_device(settings: DeviceSettings) -> torch.device:
         device = torch.device(wanted)
         if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # torchrun: a GPU for each process
+        torch.empty(1, device=device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
-        torch.empty(1, device=device)
     except (RuntimeError, AssertionError):  # the latter where torch is built without CUDA
         raise ScalaError(
             f"device '{wanted}' cannot be used here.", f"Try --device {accelerator or 'cpu'}"

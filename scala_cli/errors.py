@@ -12,6 +12,9 @@ class ScalaError(Exception):
         hint: the remedy, where possible the command to run next.
     """
 
+    resumable = False
+    """Whether a training run can go on once this is mended."""
+
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.message = message

@@ -76,10 +76,10 @@ class OptimizerSettings:
         1, "Work through a batch in so many parts, which needs less memory; the step is the same.", min=1
     )
     grad_checkpointing: bool = option(
-        False, "Compute activations again in the backward pass, which needs less memory.", only="on"
+        False, "Compute activations again in the backward pass, which needs less memory. Default: off."
     )
     torchcompile: bool = option(
-        False, "Compile every width: minutes at the start, then faster steps. For long runs.", only="on"
+        False, "Compile every width: minutes at the start, then faster steps; for long runs. Default: off."
     )
     save_every_steps: int | None = option(
         None, "Steps between savings of what --resume needs. Default: every three minutes.", min=1

@@ -14,6 +14,8 @@ from runs import QUICK
 
 from scala_cli.deploy.slice import default_target
 from scala_cli.slicing.point import Point
+from scala_cli.training.run import Run
+from scala_cli.training.step import Step
 
 
 def test_convert_tells_what_it_wrote(scala, tmp_path):
@@ -268,7 +270,20 @@ def test_json_is_one_document(scala, tiny):
     assert json.loads(answer.stdout)["path"] == str(tiny)
 
 
-def test_a_resumed_run_may_be_computed_otherwise(scala, tiny, photos):
-    scala("finetune", tiny, "--data", photos, "-o", "run", *QUICK)
-    answer = scala("finetune", "--resume", "run", "-j", 1, "--grad-accum-steps", 2, "-q", "--json")
-    assert answer.code == 0 and answer.json["run"] == "run"
+def test_a_run_that_fails_names_the_way_on_which_may_be_computed_otherwise(scala, tiny, photos, monkeypatch):
+    real, steps = Step.gather_gradients, []
+
+    def fail(*given):
+        steps.append(given)
+        if len(steps) == 3:
+            raise torch.OutOfMemoryError("Tried to allocate 20 GiB")
+        return real(*given)
+
+    monkeypatch.setattr(Step, "gather_gradients", fail)
+    answer = scala("finetune", tiny, "--data", photos, "-o", "run", *QUICK, "--grad-checkpointing")
+    assert answer.code == 2 and "Then go on: scala finetune --resume run" in answer.stderr
+    words = ("--no-grad-checkpointing", "--grad-accum-steps", 2, "--threads", 1)
+    assert scala("finetune", "--resume", "run", *words, "-q", "--json").json["run"] == "run"
+    told = Run(Path("run")).read_state()["settings"]
+    assert told["optimizer"]["grad_accum_steps"] == 2 and not told["optimizer"]["grad_checkpointing"]
+    assert told["device"]["threads"] == 1 and told["device"]["device"] == "cpu"

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -100,6 +101,7 @@ def test_training_images_are_augmented_and_others_are_not(folder):
 @pytest.mark.parametrize("policy", ["rand-m10-n8-inc1", "rand-m0-n8"])
 def test_the_strongest_posterizing(policy):
     transform = transform_for(slimmable().spec, AugmentSettings(aa=policy))
+    transform = pickle.loads(pickle.dumps(transform))  # as processes that are not forked get it
     random.seed(0), np.random.seed(0)
     noise = Image.effect_noise((20, 20), 80).convert("RGB")
     assert all(transform(noise).isfinite().all() for _ in range(40))

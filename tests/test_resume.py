@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from scala_cli.errors import DataError, ScalaError, TrainingError
 from scala_cli.methods.scala import Scala
 from scala_cli.models.checkpoint import Record
-from scala_cli.settings import AugmentSettings
+from scala_cli.settings import AugmentSettings, ReadSettings
 from scala_cli.training.finetune import finetune, go_on
 from scala_cli.training.run import FILES, Run
 from scala_cli.training.step import Step
@@ -261,7 +261,7 @@ def test_lack_of_memory_keeps_the_last_whole_step(photos, monkeypatch, owner, na
     with monkeypatch.context() as patched, pytest.raises(ScalaError, match="memory for 4") as error:
         patched.setattr(owner, name, fail)
         finetune(start(), Record(), settings(photos), Run(Path("cut")), listener)
-    assert ("--resume cut" in error.value.hint) is (saved == 4)
+    assert error.value.resumable
     assert Run(Path("cut")).read_state()["step"] == saved
     go_on(Run(Path("cut")), Listener(), {"grad_accum_steps": 2})
     assert Run(Path("cut")).read_state()["settings"]["optimizer"]["grad_accum_steps"] == 2
@@ -280,11 +280,43 @@ def test_an_image_that_cannot_be_read_keeps_every_step(photos, tmp_path):
 
     with pytest.raises(DataError, match="cannot be read") as error:
         finetune(start(), Record(), settings(own), Run(Path("cut")), Spoiling())
-    assert "--resume cut" in error.value.hint and Run(Path("cut")).read_state()["step"] == 4
+    assert error.value.resumable and Run(Path("cut")).read_state()["step"] == 4
     for file in photos.glob("train/*/*.png"):
         shutil.copy(file, own / file.relative_to(photos))
     go_on(Run(Path("cut")), Listener())
     assert same_runs("whole", "cut")
+
+
+def test_images_that_go_away_leave_the_epoch_before(photos, tmp_path):
+    """All that is left is skipped, so that the second of three epochs learns nothing; then they are back."""
+    own = shutil.copytree(photos, tmp_path / "own")
+    chosen = settings(own, epochs=3, read=ReadSettings(workers=0, on_corrupt="skip"))
+    finetune(start(), Record(), chosen, Run(Path("whole")), Listener())
+
+    class Removing(Listener):
+        def epoch(self, row):
+            super().epoch(row)
+            for file in own.glob("train/*/*.png"):
+                file.write_text("no image")
+
+    with pytest.raises(DataError, match="not one of the images") as error:
+        finetune(start(), Record(), chosen, Run(Path("cut")), Removing())
+    assert error.value.resumable and Run(Path("cut")).read_state()["step"] == 3
+    for file in photos.glob("train/*/*.png"):
+        shutil.copy(file, own / file.relative_to(photos))
+    go_on(Run(Path("cut")), Listener())
+    assert same_runs("whole", "cut")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_run_with_a_new_head_goes_on_with_holds_for_both_parts(photos, workers):
+    with pytest.raises(Stopped):
+        finetune(slimmable(), Record(), settings(photos), Run(Path("cut")), Listener(stop_at=1, kind=Stopped))
+    with pytest.raises(Stopped):
+        go_on(Run(Path("cut")), Listener(stop_at=1, kind=Stopped), {"workers": workers})
+    go_on(Run(Path("cut")), Listener())
+    for run in ("cut", "cut/teacher"):
+        assert Run(Path(run)).read_state()["settings"]["read"]["workers"] == workers
 
 
 @pytest.mark.parametrize(

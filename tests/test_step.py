@@ -146,7 +146,7 @@ def test_lack_of_memory_names_the_batch_and_keeps_what_was_saved(photos, tmp_pat
     ready.step.predict = lambda *args: torch.empty(1 << 50) if ready.step.number == 4 else real(*args)
     with pytest.raises(ScalaError, match="memory for 4 images") as error:
         ready.train(run, Record(), Watcher())
-    assert "--batch-size" in error.value.hint and "--resume" in error.value.hint
+    assert "--batch-size" in error.value.hint and error.value.resumable
     assert run.read_state()["step"] == 4 and (run.path / "last/model.safetensors").is_file()
 
 

@@ -7,6 +7,7 @@ import typer
 
 from scala_cli.cli.console import Output
 from scala_cli.cli.options import DATA_HELP, Force, Ratios, place_of
+from scala_cli.errors import ScalaError
 from scala_cli.files import refuse_occupied
 from scala_cli.models.locate import path_of, short_name
 from scala_cli.settings import (
@@ -90,6 +91,10 @@ def finetune(
         except KeyboardInterrupt:
             if run.holds_state():
                 out.note(f"go on with: scala finetune --resume {run.path}")
+            raise
+        except ScalaError as error:
+            if error.resumable and run.holds_state():
+                error.hint += f" Then go on: scala finetune --resume {run.path}"
             raise
     rows = [{key: point[key] for key in ("ratio", "top1", "top5")} for point in best["points"]]
     out.result(

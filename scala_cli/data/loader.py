@@ -181,7 +181,6 @@ class Loader:
     Args:
         training: shuffled and augmented, and an incomplete last batch is left out.
         world: the processes among which each batch is divided, `batch_size` for each.
-        pinned: in memory that a GPU reads by itself.
 
     Raises (on iteration):
         DataError: an unreadable image, unless `read.on_corrupt` is "skip".
@@ -197,7 +196,6 @@ class Loader:
         training: bool = False,
         seed: int = 0,
         world: World = ALONE,
-        pinned: bool = False,
     ) -> None:
         self.split = split
         self.skipped: dict[str, str] = {}
@@ -210,7 +208,7 @@ class Loader:
             num_workers=read.workers,
             collate_fn=collate,
             worker_init_fn=leave_stopping_to_the_parent,
-            pin_memory=pinned,
+            pin_memory=torch.cuda.is_initialized(),  # of use only where this process has a GPU
             generator=torch.Generator(),  # or each epoch would draw from the random numbers of others
         )
 

@@ -1,5 +1,6 @@
 """timm's transforms, with what a model and a user say of images."""
 
+from functools import partial
 from typing import Any
 
 from timm.data import create_transform, resolve_data_config
@@ -32,11 +33,10 @@ def transform_for(spec: Spec, augment: AugmentSettings | None = None) -> Any:
     )
 
 
-def keep_a_bit(name: str) -> None:
-    """Lets a policy's strongest posterizing keep one bit of a colour: of none Pillow 13 makes an error."""
-    bits: Any = LEVEL_TO_ARG[name]
-    LEVEL_TO_ARG[name] = lambda level, hparams: (max(1, *bits(level, hparams)),)
+def at_least_a_bit(bits: Any, level: float, hparams: Any) -> tuple[int]:
+    """What timm keeps of a colour when it posterizes; of no bit at all Pillow 13 makes an error."""
+    return (max(1, *bits(level, hparams)),)
 
 
 for name in ("Posterize", "PosterizeIncreasing"):
-    keep_a_bit(name)
+    LEVEL_TO_ARG[name] = partial(at_least_a_bit, LEVEL_TO_ARG[name])

@@ -74,14 +74,13 @@ def go_on(run: Run, watch: Watcher, changes: Mapping[str, Any] | None = None) ->
     Args:
         changes: other values of `settings.ON_RESUME`, by name.
 
-    Raises TrainingError where the directory holds no run, DataError where its images have changed.
+    Raises TrainingError where the directory holds no run, DataError where the images or classes are others.
     """
     state = run.read_state()
     settings = Settings.of(state["settings"]).changed(changes or {})
     device = choose_device(settings.device)
     world = World.join(device)
     run = run if world.rank == 0 else Reader(run.path)
-    run.sweep()
     share, rest = divmod(state["images_per_step"], world.size)
     if rest:
         raise TrainingError(
@@ -91,6 +90,7 @@ def go_on(run: Run, watch: Watcher, changes: Mapping[str, Any] | None = None) ->
     if state["processes"] != world.size:
         settings = replace(settings, optimizer=replace(settings.optimizer, batch_size=share))
     if state.get("learning"):
+        run.write_state({**state, "settings": asdict(settings), "processes": world.size})
         go_on(run.teacher, watch, changes)
         world.wait()
         points = [Point.of(ratio) for ratio in state["points"]]
@@ -183,10 +183,9 @@ def refuse_other_images(now: Mapping[str, object], then: Mapping[str, object], r
     for name, before in then.items():
         if now[name] != before:
             change = f"{before} {name} then, {now[name]} now" if isinstance(before, int) else f"other {name}"
-            weights = run.path / ("last" if (run.path / "last").is_dir() else "start")
             raise DataError(
                 f"the images are not those this run began with: {change}.",
-                f"Go on from its weights instead: scala finetune {weights} --data DIR",
+                f"Go on from its weights instead: scala finetune {run.weights} --data DIR",
             )
 
 

@@ -81,7 +81,6 @@ class Trainer:
             )
         with refusing_settings():
             augmented, plain = transform_for(start.spec, settings.augment), transform_for(start.spec)
-        pinned = device.type == "cuda"
         self.training = Loader(
             splits[0],
             augmented,
@@ -90,11 +89,8 @@ class Trainer:
             training=True,
             seed=settings.run.seed,
             world=self.world,
-            pinned=pinned,
         )
-        self.validation = Loader(
-            splits[1], plain, chosen.batch_size, settings.read, world=self.world, pinned=pinned
-        )
+        self.validation = Loader(splits[1], plain, chosen.batch_size, settings.read, world=self.world)
         an_epoch = len(self.training)
         if not an_epoch:
             raise TrainingError(
@@ -162,6 +158,7 @@ class Trainer:
         if self.settings.run.log_grads and self.world.rank == 0:
             parameters = self.step.net.vit.parameters()
             self.step.gradients = GradientLog(parameters, run.path / GRADIENTS, self.step.number)
+        first = self.step.number
         try:
             with naming_a_dead_reader(), watch.between_steps():
                 while len(self.rows) < self.epochs:
@@ -184,12 +181,13 @@ class Trainer:
         except TrainingError:
             raise  # it would come again
         except ScalaError as error:
-            if not self.step.moving and (self.rows or self.epoch.images):  # else nothing has been learnt yet
+            error.resumable = True
+            if not self.step.moving and self.step.number > first and self.epoch.images:  # learnt since then
                 run.write_state(self.state())
-                error.hint += f" Then go on: scala finetune --resume {run.path}"
             raise
         for loader in (self.training, self.validation):
             loader.tell_skipped(watch)
+        run.sweep()
         return max(self.rows, key=mean_top1)
 
     def train_epoch(self, run: Run, watch: Watcher) -> Row:

@@ -25,7 +25,7 @@ Row = dict[str, Any]
 """One epoch: {"epoch", "lr", "images_per_sec", "minutes", "loss": {name: mean},
 "points": [{"ratio", "top1", ...}]}; the minutes are those of training, without evaluation."""
 
-METRICS, GRADIENTS, FORMAT = "metrics.jsonl", "grads.jsonl", 3
+METRICS, GRADIENTS, FORMAT = "metrics.jsonl", "grads.jsonl", 4
 FILES = {"teacher", "start", "last", "best", STATE, METRICS, GRADIENTS, "summary.csv", "args.yaml"}
 
 
@@ -53,6 +53,11 @@ class Run:
     def teacher(self) -> "Run":
         """The run in which the full width alone learnt classes that are new to it."""
         return type(self)(self.path / "teacher")
+
+    @property
+    def weights(self) -> Path:
+        """The checkpoint to go on from where the run itself cannot: the last epoch's, else the first."""
+        return self.path / ("last" if (self.path / "last").is_dir() else "start")
 
     def claim(self, settings: Settings, force: bool) -> None:
         """Takes the directory, with `force` from a former run of which nothing is kept.
@@ -144,12 +149,12 @@ class Run:
             raise
         except Exception:  # arbitrary bytes make the unpickler fail in arbitrary ways
             raise TrainingError(
-                f"{file} is damaged.", f"Go on from the weights: scala finetune {self.path}/last --data DIR"
+                f"{file} is damaged.", f"Go on from its weights: scala finetune {self.weights} --data DIR"
             ) from None
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise TrainingError(
                 f"{file} was written by another version of scala.",
-                f"Go on from the weights: scala finetune {self.path}/last --data DIR",
+                f"Go on from its weights: scala finetune {self.weights} --data DIR",
             )
         return state
 

@@ -25,7 +25,7 @@ from scala_cli.slicing.point import Point
 from scala_cli.training.gradients import GradientLog
 from scala_cli.world import ALONE, World
 
-IN_PARTS = "Try --grad-checkpointing, --grad-accum-steps 2, or a smaller --batch-size (-b)."
+IN_PARTS = "Try --grad-accum-steps 2, --grad-checkpointing, or in a new run a smaller --batch-size (-b)."
 
 
 class Step:
