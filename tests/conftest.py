@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.layers import set_fused_attn
 from timm.models import VisionTransformer
 from typer.testing import CliRunner
 
@@ -98,6 +99,15 @@ def offline(monkeypatch):
         raise OSError("no network in tests")
 
     monkeypatch.setattr("socket.getaddrinfo", refuse)
+
+
+@pytest.fixture(autouse=True)
+def as_a_process_begins():
+    """What a test chooses for its process, attention and threads, is not the next one's, which it would round."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    set_fused_attn(True)
 
 
 @dataclass
