@@ -103,7 +103,7 @@ def offline(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def as_a_process_begins():
-    """What a test chooses for its process, attention and threads, is not the next one's, which it would round."""
+    """What a test chooses for its process, attention and threads, does not round the next one's figures."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
