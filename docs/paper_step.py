@@ -11,11 +11,11 @@ from functools import partial
 
 import torch
 import typer
-from timm.models.vision_transformer import Attention, Block
+from timm.models.vision_transformer import Block
 
 from scala_cli.measure import take_turns
 from scala_cli.models.source import open_slimmable
-from scala_cli.models.vit import LastBlock, random_images
+from scala_cli.models.vit import LastBlock, choose_attention, random_images
 from scala_cli.settings import DeviceSettings, OptimizerSettings, Settings
 from scala_cli.training.step import Step
 from scala_cli.watch import QUIET
@@ -49,11 +49,9 @@ def main(model: str, amp: bool = False, torchcompile: bool = False, batch_size: 
 def as_the_paper(step: Step) -> Step:
     narrow = [step.net._skeleton(point) for point in step.net.points[:-1]]
     for vit in (step.net.vit, step.frozen, *narrow):
-        for module in vit.modules():
-            if isinstance(module, LastBlock):
-                module.__class__ = Block
-            if isinstance(module, Attention):
-                module.fused_attn = False
+        choose_attention(vit, CPU, bfloat16=True)  # the explicit one
+        if isinstance(vit.blocks[-1], LastBlock):
+            vit.blocks[-1].__class__ = Block
     return step
 
 

@@ -53,9 +53,7 @@ def note_emulation(device: torch.device, settings: DeviceSettings, watch: Watche
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """GPUs do, NVIDIA's from Ampere on; and a CPU with AMX or AVX512-BF16, which trains twice as fast so
-    (docs/performance.md).
-    """
+    """NVIDIA's GPUs from Ampere on, all others, and CPUs with AMX or AVX512-BF16 (docs/performance.md)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":

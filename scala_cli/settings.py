@@ -4,7 +4,7 @@ The command line makes one option of each field, named after it, with the help t
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 DEFAULT_RATIOS = "0.25,0.5,0.75,1"
@@ -171,9 +171,7 @@ class RunSettings:
         0.0, "Judge on this share of the training images instead of on val/.", min=0, max=0.5
     )
     log_grads: bool = option(
-        False,
-        "Write each width's gradient norm, and the cosines between widths, to grads.jsonl.",
-        only="on",
+        False, "Write each width's gradient norm, and the cosines between widths, to grads.jsonl.", only="on"
     )
 
 
@@ -211,14 +209,9 @@ class Settings:
                 words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
         return words
 
-    def changed(self, values: Mapping[str, Any]) -> "Settings":
-        """The same with other values of some options, by their names."""
-        groups = {f.name: getattr(self, f.name) for f in fields(self) if is_dataclass(f.default)}
-        changes = {g: {k: v for k, v in values.items() if k in vars(group)} for g, group in groups.items()}
-        return replace(self, **{name: replace(group, **changes[name]) for name, group in groups.items()})
-
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> "Settings":
-        """The settings that `dataclasses.asdict` turned into `values`."""
+    def of(cls, values: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> "Settings":
+        """The settings that `dataclasses.asdict` turned into `values`; of some options, by name, others."""
         groups: dict[str, Any] = {f.name: type(f.default) for f in fields(cls) if is_dataclass(f.default)}
-        return cls(values["data"], **{name: group(**values[name]) for name, group in groups.items()})
+        chosen = {g: {k: (changes or {}).get(k, v) for k, v in values[g].items()} for g in groups}
+        return cls(values["data"], **{name: group(**chosen[name]) for name, group in groups.items()})

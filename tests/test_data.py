@@ -16,11 +16,7 @@ from conftest import build, slimmable
 from PIL import Image
 from runs import Listener
 
-from scala_cli.data.loader import (
-    Loader,
-    calibration_images,
-    leave_stopping_to_the_parent,
-)
+from scala_cli.data.loader import Loader, born_deaf, calibration_images, leave_stopping_to_the_parent
 from scala_cli.data.split import FromReader, Split, class_misfit, hold_out, open_split
 from scala_cli.data.transform import transform_for
 from scala_cli.errors import DataError
@@ -295,7 +291,8 @@ def test_a_reader_that_fails_is_not_called_killed(folder):
 
 
 def test_a_reading_process_obeys_its_parent_alone(folder):
-    reading = iter(loader(folder, workers=1).loader)
+    with born_deaf():  # as `Loader.read`: threads that torch starts in the process, before ours, hear nothing
+        reading = iter(loader(folder, workers=1).loader)
     next(reading)
     (process,) = reading._workers
     subprocess.run(["kill", "-TERM", str(process.pid)], check=True)

@@ -35,6 +35,11 @@ def test_the_reference_is_what_the_commands_say():
     assert (ROOT / "docs/cli.md").read_text() == made, "run: make docs"
 
 
+def test_the_script_beside_the_papers_step(tiny, capsys):
+    runpy.run_path(str(ROOT / "docs/paper_step.py"))["main"](str(tiny), batch_size=4, runs=1)
+    assert re.findall(r"\S+ times the paper's", capsys.readouterr().out)[0].startswith("1.00")
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_an_example_and_helps_with_every_option(name):
     command = COMMANDS[name]

@@ -168,8 +168,7 @@ def test_export_as_a_user_runs_it(scala, tiny, photos):
     assert whole["path"] == "tiny-onnx" and len(whole["points"]) == 4
 
 
-def test_what_is_made_of_thirds_is_named_like_all_else(scala, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_what_is_made_of_thirds_is_named_like_all_else(scala):
     vit, args = build("deit", embed_dim=48)
     spec = describe(vit, args)
     save(SlimmableViT(vit, spec, Rule(parse_points("1/3"), spec.num_heads)), Record(), Path("odd"))

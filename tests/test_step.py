@@ -275,7 +275,7 @@ def test_what_training_starts_from_stays_as_it_was(photos, tmp_path):
 
 
 @pytest.mark.parametrize("averaged", [True, False])
-def test_what_moves_uncounted_is_cut_anew(photos, tmp_path, monkeypatch, averaged):
+def test_what_moves_uncounted_is_cut_anew(photos, monkeypatch, averaged):
     """As on a GPU, where not every kernel that writes to weights counts it."""
 
     def uncounted(values, others, weight):

@@ -36,10 +36,7 @@ def finetune(
     ratios: Ratios = None,
     resume: Annotated[
         Path | None,
-        typer.Option(
-            "--resume",
-            help="Go on with this run; only where and how it is computed may differ.",
-        ),
+        typer.Option("--resume", help="Go on with this run; only where and how it is computed may differ."),
     ] = None,
     force: Force = False,
     *,

@@ -77,7 +77,7 @@ def go_on(run: Run, watch: Watcher, changes: Mapping[str, Any] | None = None) ->
     Raises TrainingError where the directory holds no run, DataError where the images or classes are others.
     """
     state = run.read_state()
-    settings = Settings.of(state["settings"]).changed(changes or {})
+    settings = Settings.of(state["settings"], changes)
     device = choose_device(settings.device)
     world = World.join(device)
     run = run if world.rank == 0 else Reader(run.path)

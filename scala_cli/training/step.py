@@ -138,8 +138,9 @@ class Step:
             self.number += 1
             if self.average:
                 self.average.update(self.net.vit, self.number)
-            for parameter in self.judged.vit.parameters():  # on a GPU not all that writes to them does so,
-                increment_version(parameter)  # and no width would be cut anew (`SlimmableViT.forward`)
+            # on a GPU not all that writes to weights counts it, and no width would be cut anew
+            for parameter in self.judged.vit.parameters():
+                increment_version(parameter)
         self.moving, self.compiling = False, nullcontext()
         return told
 
