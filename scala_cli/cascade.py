@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scala_cli.cost import gmacs
 from scala_cli.errors import PointError
 from scala_cli.models.slimmable import Ratio, SlimmableViT
 from scala_cli.slicing.point import find_point
@@ -52,14 +53,14 @@ def confidence(logits: Tensor) -> Tensor:
 
 
 def sweep(
-    sure: Tensor, right: Tensor, gmacs: Sequence[float], thresholds: Sequence[float]
+    sure: Tensor, right: Tensor, macs: Sequence[int], thresholds: Sequence[float]
 ) -> list[dict[str, Any]]:
     """What a cascade gives at every threshold, from how all its widths answer all images.
 
     Args:
         sure: (widths, N) the confidence of each width, in the order in which they are asked.
         right: (widths, N) whether it is right.
-        gmacs: of one image at each width.
+        macs: multiply-accumulates of one image at each width.
 
     Returns:
         per threshold {"threshold", "top1" in percent, "gmacs" of an image on average, "escalated": the share
@@ -70,12 +71,12 @@ def sweep(
         decides = sure >= threshold
         decides[-1] = True
         last = decides.int().argmax(0)  # the number of the first width that is sure
-        spent = torch.tensor(gmacs, dtype=torch.float64).cumsum(0)[last]
+        spent = torch.tensor(macs, dtype=torch.float64).cumsum(0)[last]
         rows.append(
             {
                 "threshold": threshold,
                 "top1": round(100 * right.gather(0, last[None]).float().mean().item(), 4),
-                "gmacs": round(spent.mean().item(), 4),
+                "gmacs": gmacs(spent.mean().item()),
                 "escalated": round(100 * (last > 0).float().mean().item(), 2),
             }
         )

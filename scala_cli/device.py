@@ -1,19 +1,15 @@
-"""Where tensors are computed, and in which precision."""
+"""The device that tensors are computed on."""
 
-import ctypes
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from scala_cli.errors import ScalaError
 from scala_cli.settings import DeviceSettings
-from scala_cli.watch import Watcher
 
 
 def choose_device(settings: DeviceSettings) -> torch.device:
@@ -39,86 +35,10 @@ def choose_device(settings: DeviceSettings) -> torch.device:
     return device
 
 
-def uses_bfloat16(device: torch.device, settings: DeviceSettings) -> bool:
-    """Whether to compute in bfloat16: as told, else where the hardware multiplies in it."""
-    return multiplies_bfloat16(device) if settings.amp is None else settings.amp
-
-
-def note_emulation(device: torch.device, settings: DeviceSettings, watch: Watcher) -> None:
-    """Tells a user who asks for bfloat16 of what only emulates it: nothing else would."""
-    known = device.type == "cuda" or cpu_capabilities().get("architecture") == "x86_64"
-    if settings.amp and known and not multiplies_bfloat16(device):
-        slow = ", and can take a hundred times as long with --amp" if device.type == "cpu" else ""
-        watch.note(f"{device_name(device)} only emulates bfloat16{slow}.")
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """NVIDIA's GPUs from Ampere on, all others, and CPUs with AMX or AVX512-BF16 (docs/performance.md)."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return True
-    capabilities = cpu_capabilities()
-    return capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
-
-
-def cpu_capabilities() -> dict[str, Any]:
-    """What torch tells of this CPU, by its own names; nothing where this torch does not."""
-    return getattr(torch.cpu, "get_capabilities", dict)()
-
-
-def autocast(device: torch.device, settings: DeviceSettings) -> AbstractContextManager[object]:
-    on = uses_bfloat16(device, settings)
-    return torch.autocast(device.type, torch.bfloat16) if on else nullcontext()
-
-
-@contextmanager
-def naming_lack_of_memory(images: int, remedy: str = "Give a smaller --batch-size (-b).") -> Iterator[None]:
-    """Turns torch's out of memory, on any device, into a ScalaError that names the batch size.
-
-    Args:
-        images: in the batch that is worked on within.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError; the CPU has none
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise ScalaError(f"not enough memory for {images} images at once.", remedy) from None
-        raise
-
-
 def synchronize(device: torch.device) -> None:
     """Returns once the device has done all that was asked of it."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-def peak_memory(device: torch.device, call: Callable[[], object]) -> int | None:
-    """How many bytes more than before are held at the peak of a call; None where nothing tells."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        return torch.cuda.max_memory_allocated(device) - before
-    held = begin_peak() if device.type == "cpu" else None
-    call()
-    return None if held is None else resident("VmHWM") - held
-
-
-def begin_peak() -> int | None:
-    """Makes this process's peak of memory begin anew: the bytes held now. None but on Linux with glibc."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # gives back what is free, or it would count as held before
-        Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
-        return None
-    return resident("VmRSS")
-
-
-def resident(field: str) -> int:
-    """Bytes of memory that this process holds (VmRSS) or has held at most (VmHWM)."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition(f"{field}:")[2].split()[0]) * 1024
 
 
 def device_name(device: torch.device) -> str:

@@ -5,19 +5,21 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from timm.utils import AverageMeter, accuracy
 from torch import Tensor
 
 from scala_cli.cascade import Cascade, confidence, sweep
+from scala_cli.cost import gmacs, macs
 from scala_cli.data.loader import Loader, naming_a_dead_reader
 from scala_cli.data.split import class_misfit, open_split
 from scala_cli.data.transform import transform_for
-from scala_cli.device import autocast, naming_lack_of_memory
 from scala_cli.errors import DataError
-from scala_cli.measure import Predictor, cost
+from scala_cli.memory import naming_lack_of_memory
 from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.precision import autocast
 from scala_cli.settings import DeviceSettings, ReadSettings
 from scala_cli.slicing.point import Point
+from scala_cli.tasks.base import Task
+from scala_cli.timing import Predictor
 from scala_cli.watch import Watcher
 from scala_cli.world import ALONE, World
 
@@ -43,23 +45,24 @@ def validation_loader(net: SlimmableViT, data: str, batch_size: int, read: ReadS
 @torch.inference_mode()
 def evaluate(
     net: SlimmableViT,
+    task: Task,
     loader: Loader,
     points: Sequence[Point],
     settings: DeviceSettings,
     watch: Watcher,
     world: World = ALONE,
-) -> list[dict[str, float]]:
-    """Top-1 and top-5 in percent of every point, over the images that could be read, each counted once.
+) -> list[dict[str, Any]]:
+    """The task's metrics of every point, over the images that could be read, each counted once.
 
     Args:
         world: the processes whose loaders together have all of the images.
 
     Returns:
-        per point {"ratio", "top1", "top5", "images"}; with fewer than five classes top-5 is 100.
+        per point its columns, those of the task, and "images".
     """
     device = next(net.parameters()).device
-    found = accuracies(widths(net, points, settings), loader, device, watch, world)
-    return [{"ratio": float(point.ratio), **accuracy} for point, accuracy in found.items()]
+    found = metrics(widths(net, points, settings), task, loader, device, watch, world)
+    return [{**point.columns(), **measured} for point, measured in found.items()]
 
 
 def widths(net: SlimmableViT, points: Sequence[Point], settings: DeviceSettings) -> dict[Point, Predictor]:
@@ -76,31 +79,25 @@ def widths(net: SlimmableViT, points: Sequence[Point], settings: DeviceSettings)
 
 @naming_a_dead_reader()
 @torch.inference_mode()
-def accuracies(
+def metrics(
     predictors: Mapping[Key, Predictor],
+    task: Task,
     loader: Loader,
     device: torch.device,
     watch: Watcher,
     world: World = ALONE,
-) -> dict[Key, dict[str, float]]:
-    """{"top1", "top5", "images"} of each predictor, as `evaluate`."""
-    meters = {key: (AverageMeter(), AverageMeter()) for key in predictors}
+) -> dict[Key, dict[str, Any]]:
+    """The task's columns and "images" of each predictor, as `evaluate`."""
+    meters = {key: task.meter() for key in predictors}
     for images, targets in batches(loader, device, watch):
-        for key, (top1, top5) in meters.items():
+        for key, meter in meters.items():
             with naming_lack_of_memory(len(images)):
-                logits = predictors[key](images)
-            first, fifth = accuracy(logits.float(), targets, topk=(1, 5))
-            top1.update(first.item(), len(targets))
-            top5.update(fifth.item(), len(targets))
-    for meter in [meter for pair in meters.values() for meter in pair]:
-        total, count = world.sum(torch.tensor([meter.sum, meter.count], device=device)).tolist()
-        meter.count, meter.avg = int(count), total / max(count, 1)
-    if not any(top1.count for top1, _ in meters.values()):
+                output = predictors[key](images)
+            meter.update(output, targets)
+    found = {key: meter.result(world) for key, meter in meters.items()}
+    if not any(each["images"] for each in found.values()):
         raise loader.nothing_read()
-    return {
-        key: {"top1": round(top1.avg, 4), "top5": round(top5.avg, 4), "images": top1.count}
-        for key, (top1, top5) in meters.items()
-    }
+    return found
 
 
 @naming_a_dead_reader()
@@ -115,7 +112,7 @@ def evaluate_cascade(
     """What a cascade gives at every threshold, in one pass over the images.
 
     Returns:
-        per width alone {"ratio", "top1", "gmacs"}, and per threshold what `sweep` tells.
+        per width alone its columns, "top1" and "gmacs", and per threshold what `sweep` tells.
     """
     net, points = cascade.net, cascade.points
     predictors = widths(net, points, settings)
@@ -127,12 +124,12 @@ def evaluate_cascade(
     if not seen:
         raise loader.nothing_read()
     sure, right = (torch.cat(part, dim=1) for part in zip(*seen, strict=True))
-    gmacs = [cost(net.spec.at(point))["gmacs"] for point in points]
+    spent = [macs(net.spec.at(point.ratio)) for point in points]
     alone = [
-        {"ratio": float(point.ratio), "top1": round(100 * share, 4), "gmacs": spent}
-        for point, share, spent in zip(points, right.float().mean(1).tolist(), gmacs, strict=True)
+        {**point.columns(), "top1": round(100 * share, 4), "gmacs": gmacs(each)}
+        for point, share, each in zip(points, right.float().mean(1).tolist(), spent, strict=True)
     ]
-    return alone, sweep(sure, right, gmacs, thresholds)
+    return alone, sweep(sure, right, spent, thresholds)
 
 
 def batches(loader: Loader, device: torch.device, watch: Watcher) -> Iterator[tuple[Tensor, Tensor]]:

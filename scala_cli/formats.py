@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from scala_cli.errors import ScalaError, naming_failure
-from scala_cli.measure import Predictor
+from scala_cli.timing import Predictor
 
 LARGEST_EXECUTORCH = 64
 """ExecuTorch plans its memory ahead, for batches up to this one; the other formats take any."""

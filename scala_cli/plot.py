@@ -10,6 +10,7 @@ from scala_cli.errors import ScalaError
 from scala_cli.files import refuse_unwritable, whole_file
 from scala_cli.report import Rows
 from scala_cli.slicing.point import Point
+from scala_cli.tasks.base import Task, main_column
 
 INSTALL = "pip install 'scala-vit[plot]'"
 MISSING = f"no picture without matplotlib: {INSTALL}"
@@ -53,18 +54,19 @@ def as_svg(figure: Any) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def arms_picture(arms: Rows) -> Any:
-    """Top-1 of every width against its GMACs, a line for each arm of a comparison, spreads as bars.
+def arms_picture(arms: Rows, task: Task) -> Any:
+    """The task's first metric of every width against its GMACs, a line for each arm, spreads as bars.
 
     Args:
         arms: rows of compare.json.
     """
     figure, axes = new_axes()
+    main = main_column(task)
     for arm in arms:
         points = arm["points"]
         axes.errorbar(
             [point["gmacs"] for point in points],
-            [point["top1"] for point in points],
+            [point[main] for point in points],
             [point["spread"] or 0 for point in points],
             marker="o",
             markersize=4,
@@ -72,13 +74,11 @@ def arms_picture(arms: Rows) -> Any:
             label=arm["arm"],
         )
     axes.set_xscale("log")
-    ticks = {
-        point["gmacs"]: f"{point['gmacs']:.3g}\n({Point.of(point['ratio'])})" for point in arms[0]["points"]
-    }
+    ticks = {point["gmacs"]: f"{point['gmacs']:.3g}\n({Point.of_row(point)})" for point in arms[0]["points"]}
     axes.set_xticks([*ticks], [*ticks.values()])
     axes.minorticks_off()
     axes.set_xlabel("GMACs of one image (width)")
-    axes.set_ylabel("top-1, %")
+    axes.set_ylabel(task.columns[main])
     axes.legend(fontsize="small")
     return figure
 
@@ -106,7 +106,7 @@ def bench_picture(rows: Rows) -> Any:
     for row in drawn:
         place = (row["latency_ms"], row[column])
         if row["runtime"] == first or place in front:
-            label = row["model"] if row["ratio"] is None else Point.of(row["ratio"]).label
+            label = row["model"] if row["ratio"] is None else Point.of_row(row).label
             axes.annotate(label, place, xytext=(5, -10), textcoords="offset points", fontsize="small")
     for row in rows:
         if row not in drawn and row["ratio"] is None and row["runtime"] == first:

@@ -4,7 +4,7 @@ The command line makes one option of each field, named after it, with the help t
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
 DEFAULT_RATIOS = "0.25,0.5,0.75,1"
@@ -31,7 +31,7 @@ def option(
 class MethodSettings:
     """Which method trains, and which of its parts are on."""
 
-    method: Literal["scala", "usnet", "separate"] = option("scala", "Training method.")
+    method: str = option("scala", "Training method.")
     order: Literal["importance", "none"] = option(
         "importance", "How to put the channels of pretrained weights in order first; see scala convert."
     )
@@ -88,6 +88,11 @@ class OptimizerSettings:
     model_ema_decay: float = option(
         0.9998, "Its decay, reached by a warm-up that suits short runs.", min=0, max=1
     )
+
+    def for_share(self, share: float) -> "OptimizerSettings":
+        """The same for a run of this share of the epochs, with as large a part of it warming up."""
+        warmup = None if self.warmup_epochs is None else self.warmup_epochs * share
+        return replace(self, epochs=self.epochs * share, warmup_epochs=warmup)
 
 
 @dataclass(frozen=True)

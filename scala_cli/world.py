@@ -37,6 +37,13 @@ class World:
                 dist.all_reduce(tensor)
         return tensor
 
+    def total(self, *numbers: float) -> list[float]:
+        """The sum of each number over all processes."""
+        if self.size == 1:
+            return [*numbers]
+        on = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        return self.sum(torch.tensor(numbers, dtype=torch.float64, device=on)).tolist()
+
     def average_gradients(self, parameters: Iterable[nn.Parameter], images: int) -> None:
         """Gives every process the mean of all their gradients, in one message.
 
@@ -59,8 +66,7 @@ class World:
 
     def wait(self) -> None:
         """Until all are here."""
-        on = "cuda" if self.size > 1 and dist.get_backend() == "nccl" else "cpu"
-        self.sum(torch.zeros(1, device=on)).item()  # which a GPU only has once all have sent theirs
+        self.total(0)  # which a GPU only has once all have sent theirs
 
 
 ALONE = World()

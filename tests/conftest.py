@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from scala_cli.cli.app import app
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.vit import describe
-from scala_cli.slicing.point import parse_points
+from scala_cli.slicing.point import parse_points, ratios_of
 from scala_cli.slicing.rule import Rule
 
 # One of each kind of plain ViT that timm has, brought to test size by the same overrides a user can give.
@@ -58,7 +58,7 @@ def write_timm_directory(directory: Path, **changes) -> VisionTransformer:
 def slimmable(kind: str = "deit", ratios: str = "0.25,0.5,0.75,1", **rule) -> SlimmableViT:
     vit, args = build(kind)
     spec = describe(vit, args)
-    return SlimmableViT(vit, spec, Rule(parse_points(ratios), spec.num_heads, **rule)).eval()
+    return SlimmableViT(vit, spec, Rule(ratios_of(parse_points(ratios)), spec.num_heads, **rule)).eval()
 
 
 def interrupt(*_args, **_kwargs):

@@ -11,7 +11,7 @@ from scala_cli.models.checkpoint import Record, save
 from scala_cli.models.order import put_first_what_matters
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.vit import describe
-from scala_cli.slicing.point import parse_points
+from scala_cli.slicing.point import parse_points, ratios_of
 from scala_cli.slicing.rule import Rule
 from scala_cli.watch import QUIET
 
@@ -44,7 +44,7 @@ def test_every_architecture(name, tmp_path):
     """At full width timm's output, bit for bit; at others the slice's, read by timm; in order the same."""
     vit, args = small(name)
     spec = describe(vit, args)
-    net = SlimmableViT(vit, spec, Rule(parse_points("0.5,0.75,1"), spec.num_heads)).eval()
+    net = SlimmableViT(vit, spec, Rule(ratios_of(parse_points("0.5,0.75,1")), spec.num_heads)).eval()
     images = torch.randn(4, *spec.input_size)
     assert torch.equal(net(images), vit(images))
     save(net, Record(), tmp_path / "net")

@@ -9,9 +9,9 @@ from random import Random
 import pytest
 import torch
 
-from scala_cli import measure
-from scala_cli.measure import Timing, peak_gflops, time_calls, warm_up
+from scala_cli import timing
 from scala_cli.plot import pareto
+from scala_cli.timing import Timing, peak_gflops, time_calls, warm_up
 from scala_cli.watch import QUIET
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now, self.order = 0.0, []
-        monkeypatch.setattr(measure.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
 
     def spend(self, name, milliseconds):
         self.order.append(name)
@@ -59,27 +59,27 @@ def test_calls_take_turns_until_all_are_sure(monkeypatch):
     found = time_calls(calls, CPU, None, QUIET)
     assert clock.order == ["a", "b"] * (len(clock.order) // 2)
     assert {name: round(each.median, 6) for name, each in found.items()} == {"a": 1, "b": 5}
-    assert len(clock.order) == 2 * measure.ROUNDS[0]
+    assert len(clock.order) == 2 * timing.ROUNDS[0]
 
 
 def test_warming_up_lasts_until_nothing_gets_faster(monkeypatch):
     clock = Clock(monkeypatch)
     calls = {"a": partial(clock.spend, "a", steadily(1.0, *range(40, 28, -1)))}
     warm_up(calls, CPU, QUIET)
-    assert 12 < len(clock.order) <= 12 + 2 * measure.WINDOW
+    assert 12 < len(clock.order) <= 12 + 2 * timing.WINDOW
     warm_up({"a": partial(clock.spend, "a", (1000 * 0.9**n for n in range(10**6)))}, CPU, QUIET)
-    assert len(clock.order) <= 12 + 2 * measure.WINDOW + measure.WINDOW * measure.WINDOWS
+    assert len(clock.order) <= 12 + 2 * timing.WINDOW + timing.WINDOW * timing.WINDOWS
 
 
 def test_noise_is_measured_longer_but_not_for_ever(monkeypatch):
     clock, random = Clock(monkeypatch), Random(0)
     noisy = (random.choice([1.0, 2.0]) for _ in iter(int, 1))
     time_calls({"a": partial(clock.spend, "a", noisy)}, CPU, None, QUIET)
-    assert len(clock.order) == measure.ROUNDS[-1]
+    assert len(clock.order) == timing.ROUNDS[-1]
     slow = Clock(monkeypatch)
     noisy = (random.choice([1000.0, 9000.0]) for _ in iter(int, 1))
     time_calls({"a": partial(slow.spend, "a", noisy)}, CPU, None, QUIET)
-    assert len(slow.order) == measure.ROUNDS[0]
+    assert len(slow.order) == timing.ROUNDS[0]
 
 
 def test_the_peak_is_at_least_what_a_naive_clock_sees():

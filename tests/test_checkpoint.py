@@ -17,7 +17,8 @@ from scala_cli.errors import CheckpointError, ScalaError
 from scala_cli.files import refuse_occupied, whole_directory, whole_file
 from scala_cli.models.checkpoint import Record, TensorByTensor, load, load_with_record, save, write_timm
 from scala_cli.models.locate import resolve
-from scala_cli.slicing.point import Point, parse_points
+from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.slicing.point import Point, parse_points, ratios_of
 from scala_cli.slicing.rule import Rule
 
 RECORD = Record(True, "scala", None, [{"ratio": 0.5, "top1": 61.0, "top5": 95.5}], {"weights": "somewhere"})
@@ -31,7 +32,9 @@ def test_round_trip(kind, tmp_path, images):
     again, record = load_with_record(tmp_path / "net")
     assert again.rule == net.rule
     assert (
-        record.method == "scala" and record.top1(Point.of("1/2")) == 61.0 and record.top1(Point.of(1)) is None
+        record.method == "scala"
+        and record.measured(Point.of("1/2"), "top1") == 61.0
+        and record.measured(Point.of(1), "top1") is None
     )
     for point in net.points:
         assert torch.equal(again(images, point), net(images, point))
@@ -48,7 +51,7 @@ def test_cutting_tensor_by_tensor_is_cutting_the_whole_state(kind, scale, tmp_pa
     weights = TensorByTensor(tmp_path / "net/model.safetensors")
     assert len(weights) == len(net.vit.state_dict())
     for point in net.points:
-        cut, whole = net.rule.slice_state(weights, point, copy=True), net.slice(point).state_dict()
+        cut, whole = net.rule.slice_state(weights, point.ratio, copy=True), net.slice(point).state_dict()
         assert cut.keys() == whole.keys()
         assert all(torch.equal(cut[name], whole[name]) and cut[name].is_contiguous() for name in whole)
 
@@ -93,9 +96,8 @@ def test_config_is_timms_with_one_key_of_ours(tmp_path):
 def test_a_slice_that_reads_back_wrong_is_not_left_behind(tmp_path, monkeypatch):
     save(slimmable(), RECORD, tmp_path / "net")
 
-    def write_badly(vit, *rest):
-        vit.head.bias.add_(1e-3)
-        write_timm(vit, *rest)
+    def write_badly(state, *rest):
+        write_timm({**state, "head.bias": state["head.bias"] + 1e-3}, *rest)
 
     monkeypatch.setattr("scala_cli.deploy.slice.write_timm", write_badly)
     with pytest.raises(CheckpointError, match=r"differs by 0\.001"):
@@ -120,13 +122,13 @@ def test_a_slice_is_no_slimmable_checkpoint(tmp_path):
         (lambda d: (d / "config.json").write_text("{"), "not JSON"),
         (lambda d: (d / "config.json").write_text("[]"), "does not hold an object"),
         (lambda d: edit(d, lambda c: c.pop("scala")), "not yet a slimmable one"),
-        (lambda d: edit(d, lambda c: c["scala"].pop("layout")), "lacks 'layout'"),
+        (lambda d: edit(d, lambda c: c["scala"].pop("ratios")), "lacks 'ratios'"),
         (lambda d: edit(d, lambda c: c.pop("architecture")), "lacks 'architecture'"),
         (lambda d: edit(d, lambda c: c["scala"].update(format=99)), "format 99"),
         (lambda d: edit(d, lambda c: c.update(scala="x")), "not yet a slimmable one"),
         (lambda d: edit(d, lambda c: c["scala"].update(layout="later")), "layout 'later'"),
         (lambda d: edit(d, lambda c: c["scala"].update(ratios=[0.5])), "damaged"),
-        (lambda d: edit(d, lambda c: c["scala"].update(metrics=[{"ratio": 1.0}])), "lacks 'top1'"),
+        (lambda d: edit(d, lambda c: c["scala"].update(metrics=[{"top1": 1.0}])), "lacks 'ratio'"),
         (lambda d: edit(d, lambda c: c["model_args"].update(num_heads=5)), "damaged"),
         (lambda d: edit(d, lambda c: c["model_args"].update(num_heads=0)), "damaged"),
         (lambda d: edit(d, lambda c: c.update(pretrained_cfg=None)), "damaged"),
@@ -204,14 +206,52 @@ def test_a_cut_that_disagrees_with_the_family_is_not_left_behind(tmp_path, monke
     save(slimmable(), RECORD, tmp_path / "net")
     right = Rule.slice_state
 
-    def from_the_wrong_end(rule, state, point, copy=False):
-        isolated = replace(rule, isolated=True, points=parse_points("0.25,0.5,1"))
-        return right(isolated if copy else rule, state, point, copy)
+    def from_the_wrong_end(rule, state, ratio, copy=False):
+        isolated = replace(rule, isolated=True, ratios=ratios_of(parse_points("0.25,0.5,1")))
+        return right(isolated if copy else rule, state, ratio, copy)
 
     monkeypatch.setattr(Rule, "slice_state", from_the_wrong_end)
     with pytest.raises(CheckpointError, match="differs by"):
         slice_model(tmp_path / "net", 0.5, tmp_path / "half")
     assert [path.name for path in tmp_path.iterdir()] == ["net"]
+
+
+def test_a_checkpoint_may_hold_more_than_this_version_knows(tmp_path, images):
+    """Fields that a later version adds are passed over; those that an earlier one lacked have defaults."""
+    net = slimmable()
+    save(net, RECORD, tmp_path / "net")
+    file = tmp_path / "net/config.json"
+    config = json.loads(file.read_text())
+    assert "task" not in config["scala"]  # which is the default
+    config["scala"] |= {"sizes": [128, 224], "later": {"deep": 1}}
+    for name in ("isolated", "bounds", "layout", "attn_scale", "new_head", "order", "metrics", "trained"):
+        del config["scala"][name]
+    file.write_text(json.dumps(config))
+    again, record = load_with_record(tmp_path / "net")
+    assert record == Record(method="scala", provenance=record.provenance)
+    with torch.no_grad():
+        assert torch.equal(again(images, 0.5), net(images, 0.5))
+
+
+def test_tensors_that_timm_has_no_place_for_lie_beside_its_weights(tmp_path, images):
+    plain = slimmable()
+    extra = {"pos_embed.128": torch.randn(1, 65, 32), "tsm.1.scale": torch.ones(1).expand(3)}
+    save(SlimmableViT(plain.vit, plain.spec, plain.rule, extra), RECORD, tmp_path / "net")
+    assert "extra.safetensors" in {path.name for path in (tmp_path / "net").iterdir()}
+    again = load(tmp_path / "net").with_points(parse_points("0.5,1")).copied()
+    assert again.extra.keys() == extra.keys()
+    assert all(torch.equal(again.extra[name], tensor) for name, tensor in extra.items())
+    timms = timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(timms(images), plain(images))
+    save(plain, RECORD, tmp_path / "net")  # over it: nothing of the former is left
+    assert not load(tmp_path / "net").extra
+
+
+def test_a_task_of_a_later_version_is_refused(scala, tmp_path):
+    save(slimmable(), Record(task="later"), tmp_path / "net")
+    answer = scala("info", tmp_path / "net")
+    assert answer.code == 2 and "for the task 'later'" in answer.told and "Upgrade" in answer.told
 
 
 def test_an_interrupted_swap_leaves_the_former(tmp_path, monkeypatch):
@@ -236,8 +276,8 @@ def test_ratios_without_an_end_in_decimals(tmp_path):
     net = slimmable("deit", ratios="5/16,1")
     metrics = [{"ratio": float(Point.of("5/16").ratio), "top1": 50.0, "top5": 90.0}]
     save(net, Record(True, "scala", metrics=metrics), tmp_path / "net")
-    assert load_with_record(tmp_path / "net")[1].top1(Point.of("5/16")) == 50.0
-    assert Record(metrics=[{"ratio": 1 / 3, "top1": 1.0}]).top1(Point.of("1/3")) == 1.0
+    assert load_with_record(tmp_path / "net")[1].measured(Point.of("5/16"), "top1") == 50.0
+    assert Record(metrics=[{"ratio": 1 / 3, "top1": 1.0}]).measured(Point.of("1/3"), "top1") == 1.0
 
 
 def test_public_names(tmp_path):

@@ -11,14 +11,14 @@ from conftest import slimmable, write_timm_directory
 from runs import Listener, accuracies, settings, start
 
 from scala_cli.errors import TrainingError
-from scala_cli.measure import cost
 from scala_cli.models.checkpoint import Record
 from scala_cli.plot import arms_picture, save
-from scala_cli.settings import AugmentSettings, ReadSettings
+from scala_cli.settings import AugmentSettings, OptimizerSettings, ReadSettings
 from scala_cli.slicing.point import parse_points
-from scala_cli.training.compare import ARMS, arms_of, columns, compare, summary
+from scala_cli.tasks import task_named
+from scala_cli.training.compare import arms_of, columns, compare, recipes, summary
 from scala_cli.training.gradients import GradientLog
-from scala_cli.training.price import training_gmacs
+from scala_cli.training.price import Macs, training_macs
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -28,9 +28,12 @@ def open_start():
     return net, Record(trained=True, provenance={"weights": "test"})
 
 
-def costs():
-    net = open_start()[0]
-    return {point: cost(net.spec.at(point))["gmacs"] for point in net.points}
+def costs() -> Macs:
+    return Macs.of(open_start()[0])
+
+
+def price(name: str, macs: Macs) -> float:
+    return training_macs(macs, recipes()[name].settings, "classification", pretrained=True)
 
 
 def run(arms, data, watch=None, folder="side", seeds=2, equal="images", **changes):
@@ -117,15 +120,27 @@ def test_each_part_can_be_left_out():
 
 
 def test_training_macs_are_those_by_hand():
-    gmacs = costs()
-    half, full = gmacs.values()
-    assert training_gmacs(gmacs, ARMS["scala"].method, True) == pytest.approx(
-        3 * (half + full) + full, abs=1e-4
-    )
-    assert training_gmacs(gmacs, ARMS["separate"].method, True) == pytest.approx(
-        3 * (half + full) + 2 * full, abs=1e-4
-    )
-    assert training_gmacs(gmacs, ARMS["usnet"].method, True) == pytest.approx(3 * (half + full), abs=1e-4)
+    macs = costs()
+    half, full = macs.points.values()
+    assert full == macs.full and half > 0
+    assert price("scala", macs) == 3 * (half + full) + full
+    assert price("separate", macs) == 3 * (half + full) + 2 * full
+    assert price("usnet", macs) == 3 * (half + full)
+
+
+def test_the_teacher_costs_the_full_width_also_where_that_is_not_trained():
+    macs = Macs.of(start(ratios="0.25,0.5"))
+    quarter, half = macs.points.values()
+    assert macs.full > 3 * half
+    assert price("scala", macs) == 3 * (quarter + half) + macs.full
+    assert price("separate", macs) == 3 * (quarter + half) + 2 * macs.full
+
+
+def test_costs_are_means_over_what_steps_draw():
+    points = parse_points("0.25,0.375,0.5,0.625,0.75,0.875,1")
+    macs = Macs({point: number for number, point in enumerate(points)}, 0)
+    middle = 2 + 4.5  # of the lower half 1, 2 or 3, of the upper 4 or 5, each as often
+    assert price("scala", macs) == pytest.approx(3 * (0 + middle + 6), rel=0.01)
 
 
 def test_at_equal_macs_the_dearer_arm_sees_fewer_images(photos):
@@ -135,8 +150,14 @@ def test_at_equal_macs_the_dearer_arm_sees_fewer_images(photos):
     compare("model", open_start, arms, 1, "macs", settings(photos, 3), Path("side"), listener)
     alone = [losses for losses in listener.losses if len(losses) == 1]
     assert len(listener.losses) - len(alone) == 9
-    gmacs = [training_gmacs(costs(), arm.method, True) for arm in arms]
-    assert len(alone) == 2 * round(9 * gmacs[0] / gmacs[1]) < 18
+    scala, separate = price("scala", costs()), price("separate", costs())
+    assert len(alone) == 2 * round(9 * scala / separate) < 18
+
+
+def test_a_shorter_arm_warms_up_for_as_large_a_part():
+    chosen = OptimizerSettings(epochs=10, warmup_epochs=5).for_share(1 / 4)
+    assert (chosen.epochs, chosen.warmup_epochs) == (2.5, 1.25)
+    assert OptimizerSettings(epochs=10).for_share(1 / 4).warmup_epochs is None
 
 
 def test_other_readers_make_no_other_comparison(photos):
@@ -152,7 +173,7 @@ def test_minutes_are_those_of_every_epoch_and_width():
     points = parse_points("0.5,1")
     done = [{"minutes": 2.0, "points": [{"ratio": 0.5, "top1": 1.0}]}, {"minutes": 1.0, "points": []}]
     rows = [*done, {"minutes": 4.0, "points": [{"ratio": 1, "top1": 3.0}]}]
-    told = summary([rows, rows], dict.fromkeys(points, 1.0))
+    told = summary([rows, rows], dict.fromkeys(points, 1), "top1")
     assert told["minutes"] == 7
     assert [point["top1"] for point in told["points"]] == [1, 3]
 
@@ -207,7 +228,7 @@ def test_the_paper_has_all_its_parts():
 def test_a_picture_of_the_arms():
     point = {"ratio": 0.5, "gmacs": 0.1, "top1": 50.0, "spread": None, "seeds": [50.0]}
     row = {"arm": "scala", "points": [point], "gmacs_per_image": 1.0, "minutes": 2.0}
-    save(arms_picture([row]), Path("one.svg"))
+    save(arms_picture([row], task_named("classification")), Path("one.svg"))
     assert "<svg" in Path("one.svg").read_text()
     assert columns(row) == {"arm": "scala", "0.5": "50.00", "gmacs_per_image": 1.0, "minutes": 2.0}
 

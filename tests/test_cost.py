@@ -5,9 +5,10 @@ import sys
 import pytest
 import timm
 import torch
+from conftest import build
 
-from scala_cli.device import peak_memory
-from scala_cli.measure import cost
+from scala_cli.cost import cost, gmacs, macs
+from scala_cli.memory import peak_memory
 from scala_cli.models.vit import describe
 from scala_cli.slicing.point import Point
 
@@ -45,12 +46,28 @@ def deit_small(ratio: float) -> tuple[int, float]:
 def test_deit_small(ratio, gmacs, millions):
     with torch.device("meta"):
         spec = describe(timm.create_model("deit_small_patch16_224"))
-    counted = cost(spec.at(Point.of(ratio)))
+    counted = cost(spec.at(Point.of(ratio).ratio))
     params, macs = deit_small(ratio)
     assert counted["params"] == params
     assert counted["gmacs"] == pytest.approx(macs, abs=1e-4)
     assert macs == pytest.approx(gmacs, abs=0.01)
     assert params / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_small_models_cost_something():
+    """Counted in whole multiply-accumulates; only what is printed is rounded."""
+    vit, args = build("deit", img_size=8, patch_size=4, embed_dim=8, depth=1)
+    spec = describe(vit, args)
+    (patches, dim), tokens, hidden = (4, 8), 5, 32
+    by_hand = patches * 48 * dim + tokens * (4 * dim * dim + 2 * dim * hidden) + 2 * tokens**2 * dim + 5 * dim
+    assert macs(spec) == by_hand
+    assert cost(spec)["gmacs"] == pytest.approx(by_hand / 1e9, rel=1e-3)
+    assert [gmacs(number) for number in (4_599_123_456, 11_738_000, 5_213_987, 0)] == [
+        4.5991,
+        0.0117,
+        0.005214,
+        0,
+    ]
 
 
 def test_peak_memory_of_a_call():

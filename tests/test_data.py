@@ -20,9 +20,10 @@ from scala_cli.data.loader import Loader, born_deaf, calibration_images, leave_s
 from scala_cli.data.split import FromReader, Split, class_misfit, hold_out, open_split
 from scala_cli.data.transform import transform_for
 from scala_cli.errors import DataError
-from scala_cli.evaluate import accuracies, evaluate
+from scala_cli.evaluate import evaluate, metrics
 from scala_cli.models.vit import describe
 from scala_cli.settings import AugmentSettings, DeviceSettings, ReadSettings
+from scala_cli.tasks import task_named
 from scala_cli.watch import Watcher
 
 
@@ -116,6 +117,7 @@ def test_not_one_image_that_can_be_read(folder):
     with pytest.raises(DataError, match="not one of the images"):
         evaluate(
             slimmable(),
+            task_named("classification"),
             loader(folder, on_corrupt="skip"),
             slimmable().points,
             DeviceSettings(amp=False),
@@ -332,4 +334,10 @@ def test_a_reading_process_that_dies_while_the_model_answers(folder):
         time.sleep(20)
 
     with pytest.raises(DataError, match="was killed"):
-        accuracies({1: answer}, loader(folder, workers=1), torch.device("cpu"), Watcher())
+        metrics(
+            {1: answer},
+            task_named("classification"),
+            loader(folder, workers=1),
+            torch.device("cpu"),
+            Watcher(),
+        )

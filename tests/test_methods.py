@@ -1,7 +1,8 @@
 """Each method's step against the same step written out by hand on separate narrow models."""
 
+import subprocess
+import sys
 from collections import Counter
-from dataclasses import replace
 from random import Random
 from typing import get_args, get_type_hints
 
@@ -10,26 +11,42 @@ import torch
 from conftest import build, slimmable
 from torch.nn import functional as F
 
+from scala_cli.cli.app import app
 from scala_cli.errors import PointError
-from scala_cli.methods import METHODS
-from scala_cli.methods.losses import cross_entropy, distillation
+from scala_cli.methods import METHODS, method_named
+from scala_cli.methods.base import OFF, Batch, Method
 from scala_cli.methods.scala import Scala, stable_sample, uniform_sample
+from scala_cli.methods.separate import Separate
+from scala_cli.methods.usnet import USNet
 from scala_cli.settings import MethodSettings
 from scala_cli.slicing.point import Point, parse_points
+from scala_cli.tasks import task_named
+from scala_cli.tasks.losses import cross_entropy, distillation
 
+TASK = task_named("classification")
 FOUR = parse_points("0.25,0.5,0.75,1")
 TARGETS = torch.tensor([0, 3, 4])
 
 
+WEIGHTS = [
+    ("1", 1),
+    ("0.5,1", 1),
+    ("0.25,0.5,1", 2),
+    ("0.25,0.3125,0.375,1", 2),  # of which none lies in the upper half: three passes a step
+    ("0.25,0.375,0.5,0.75,1", 3),
+]
+
+
 def test_the_narrowest_weighs_as_much_as_all_others_of_a_step():
-    for text, said in (("1", 1), ("0.5,1", 1), ("0.25,0.5,1", 2), ("0.25,0.375,0.5,0.75,1", 3)):
-        method = Scala(parse_points(text), MethodSettings())
-        assert [method.weight(point) for point in method.points] == [said] + [1] * (len(method.points) - 1)
-        drawn = method.sample(Random(0))
+    for text, said in WEIGHTS:
+        method = Scala(parse_points(text), MethodSettings(), TASK)
+        drawn = method.draw(Random(0))
+        weights = [method.weight(point, drawn) for point in drawn]
+        assert weights == [1] * (len(drawn) - 1) + [said]
         if len(drawn) > 1:
-            assert method.weight(drawn[-1]) == sum(method.weight(point) for point in drawn[:-1])
-    alike = Scala(FOUR, MethodSettings(favour_narrowest=False))
-    assert {alike.weight(point) for point in FOUR} == {1}
+            assert weights[-1] == sum(weights[:-1])
+    alike = Scala(FOUR, MethodSettings(favour_narrowest=False), TASK)
+    assert {alike.weight(point, FOUR) for point in FOUR} == {1}
 
 
 def kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -45,7 +62,9 @@ def ce(logits: torch.Tensor, smoothing: float) -> torch.Tensor:
 
 
 def run(method, net, images, teacher=None):
-    return {point.label: loss for point, loss in method.passes(net, images, TARGETS, teacher, Random(0))}
+    drawn = method.draw(Random(0))
+    passes = method.passes(Batch(images, TARGETS), net, teacher, drawn)
+    return {point.label: loss for point, loss, _ in passes}
 
 
 @pytest.fixture
@@ -60,7 +79,7 @@ def test_scala_step_and_its_gradients(images, teacher, isolated):
     """Four widths on slices with weights of their own; their gradients put back by index and summed."""
     net = slimmable("deit", isolated=isolated)
     settings = MethodSettings(smoothing=0.1, teacher="full")
-    losses = run(Scala(FOUR, settings), net, images, teacher)
+    losses = run(Scala(FOUR, settings, TASK), net, images, teacher)
     sum(losses.values()).backward()
 
     slices = {ratio: net.slice(ratio) for ratio in (1, 0.75, 0.5, 0.25)}
@@ -87,7 +106,7 @@ def test_scala_step_and_its_gradients(images, teacher, isolated):
 
 def test_the_frozen_teacher_teaches_every_width(images, teacher):
     net = slimmable()
-    losses = run(Scala(FOUR, MethodSettings()), net, images, teacher)
+    losses = run(Scala(FOUR, MethodSettings(), TASK), net, images, teacher)
     for ratio in (1, 0.75, 0.5, 0.25):
         logits = net(images, ratio)
         torch.testing.assert_close(losses[f"{ratio:g}"], ce(logits, 0.1) + kl(logits, teacher(images)))
@@ -95,21 +114,21 @@ def test_the_frozen_teacher_teaches_every_width(images, teacher):
 
 def test_without_a_teacher_each_width_teaches_the_next(images):
     net = slimmable()
-    losses = run(Scala(FOUR, MethodSettings()), net, images)
+    losses = run(Scala(FOUR, MethodSettings(), TASK), net, images)
     half, quarter = net(images, 0.5), net(images, 0.25)
     torch.testing.assert_close(losses["0.25"], ce(quarter, 0.1) + kl(quarter, half))
 
 
 def test_without_a_teacher_the_largest_learns_from_labels_alone(images):
     net = slimmable()
-    losses = run(Scala(FOUR, MethodSettings()), net, images)
+    losses = run(Scala(FOUR, MethodSettings(), TASK), net, images)
     torch.testing.assert_close(losses["1"], ce(net(images), 0.1), rtol=1e-5, atol=1e-6)
 
 
 def test_progressive_transfer_off_lets_the_largest_teach_all(images, teacher):
     net = slimmable()
     losses = run(
-        Scala(FOUR, MethodSettings(progressive_transfer=False, teacher="full")), net, images, teacher
+        Scala(FOUR, MethodSettings(progressive_transfer=False, teacher="full"), TASK), net, images, teacher
     )
     largest = net(images).detach()
     for ratio in (0.75, 0.5, 0.25):
@@ -119,7 +138,9 @@ def test_progressive_transfer_off_lets_the_largest_teach_all(images, teacher):
 
 def test_noise_calibration_off_leaves_labels_to_the_largest(images, teacher):
     net = slimmable()
-    losses = run(Scala(FOUR, MethodSettings(noise_calibration=False, teacher="full")), net, images, teacher)
+    losses = run(
+        Scala(FOUR, MethodSettings(noise_calibration=False, teacher="full"), TASK), net, images, teacher
+    )
     full, three = net(images), net(images, 0.75)
     torch.testing.assert_close(losses["1"], ce(full, 0.1) + kl(full, teacher(images)))
     torch.testing.assert_close(losses["0.75"], kl(three, full))
@@ -127,7 +148,7 @@ def test_noise_calibration_off_leaves_labels_to_the_largest(images, teacher):
 
 def test_usnet_step(images):
     net = slimmable()
-    losses = run(METHODS["usnet"](FOUR, MethodSettings()), net, images)
+    losses = run(USNet(FOUR, MethodSettings(), TASK), net, images)
     full = net(images)
     assert list(losses) == ["1", "0.75", "0.5", "0.25"]
     torch.testing.assert_close(losses["1"], ce(full, 0.1))
@@ -136,12 +157,12 @@ def test_usnet_step(images):
 
 def test_separate_trains_one_width(images, teacher):
     net = slimmable(ratios="0.5")
-    losses = run(METHODS["separate"](net.points, MethodSettings()), net, images, teacher)
+    losses = run(Separate(net.points, MethodSettings(), TASK), net, images, teacher)
     logits = net(images, 0.5)
     assert list(losses) == ["0.5"]
     torch.testing.assert_close(losses["0.5"], ce(logits, 0.1) + kl(logits, teacher(images)))
     with pytest.raises(PointError, match="one width a run"):
-        METHODS["separate"](FOUR, MethodSettings())
+        Separate(FOUR, MethodSettings(), TASK)
 
 
 @pytest.mark.parametrize("draw", [stable_sample, uniform_sample])
@@ -189,6 +210,13 @@ def test_the_teacher_gets_no_gradient():
 
 
 def test_every_method_can_be_named_on_the_command_line():
-    named = get_args(get_type_hints(MethodSettings)["method"])
-    assert set(named) == set(METHODS)
-    assert replace(MethodSettings(), method="usnet").method in METHODS
+    (command,) = (each for each in app.registered_commands if each.name == "finetune")
+    assert get_args(get_type_hints(command.callback)["method"]) == tuple(METHODS)
+    assert all(issubclass(method_named(name), Method) for name in METHODS)
+    assert all(method_named(name).parts <= set(OFF) for name in METHODS)
+
+
+def test_importing_the_names_of_methods_imports_no_torch():
+    """Or every `scala -h` would take seconds."""
+    code = "import scala_cli.cli.app, sys; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

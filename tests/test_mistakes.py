@@ -179,7 +179,7 @@ def test_our_own_bugs_exit_with_1(scala, tiny, monkeypatch):
     def bug(*_args, **_kwargs):
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr("scala_cli.measure.cost", bug)
+    monkeypatch.setattr("scala_cli.cost.cost", bug)
     answer = scala("info", tiny)
     assert answer.code == 1 and "bug of scala: ZeroDivisionError: oops" in answer.stderr
     assert "Traceback" not in answer.stderr

@@ -3,7 +3,7 @@ from fractions import Fraction
 import pytest
 
 from scala_cli.errors import PointError
-from scala_cli.slicing.point import Point, find_point, parse_points
+from scala_cli.slicing.point import Point, find_point, parse_points, ratios_of
 
 
 def test_one_width_is_one_key_however_it_is_written():
@@ -19,7 +19,11 @@ def test_label_reads_back(text, label):
     assert Point.of(label) == Point.of(text)
 
 
-@pytest.mark.parametrize("text", ["0", "1.5", "-0.5", "half", "", "1/0", "nan"])
+NO_POINTS = ["0", "1.5", "-0.5", "half", "", "1/0", "nan", "0.5@0", "0.5@", "0.5~2", "0.5~0", "@160"]
+HUGE = ["1e9999999", "1e-99999999", "9" * 5000]  # whose exact value would fill the memory
+
+
+@pytest.mark.parametrize("text", [*NO_POINTS, *HUGE])
 def test_no_width(text):
     with pytest.raises(PointError) as error:
         Point.of(text)
@@ -37,3 +41,31 @@ def test_an_untrained_width_names_its_neighbours():
     assert find_point("1/2", trained).label == "0.5"
     with pytest.raises(PointError, match=r"0\.46875 was not trained; the nearest trained: 0\.25, 0\.5"):
         find_point(0.46875, trained)
+
+
+FORMS = {
+    "0.5": Point(Fraction(1, 2)),
+    "0.5@160": Point(Fraction(1, 2), 160),
+    "1/3~0.7": Point(Fraction(1, 3), keep=Fraction(7, 10)),
+    "0.5@160~0.7": Point(Fraction(1, 2), 160, Fraction(7, 10)),
+}
+
+
+@pytest.mark.parametrize("text", FORMS)
+def test_a_point_has_one_name_and_one_row(text):
+    point = FORMS[text]
+    assert Point.of(text) == point and point.label == text
+    assert Point.of_row({"model": "vit", **point.columns(), "top1": 71.4}) == point
+    assert "/" not in point.file_name
+
+
+def test_a_row_names_size_and_keep_only_where_they_are_set():
+    assert Point.of("0.5").columns() == {"ratio": 0.5}
+    assert Point.of("0.5@160").columns() == {"ratio": 0.5, "size": 160}
+    assert Point.of("0.5@160~0.7").columns() == {"ratio": 0.5, "size": 160, "keep": 0.7}
+
+
+def test_points_are_ordered_by_ratio_then_size_then_keep():
+    ordered = ["0.25@224", "0.5@128~0.5", "0.5@128", "0.5@224~0.7", "0.5@224", "1@128"]
+    assert [str(point) for point in parse_points(",".join(reversed(ordered)))] == ordered
+    assert [str(ratio) for ratio in ratios_of(map(Point.of, ordered))] == ["1/4", "1/2", "1"]

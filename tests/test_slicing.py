@@ -1,17 +1,18 @@
 """The slicing rule against the naive thing: lists of kept channels, built by hand."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
 from conftest import KINDS, build, slimmable
 
 from scala_cli.errors import CheckpointError, PointError
-from scala_cli.slicing.point import Point, parse_points
+from scala_cli.slicing.point import Point, parse_points, ratios_of
 from scala_cli.slicing.rule import Rule, kept_end, slice_tensor
 from scala_cli.slicing.table import axes_of, vit_table
 
-WIDTHS = parse_points("0.25,0.5,0.75,1")
+WIDTHS = ratios_of(parse_points("0.25,0.5,0.75,1"))
 HEADS, HEAD_DIM, DIM = 2, 16, 32
 
 
@@ -64,7 +65,7 @@ def test_attention_keeps_the_same_channels_of_every_head(ratio, isolated):
         "attn_pool.proj.weight": (columns[:, :DIM], columns[stream][:, of_heads(HEADS)]),
     }
     whole = {name: tensor for name, (tensor, _) in expected.items()}
-    sliced = Rule(WIDTHS, HEADS, isolated).slice_state(whole, Point.of(ratio))
+    sliced = Rule(WIDTHS, HEADS, isolated).slice_state(whole, Point.of(ratio).ratio)
     for name, (_, kept) in expected.items():
         assert torch.equal(sliced[name], kept), name
 
@@ -77,7 +78,7 @@ def test_fused_layout_is_the_authors_block_cut(ratio, isolated):
     end = "last" if isolated and ratio in (0.5, 0.75) else "first"
     rule = Rule(WIDTHS, HEADS, isolated, layout="fused")
     state = {"blocks.0.attn.qkv.weight": weight, "blocks.0.attn.proj.weight": proj}
-    sliced = rule.slice_state(state, Point.of(ratio))
+    sliced = rule.slice_state(state, Point.of(ratio).ratio)
     kept = channels(DIM, ratio, end)
     assert torch.equal(sliced["blocks.0.attn.qkv.weight"], weight[channels(3 * DIM, ratio, end)][:, kept])
     assert torch.equal(sliced["blocks.0.attn.proj.weight"], proj[kept][:, kept])
@@ -87,14 +88,14 @@ def test_isolated_activation_sends_only_the_widths_between_to_the_other_end():
     span = WIDTHS[0], WIDTHS[-1]
     assert [kept_end(p, span, True) for p in WIDTHS] == ["first", "last", "last", "first"]
     assert [kept_end(p, span, False) for p in WIDTHS] == ["first"] * 4
-    two = parse_points("0.5,1")
+    two = ratios_of(parse_points("0.5,1"))
     assert [kept_end(p, (two[0], two[1]), True) for p in two] == ["first", "first"]
 
 
 def test_slices_are_views_wherever_torch_can():
     weight = torch.randn(DIM, DIM)
     embed = axes_of("blocks.0.mlp.fc1.weight", vit_table(HEADS, "aligned"))
-    view = slice_tensor(weight, embed, Point.of(0.5), "last")
+    view = slice_tensor(weight, embed, Fraction(1, 2), "last")
     assert view.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
 
 

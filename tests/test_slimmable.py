@@ -1,15 +1,20 @@
 """The slimmable forward against the exported slice, on one of each kind of model."""
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from itertools import product
+from threading import Barrier
 
 import pytest
 import timm
 import torch
 from conftest import KINDS, build, slimmable
+from timm.models.vision_transformer import Block, ResPostBlock
 
 from scala_cli.errors import CheckpointError, PointError
 from scala_cli.models.checkpoint import Record, load, save
+from scala_cli.models.views import weights_of
 from scala_cli.models.vit import describe, skip_unread
 from scala_cli.slicing.point import parse_points
 
@@ -54,7 +59,7 @@ def test_gradients_equal_those_of_the_slice(images):
     piece = net.slice(0.5)
     net(images, 0.5).square().mean().backward()
     piece(images).square().mean().backward()
-    kept = net.rule.slice_state({k: p.grad for k, p in net.vit.named_parameters()}, net.points[1])
+    kept = net.rule.slice_state({k: p.grad for k, p in net.vit.named_parameters()}, net.rule.ratios[1])
     for name, parameter in piece.named_parameters():
         torch.testing.assert_close(kept[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
@@ -62,10 +67,11 @@ def test_gradients_equal_those_of_the_slice(images):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_the_head_does_not_read_is_skipped_for_the_same_logits_and_gradients(kind, images):
     """Skipped is what lies behind a plain attention, where the head reads a class token alone."""
-    whole, sparing = slimmable(kind), slimmable(kind)
+    whole = slimmable(kind)
+    sparing = whole.copied()
     skip_unread(sparing.vit)
     tokens = []
-    for vit in (sparing.vit, sparing._skeleton(sparing.points[1])):
+    for vit in (sparing.vit, sparing._skeleton(sparing.rule.ratios[1])):
         vit.blocks[-1].mlp.register_forward_pre_hook(lambda _, given: tokens.append(given[0].shape[1]))
     for ratio in (1, 0.5):
         answers = whole(images, ratio), sparing(images, ratio)
@@ -115,10 +121,10 @@ def test_views_are_kept_only_as_long_as_the_weights(images, change):
     net(images, 0.5).sum().backward()
     with torch.no_grad():
         before = net(images, 0.5)
-        first = net._skeleton(net.points[1]).blocks[0].attn.qkv.weight
+        first = net._skeleton(net.rule.ratios[1]).blocks[0].attn.qkv.weight
         net(images, 0.25)
         assert torch.equal(net(images, 0.5), before)
-        assert net._skeleton(net.points[1]).blocks[0].attn.qkv.weight is first
+        assert net._skeleton(net.rule.ratios[1]).blocks[0].attn.qkv.weight is first
         CHANGES[change](net)
         assert torch.equal(net(images, 0.5), net.slice(0.5)(images))
         assert not torch.equal(net(images, 0.5), before)
@@ -131,6 +137,69 @@ def test_weights_made_in_inference_mode_are_cut_anew(images):
         net(images, 0.5)
         net.vit.blocks[0].attn.qkv.weight.mul_(2)
         assert torch.equal(net(images, 0.5), net.slice(0.5)(images))
+
+
+@torch.no_grad()
+def test_threads_may_share_a_family(images):
+    """On a fresh net every thread meets skeletons that others are building; later the weights change."""
+    kept = slimmable()
+    for factor in (1, 2):
+        for parameter in kept.vit.parameters():
+            parameter.mul_(factor)
+        expected = {point: kept.slice(point)(images) for point in kept.points}
+        nets = [kept, *(deepcopy(kept) for _ in range(5))]
+        for net in nets:
+            start = Barrier(6)
+
+            def answers(number, net=net, start=start):
+                with torch.no_grad():  # which a thread decides for itself
+                    start.wait()
+                    points = [*net.points[number % 4 :], *net.points[: number % 4]] * 3
+                    return [(point, net(images, point)) for point in points]
+
+            with ThreadPoolExecutor(6) as pool:
+                for told in pool.map(answers, range(6)):
+                    assert all(torch.allclose(answer, expected[point], atol=1e-5) for point, answer in told)
+
+
+def test_a_thread_that_predicts_does_not_cut_another_off_from_its_gradients(images):
+    """Between another thread's filling of a width and its forward."""
+    net = slimmable()
+    skeleton = net._skeleton(net.rule.ratios[1])
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: torch.no_grad()(net)(images, 0.5)).result()
+    skeleton(images).sum().backward()
+    assert net.vit.blocks[1].mlp.fc1.weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_buffers_are_carried_as_parameters_are(images):
+    """A buffer in place of a parameter, as BatchNorm has them, is cut by the same row of the table."""
+    net = slimmable()
+    net(images, 0.5)  # the skeleton has a parameter of that name
+    for name in ("weight", "bias"):
+        value = getattr(net.vit.norm, name).detach()
+        delattr(net.vit.norm, name)
+        net.vit.norm.register_buffer(name, value * 3)
+    assert "norm.weight" in weights_of(net.vit)
+    piece = net.slice(0.5)
+    assert torch.equal(piece.norm.weight, net.vit.norm.weight[:16])
+    torch.testing.assert_close(net(images, 0.5), piece(images))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_copy_for_training_is_timms_model_bit_for_bit(kind, images):
+    net = slimmable(kind)
+    copied = net.copied()
+    stock = {Block, ResPostBlock}
+    assert all(type(block) in stock for block in net.vit.blocks)
+    assert not any(type(block) is Block for block in copied.vit.blocks)
+    for ratio in (1, 0.5):
+        assert torch.equal(copied(images, ratio), net(images, ratio))
+    for parameter in copied.vit.parameters():
+        parameter.zero_()
+    assert net.vit.patch_embed.proj.weight.abs().sum() > 0
 
 
 def test_switching_widths_holds_no_more_each_time(images):

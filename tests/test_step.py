@@ -6,25 +6,34 @@ from functools import partialmethod
 from random import Random
 
 import pytest
+import timm
 import torch
+from conftest import slimmable
 from runs import Listener, settings, start
+from safetensors.torch import load_file
 from timm.models.vision_transformer import Block
 
-from scala_cli.device import naming_lack_of_memory, note_emulation, uses_bfloat16
 from scala_cli.errors import ScalaError
+from scala_cli.memory import naming_lack_of_memory
+from scala_cli.methods.base import Batch, Pass
+from scala_cli.methods.scala import Scala
 from scala_cli.models.checkpoint import Record, load, save
 from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.precision import note_emulation, uses_bfloat16
 from scala_cli.settings import AugmentSettings, DeviceSettings, OptimizerSettings
-from scala_cli.training.finetune import open_splits
+from scala_cli.tasks import task_named
+from scala_cli.training.finetune import finetune
 from scala_cli.training.loop import Trainer
 from scala_cli.training.run import Run
 from scala_cli.training.step import Step
 from scala_cli.watch import Watcher
 
+TASK = task_named("classification")
+
 
 def trainer(photos, **groups) -> Trainer:
     chosen = settings(photos, **groups)
-    return Trainer(start(), True, chosen, open_splits(chosen))
+    return Trainer(start(), TASK, True, chosen, TASK.open(chosen))
 
 
 def step(photos, **groups) -> Step:
@@ -162,7 +171,7 @@ def test_gradient_checkpointing_computes_blocks_again_for_the_same_gradients(pho
         chosen = OptimizerSettings(epochs=1, batch_size=4, grad_checkpointing=again)
         ready = step(photos, optimizer=chosen)
         ready.optimizer.zero_grad = lambda: None
-        models = [ready.net.vit, *(ready.net._skeleton(point) for point in ready.net.points[:-1])]
+        models = [ready.net.vit, *(ready.net._skeleton(ratio) for ratio in ready.net.rule.ratios[:-1])]
         count = [0] * len(models)
         for number, model in enumerate(models):
 
@@ -186,7 +195,7 @@ def test_compiled_widths_are_compiled_once_and_compute_the_same(photos, monkeypa
     for compiled in (False, True):
         chosen = OptimizerSettings(epochs=1, batch_size=4, torchcompile=compiled)
         start_of_two = start(ratios="0.5,1")
-        ready = Step(start_of_two, False, settings(photos, optimizer=chosen), torch.device("cpu"))
+        ready = Step(start_of_two, TASK, False, settings(photos, optimizer=chosen), torch.device("cpu"))
         ready.net.train()
         ready.gather_gradients(images, targets)
         gradients.append([p.grad for p in ready.net.vit.parameters()])
@@ -230,7 +239,8 @@ def test_the_narrowest_pulls_with_its_weight(photos):
     ready = step(photos, optimizer=chosen)
     ready.optimizer.zero_grad = ready.optimizer.step = lambda: None
     own = {}
-    for point, loss in ready.method.passes(ready.predict, images, labels, ready.teach, Random("0 0")):
+    drawn = ready.method.draw(Random("0 0"))
+    for point, loss, _ in ready.method.passes(Batch(images, labels), ready.predict, ready.teach, drawn):
         loss.backward()
         own[point] = [p.grad.clone() for p in ready.net.vit.parameters()]
         ready.net.zero_grad()
@@ -247,7 +257,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(photos, monkeypatch):
     given = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
     ready(*given)
     before = deepcopy(ready.state())
-    monkeypatch.setattr(ready.method, "weight", lambda _: math.inf)
+    monkeypatch.setattr(ready.method, "weight", lambda *_: math.inf)
     with pytest.raises(ScalaError, match=r"norm is (nan|inf) at step 2"):
         ready(*given)
     for part in ("weights", "average"):
@@ -266,7 +276,7 @@ def test_what_training_starts_from_stays_as_it_was(photos, tmp_path):
     begun = load(tmp_path / "start")
     assert any(parameter.data_ptr() % 64 for parameter in begun.vit.parameters())
     weights = {name: tensor.clone() for name, tensor in begun.vit.state_dict().items()}
-    ready = Step(begun, True, settings(photos), torch.device("cpu"))
+    ready = Step(begun, TASK, True, settings(photos), torch.device("cpu"))
     ready(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]))
     assert all(torch.equal(tensor, weights[name]) for name, tensor in begun.vit.state_dict().items())
     assert all(parameter.requires_grad for parameter in begun.vit.parameters())
@@ -293,7 +303,7 @@ def test_what_moves_uncounted_is_cut_anew(photos, monkeypatch, averaged):
 
     monkeypatch.setattr("torch._foreach_lerp_", uncounted)
     chosen = settings(photos, optimizer=OptimizerSettings(batch_size=4, model_ema=averaged))
-    ready = Step(start(ratios="0.25,0.375,0.5,0.625,0.75,0.875,1"), True, chosen, torch.device("cpu"))
+    ready = Step(start(ratios="0.25,0.375,0.5,0.625,0.75,0.875,1"), TASK, True, chosen, torch.device("cpu"))
     ready.optimizer = SGD([*ready.net.vit.parameters()])
     images = torch.randn(4, 3, 16, 16)
     for _ in range(2):
@@ -313,3 +323,46 @@ def test_a_model_can_be_copied_after_a_step(photos):
         assert torch.equal(copied(images, 0.5), ready.net(images, 0.5))
         copied.vit.head.bias += 1
         torch.testing.assert_close(copied(images, 0.5), ready.net(images, 0.5) + 1)
+
+
+class WithDecoder(Scala):
+    """A method with a part of its own, which the sum of its logits passes through."""
+
+    def modules(self, width):
+        return torch.nn.ModuleDict({"decoder": torch.nn.Linear(width, 3)})
+
+    def passes(self, batch, student, teacher, drawn):
+        for point, loss, weight in super().passes(batch, student, teacher, drawn):
+            yield Pass(point, loss + self.step.modules["decoder"](torch.ones(32)).square().sum(), weight)
+
+
+def test_what_only_training_needs_is_trained_and_resumed_but_in_no_checkpoint(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("scala_cli.methods.scala.Scala", WithDecoder)
+    ready = trainer(photos)
+    ready.step.method.step = ready.step
+    before = deepcopy(ready.step.modules.state_dict())
+    ready.train(run := Run(tmp_path / "run"), Record(), Watcher())
+    after = ready.step.modules.state_dict()
+    assert not torch.equal(after["decoder.weight"], before["decoder.weight"])
+    again = trainer(photos)
+    again.restore(run.read_state())
+    assert all(torch.equal(again.step.modules.state_dict()[name], tensor) for name, tensor in after.items())
+    assert len(again.step.optimizer.state) == len(ready.step.optimizer.state) == len(ready.step.parameters)
+    assert not any("decoder" in name for name in load_file(run.path / "last/model.safetensors"))
+
+
+def test_training_does_not_touch_what_it_starts_from(photos, tmp_path):
+    """A model of the caller's keeps its head, its mode and its settings; so does the caller's process."""
+    net = slimmable()
+    net.vit.train()
+    before = deepcopy(net.vit)
+    config, fused = dict(net.vit.pretrained_cfg), timm.layers.use_fused_attn()
+    for amp in (False, True):
+        chosen = settings(photos, 0.3, device=DeviceSettings(device="cpu", amp=amp))
+        finetune(net, Record(), chosen, Run(tmp_path / str(amp)), Listener())
+    assert net.vit.training and net.vit.num_classes == 5 and net.spec.num_classes == 5
+    assert net.vit.pretrained_cfg == config and timm.layers.use_fused_attn() == fused
+    for (name, one), other in zip(net.vit.named_parameters(), before.parameters(), strict=True):
+        assert torch.equal(one, other) and one.requires_grad and one.grad is None, name
+    for one, other in zip(net.vit.modules(), before.modules(), strict=True):
+        assert type(one) is type(other) and getattr(one, "fused_attn", 0) == getattr(other, "fused_attn", 0)

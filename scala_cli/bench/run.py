@@ -12,23 +12,21 @@ import torch
 from torch import Tensor
 
 from scala_cli.bench.subject import TORCH, Subject, other, points_of, refuse_runtimes
+from scala_cli.cost import gmacs
 from scala_cli.data.loader import Loader
-from scala_cli.device import (
-    allow_compiling_all,
-    autocast,
-    choose_device,
-    naming_lack_of_memory,
-    note_emulation,
-    peak_memory,
-)
+from scala_cli.device import allow_compiling_all, choose_device
 from scala_cli.errors import naming_failure
-from scala_cli.evaluate import accuracies, widths
+from scala_cli.evaluate import metrics, widths
 from scala_cli.formats import FORMATS, is_int8, write
-from scala_cli.measure import Predictor, Timing, conditions, peak_gflops, take_turns, time_calls, warm_up
+from scala_cli.memory import naming_lack_of_memory, peak_memory
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.precision import autocast, note_emulation
 from scala_cli.settings import BenchSettings, DeviceSettings
 from scala_cli.slicing.point import Point
+from scala_cli.tasks import task_named
+from scala_cli.tasks.base import Task, main_column
+from scala_cli.timing import Predictor, Timing, conditions, peak_gflops, take_turns, time_calls, warm_up
 from scala_cli.watch import QUIET, Watcher
 
 LARGEST_BATCH, LARGEST_ON_A_GPU, SLOWEST_MS = 64, 1024, 3000
@@ -82,17 +80,19 @@ def bench(
         peak_gflops(device, bool(where.amp)),
         watch,
     )
-    exact: dict[Any, float | None] = {point: record.top1(point) for point in points}
+    task = task_named(record.task)
+    main = main_column(task)
+    exact: dict[Any, float | None] = {point: record.measured(point, main) for point in points}
     if loader:
-        exact = {**top1_of(widths(net.to(device), points, where), loader, device, watch)}
+        exact = {**measured(widths(net.to(device), points, where), task, loader, device, watch)}
         net.to("cpu")
 
-    def top1(runtime: str, models: Mapping[Point, Predictor]) -> Mapping[Any, float | None]:
+    def accuracy(runtime: str, models: Mapping[Point, Predictor]) -> Mapping[Any, float | None]:
         if is_int8(runtime):
-            return top1_of(models, loader, device, watch) if loader else {}
+            return measured(models, task, loader, device, watch) if loader else {}
         return exact
 
-    rows = [row for runtime in runtimes for row in run.rows(subjects, runtime, partial(top1, runtime))]
+    rows = [row for runtime in runtimes for row in run.rows(subjects, runtime, partial(accuracy, runtime))]
     told = conditions(device, bool(where.amp))
     return {**told, "batch_size": run.size, "peak_gflops": round(run.peak, 1), "points": rows}
 
@@ -120,12 +120,12 @@ class Bench:
         self,
         subjects: Sequence[Subject],
         runtime: str,
-        top1: Callable[[Mapping[Point, Predictor]], Mapping[Any, float | None]],
+        accuracy: Callable[[Mapping[Point, Predictor]], Mapping[Any, float | None]],
     ) -> list[dict[str, Any]]:
         """A row of every subject in one runtime. Nothing of it is left when the next runtime has its turn.
 
         Args:
-            top1: measures or knows the accuracy of each width.
+            accuracy: measures or knows the accuracy of each width.
         """
         with TemporaryDirectory() as folder:
             loads = {each: self.loading(each, runtime, Path(folder)) for each in subjects}
@@ -141,25 +141,26 @@ class Bench:
             warm_up(calls, self.device, self.watch)
             timings = time_calls(calls, self.device, self.rounds, self.watch)
             most = self.most(models) if self.search else {s: (self.size, t) for s, t in timings.items()}
-            accuracy = top1({each.point: model for each, model in models.items() if each.point})
+            known = accuracy({each.point: model for each, model in models.items() if each.point})
             return [
                 {
                     "model": each.name,
-                    "ratio": float(each.point.ratio) if each.point else None,
+                    **(each.point.columns() if each.point else {"ratio": None}),
                     "runtime": runtime,
-                    **each.costs,
+                    "params": each.params,
+                    "gmacs": gmacs(each.macs),
                     **self.told(each, timings[each], runtime),
                     "throughput": round(most[each][0] / most[each][1].median * 1000, 2),
                     "batch": most[each][0],
                     "memory_mb": megabytes(peaks[each]),
-                    "top1": accuracy.get(each.point),
+                    "top1": known.get(each.point),
                 }
                 for each in subjects
             ]
 
     def told(self, subject: Subject, timing: Timing, runtime: str) -> dict[str, Any]:
         """The columns of a latency."""
-        reached = 2 * subject.costs["gmacs"] * self.size / (timing.median / 1000) / self.peak
+        reached = 2 * subject.macs / 1e9 * self.size / (timing.median / 1000) / self.peak
         return {
             "latency_ms": round(timing.median, 3),
             "latency_ms_low": round(timing.low, 3) if timing.low else None,
@@ -246,10 +247,12 @@ class Bench:
         return best
 
 
-def top1_of(
-    models: Mapping[Point, Predictor], loader: Loader, device: torch.device, watch: Watcher
+def measured(
+    models: Mapping[Point, Predictor], task: Task, loader: Loader, device: torch.device, watch: Watcher
 ) -> dict[Point, float]:
-    return {point: found["top1"] for point, found in accuracies(models, loader, device, watch).items()}
+    """The task's first metric of every point."""
+    found = metrics(models, task, loader, device, watch)
+    return {point: each[main_column(task)] for point, each in found.items()}
 
 
 def megabytes(size: int | None) -> float | None:

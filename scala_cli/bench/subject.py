@@ -1,6 +1,6 @@
 """What is timed: the widths of a family, models to compare them with, and the runtimes that run them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,9 +9,9 @@ import timm
 import torch
 from torch import nn
 
+from scala_cli.cost import macs_of, params_of
 from scala_cli.errors import CheckpointError, ScalaError, naming_failure
 from scala_cli.formats import FORMATS, format_named
-from scala_cli.measure import cost_of
 from scala_cli.models.locate import short_name
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.source import locate
@@ -28,29 +28,25 @@ class Subject:
     Args:
         name: timm's.
         point: the width; None for a model that is only compared with.
-        costs: {"params", "gmacs"}
+        params, macs: its parameters, and the multiply-accumulates of one image.
         build: the model on the CPU, in evaluation mode; told so, as exporters want it.
     """
 
     name: str
     point: Point | None
     input_size: tuple[int, ...]
-    costs: Mapping[str, Any]
+    params: int
+    macs: int
     build: Callable[[bool], nn.Module]
 
 
 def points_of(net: SlimmableViT, points: Sequence[Point]) -> list[Subject]:
-    size = net.spec.input_size
-    return [
-        Subject(
-            net.spec.architecture,
-            point,
-            size,
-            cost_of(net.spec.at(point).build(), size),
-            partial(net.slice, point),
-        )
-        for point in points
-    ]
+    size, subjects = net.spec.input_size, []
+    for point in points:
+        skeleton = net.spec.at(point.ratio).build()
+        costs = params_of(skeleton), macs_of(skeleton, size)
+        subjects.append(Subject(net.spec.architecture, point, size, *costs, partial(net.slice, point)))
+    return subjects
 
 
 def other(asked: str) -> Subject:
@@ -64,8 +60,8 @@ def other(asked: str) -> Subject:
         with torch.device("meta"):
             skeleton = build(False)
         size = tuple(skeleton.pretrained_cfg["input_size"])
-        costs = cost_of(skeleton, size)
-    return Subject(short_name(asked), None, size, costs, build)
+        costs = params_of(skeleton), macs_of(skeleton, size)
+    return Subject(short_name(asked), None, size, *costs, build)
 
 
 def refuse_runtimes(runtimes: Sequence[str], device: torch.device, bfloat16: bool) -> None:

@@ -97,7 +97,9 @@ def bench(
                 batch_size=size, grad_checkpointing=grad_checkpointing, torchcompile=torchcompile
             )
             training = Settings("", optimizer=optimizer, device=device)
-            document = bench_training(net.with_points(points), training, settings.runs or 10, live)
+            document = bench_training(
+                net.with_points(points), record.task, training, settings.runs or 10, live
+            )
         else:
             images = (
                 validation_loader(net, data, EvalSettings().batch_size, read) if data is not None else None

@@ -51,7 +51,7 @@ def compare(
     Example: scala compare deit_s --data DIR --methods scala,separate --seeds 3 --epochs 2
     """
     from scala_cli.models.source import open_slimmable
-    from scala_cli.plot import MISSING, arms_picture, can_draw, save
+    from scala_cli.plot import MISSING, can_draw
     from scala_cli.training.compare import arms_of, columns
     from scala_cli.training.compare import compare as run
 
@@ -70,8 +70,6 @@ def compare(
         except KeyboardInterrupt:
             out.note("the same command goes on where this one stopped.")
             raise
-    if can_draw():
-        save(arms_picture(rows), target / "compare.svg")
     out.result(
         {"path": str(target), "seeds": seeds, "equal": equal, "arms": rows},
         [columns(row) for row in rows],

@@ -127,7 +127,9 @@ class Live(Watcher):
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         if not self.out.quiet and is_first():
-            points = [{key: point[key] for key in ("ratio", "top1", "top5")} for point in row["points"]]
+            points = [
+                {name: value for name, value in point.items() if name != "images"} for point in row["points"]
+            ]
             title = f"epoch {row['epoch']}, {row['images_per_sec']:.0f} images/s"
             print_table(self.progress.console, points, title)
 

@@ -73,14 +73,15 @@ def convert(
     target = output or Path(f"{short_name(model)}-slimmable")
     refuse_occupied(target, force, FILES, weights or path_of(model))
 
+    from scala_cli.cost import cost
     from scala_cli.data.loader import calibration_images
     from scala_cli.data.split import open_split
-    from scala_cli.measure import cost, largest_difference
     from scala_cli.models.checkpoint import save
     from scala_cli.models.order import put_first_what_matters
     from scala_cli.models.slimmable import SlimmableViT
     from scala_cli.models.source import Changes, open_model
     from scala_cli.models.vit import random_images
+    from scala_cli.timing import largest_difference
 
     split = open_split(data, True, read.data_dir) if data is not None else None  # before any download
     changes = Changes(num_classes, img_size, patch_size)
@@ -97,7 +98,7 @@ def convert(
             net = put_first_what_matters(net, images)
     difference = largest_difference(net.vit, original, net.spec)
     save(net, replace(record, order=order or record.order), target)
-    rows = [{"ratio": float(point.ratio), **cost(net.spec.at(point))} for point in net.points]
+    rows = [{**point.columns(), **cost(net.spec.at(point.ratio))} for point in net.points]
     out.result(
         {
             "path": str(target),

@@ -10,8 +10,9 @@ def env(*, out: Output) -> None:
 
     import torch
 
-    from scala_cli.device import choose_device, device_name, uses_bfloat16
+    from scala_cli.device import choose_device, device_name
     from scala_cli.models.checkpoint import versions
+    from scala_cli.precision import uses_bfloat16
     from scala_cli.settings import DeviceSettings
 
     device = choose_device(DeviceSettings())

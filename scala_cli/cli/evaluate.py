@@ -46,16 +46,19 @@ def evaluate(
     directory = find_checkpoint(checkpoint, out)
 
     from scala_cli.cascade import Cascade
-    from scala_cli.device import choose_device, note_emulation, uses_bfloat16
+    from scala_cli.device import choose_device
     from scala_cli.evaluate import evaluate, evaluate_cascade, validation_loader
     from scala_cli.models.checkpoint import load_with_record
     from scala_cli.models.vit import choose_attention
     from scala_cli.plot import cascade_picture, refuse_picture, save
+    from scala_cli.precision import note_emulation, uses_bfloat16
+    from scala_cli.tasks import task_named
 
     if plot:
         refuse_picture(plot)
     place = choose_device(device)
-    net, _ = load_with_record(directory)
+    net, record = load_with_record(directory)
+    task = task_named(record.task)
     net.to(place)
     choose_attention(net.vit, place, uses_bfloat16(place, device))
     loader = validation_loader(net, data, settings.batch_size, read)
@@ -69,7 +72,7 @@ def evaluate(
             document = next({**row} for row in sweep if row["threshold"] == threshold)
             document |= {"cascade": [str(point) for point in asked.points], "points": rows, "sweep": sweep}
         else:
-            rows = evaluate(net, loader, choose_points(ratio, net.points), device, live)
+            rows = evaluate(net, task, loader, choose_points(ratio, net.points), device, live)
             document = {"points": rows}
         loader.tell_skipped(live)
     if cascade and plot:

@@ -93,7 +93,7 @@ def finetune(
             if error.resumable and run.holds_state():
                 error.hint += f" Then go on: scala finetune --resume {run.path}"
             raise
-    rows = [{key: point[key] for key in ("ratio", "top1", "top5")} for point in best["points"]]
+    rows = [{name: value for name, value in point.items() if name != "images"} for point in best["points"]]
     out.result(
         {
             "run": str(run.path),
@@ -104,7 +104,7 @@ def finetune(
         rows,
         title=f"best epoch: {best['epoch']}",
     )
-    out.note(f"next: scala slice --ratio {Point.of(best['points'][0]['ratio'])}, scala bench")
+    out.note(f"next: scala slice --ratio {Point.of_row(best['points'][0])}, scala bench")
 
 
 def is_given(context: typer.Context, name: str) -> bool:

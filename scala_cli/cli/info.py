@@ -25,12 +25,15 @@ def info(
         return tell_architectures(out)
     directory = find_checkpoint(checkpoint, out)
 
-    from scala_cli.measure import cost
+    from scala_cli.cost import cost
     from scala_cli.models.checkpoint import load_with_record
+    from scala_cli.tasks import task_named
+    from scala_cli.tasks.base import main_column
 
     net, record = load_with_record(directory)
+    main = main_column(task_named(record.task))
     rows = [
-        {"ratio": float(point.ratio), **cost(net.spec.at(point)), "top1": record.top1(point)}
+        {**point.columns(), **cost(net.spec.at(point.ratio)), main: record.measured(point, main)}
         for point in net.points
     ]
     out.result(

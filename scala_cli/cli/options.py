@@ -9,11 +9,12 @@ import os
 from collections.abc import Callable
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
 from scala_cli.cli.console import Output, reporting_errors
+from scala_cli.methods import METHODS
 from scala_cli.models.locate import resolve
 from scala_cli.settings import DEFAULT_RATIOS
 
@@ -82,6 +83,10 @@ def add_command(app: typer.Typer, name: str, function: Callable[..., None]) -> N
     app.command(name)(run)
 
 
+CHOICES = {"method": METHODS}
+"""Settings whose values are names that somebody else knows."""
+
+
 def parameter_of(field: Field, group: type) -> inspect.Parameter:
     """The option of one dataclass field: --field-name, its short flag, its help text, its default."""
     hints = get_type_hints(group)
@@ -91,6 +96,7 @@ def parameter_of(field: Field, group: type) -> inspect.Parameter:
         off = f"--no-{flag[2:]}"
         flags[0] = {"on": flag, "off": f" /{off}", "": f"{flag}/{off}"}[field.metadata["only"]]
     panel = None if group is Output else (group.__doc__ or "").rstrip(".")
+    kind = Literal[*CHOICES[field.name]] if field.name in CHOICES else hints[field.name]
     shows_default = hints[field.name] is not bool
     info = typer.Option(
         *flags,
@@ -104,5 +110,5 @@ def parameter_of(field: Field, group: type) -> inspect.Parameter:
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=field.default,
-        annotation=Annotated[hints[field.name], info],
+        annotation=Annotated[kind, info],
     )

@@ -45,7 +45,7 @@ def slice(
     with out.progress() as live:
         if point is None:
             rows = candidates(directory, budget, device, live)
-            point = Point.of(choose(rows, budget)["ratio"])
+            point = Point.of_row(choose(rows, budget))
         target = output or default_target(checkpoint, directory, point.file_name)
         result = slice_model(directory, point, target, force, live)
     out.result({**result, "candidates": rows} if rows else result, rows)

@@ -1,16 +1,19 @@
 """Which width fits: the widest within what may be spent, or the narrowest that is good enough."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from scala_cli.bench.run import bench
+from scala_cli.cost import cost
 from scala_cli.errors import PointError
-from scala_cli.measure import cost
 from scala_cli.models.checkpoint import load_with_record, read_about
 from scala_cli.settings import BenchSettings, Budget, DeviceSettings
 from scala_cli.slicing.point import Point
+from scala_cli.tasks import task_named
+from scala_cli.tasks.base import main_column
 from scala_cli.watch import Watcher
 
 MEASURED = {"latency_ms", "memory_mb"}
@@ -31,12 +34,21 @@ def candidates(
         rows = bench(net, record, net.points, (), BenchSettings(batch_size=1), where, watch)["points"]
     else:
         spec, rule, record = read_about(checkpoint)
+        main = main_column(task_named(record.task))
         rows = [
-            {"ratio": float(point.ratio), **cost(spec.at(point)), "top1": record.top1(point)}
-            for point in rule.points
+            {**point.columns(), **cost(spec.at(point.ratio)), main: record.measured(point, main)}
+            for point in map(Point, rule.ratios)
         ]
-    names = dict.fromkeys(["ratio", "params", "gmacs", "top1", *(name for name, _, _ in limits_of(budget))])
-    return [{**{name: row[name] for name in names}, "fits": excess(row, budget) <= 1} for row in rows]
+    main = main_column(task_named(record.task))
+    names = ["params", "gmacs", main, *(name for name, _, _ in limits_of(budget))]
+    return [
+        {
+            **Point.of_row(row).columns(),
+            **{name: row.get(name) for name in dict.fromkeys(names)},
+            "fits": excess(row, budget) <= 1,
+        }
+        for row in rows
+    ]
 
 
 def choose(rows: Sequence[dict[str, Any]], budget: Budget) -> dict[str, Any]:
@@ -48,8 +60,8 @@ def choose(rows: Sequence[dict[str, Any]], budget: Budget) -> dict[str, Any]:
     if fitting:
         return fitting[0 if budget.min_top1 is not None else -1]
     closest = min(rows, key=lambda row: excess(row, budget))
-    ratio = Point.of(closest["ratio"]).label
-    has = ", ".join(f"{name} {shown(closest[name])}" for name, _, _ in limits_of(budget))
+    ratio = Point.of_row(closest).label
+    has = ", ".join(f"{name} {shown(closest.get(name))}" for name, _, _ in limits_of(budget))
     raise PointError(
         f"no trained width fits; the closest is {ratio} with {has}.",
         f"Allow more, or cut that one: scala slice --ratio {ratio}; "
@@ -76,7 +88,9 @@ def excess(row: dict[str, Any], budget: Budget) -> float:
     """By what factor a row misses its worst limit; at most 1 where it fits."""
     factors = [0.0]
     for name, limit, least in limits_of(budget):
-        value = row[name]
+        value = row.get(name)
+        if value is None:
+            return math.inf
         over, under = (limit, value) if least else (value, limit)
-        factors.append(float("inf") if value is None or (not under and over) else over / (under or 1))
+        factors.append(math.inf if not under and over else over / (under or 1))
     return max(factors)

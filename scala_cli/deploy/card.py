@@ -9,6 +9,8 @@ from scala_cli.models.checkpoint import Record
 from scala_cli.models.vit import Spec
 from scala_cli.report import Rows, markdown
 from scala_cli.slicing.point import Point
+from scala_cli.tasks import task_named
+from scala_cli.tasks.base import Task, main_column
 
 CARD = """---
 {metadata}
@@ -56,18 +58,19 @@ def model_card(
         rows: {"ratio", "params", "gmacs"} of every width that it holds.
         picture: the name of one beside the card.
     """
-    found = {Point.of(metric["ratio"]): metric for metric in record.metrics}
+    found = {Point.of_row(metric): metric for metric in record.metrics}
+    task = task_named(record.task)
     place = f"{'hf-hub' if repository else 'local-dir'}:{name}"
     code = [PLAIN.format(place=place)] if not family or holds_full_width(rows) else []
     if family:
-        source, narrowest = place if repository else name, Point.of(rows[0]["ratio"]).label
+        source, narrowest = place if repository else name, Point.of_row(rows[0]).label
         code.append(FAMILY.format(source=source, ratio=repr(narrowest)))
     command = record.provenance.get("command")
     card = CARD.format(
         metadata=metadata(name, spec, record, rows).to_yaml(),
         name=name,
         what=description(spec, record, rows, family),
-        table=markdown([{**line(row), **accuracy(found, Point.of(row["ratio"]))} for row in rows]),
+        table=markdown([{**line(row), **accuracy(found, Point.of_row(row), task)} for row in rows]),
         picture=f"\n![top-1 against GMACs]({picture})\n" if picture else "",
         code="\n\n".join(code),
         origin=record.provenance.get("weights", "unknown"),
@@ -79,7 +82,7 @@ def model_card(
 def description(spec: Spec, record: Record, rows: Rows, family: bool) -> str:
     _, height, width = spec.input_size
     method = f", trained by the {record.method} method" if record.method else ""
-    points = [Point.of(row["ratio"]) for row in rows]
+    points = [Point.of_row(row) for row in rows]
     warning = record.untrained(points)
     warning = f" {warning.capitalize()}." if warning else ""
     if not family:
@@ -100,45 +103,47 @@ def description(spec: Spec, record: Record, rows: Rows, family: bool) -> str:
 
 def holds_full_width(rows: Rows) -> bool:
     """Whether the widest of a family's widths, which come last, is that of the model itself."""
-    return Point.of(rows[-1]["ratio"]).ratio == 1
+    return Point.of_row(rows[-1]).ratio == 1
 
 
 def line(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "width": Point.of(row["ratio"]).label,
+        "width": Point.of_row(row).label,
         "parameters, M": row["params"] / 1e6,
         "GMACs": row["gmacs"],
     }
 
 
-def accuracy(found: Mapping[Point, Mapping[str, float]], point: Point) -> dict[str, Any]:
+def accuracy(found: Mapping[Point, Mapping[str, float]], point: Point, task: Task) -> dict[str, Any]:
     """Columns for the accuracy of one width; none where that of no width is known."""
     if not found:
         return {}
     metric = found.get(point)
-    return {f"top-{k}, %": f"{metric[f'top{k}']:.2f}" if metric else None for k in (1, 5)}
+    columns = task.columns.items()
+    return {title: f"{metric[name]:.2f}" if metric and name in metric else None for name, title in columns}
 
 
 def metadata(name: str, spec: Spec, record: Record, rows: Rows) -> ModelCardData:
     """What the Hub reads of a card; the accuracy of every width as its model-index."""
     data, base = str(record.provenance.get("data", "")), str(record.provenance.get("model", ""))
-    held = {Point.of(row["ratio"]) for row in rows}
+    held, task = {Point.of_row(row) for row in rows}, task_named(record.task)
+    main = main_column(task)
     results = [
         EvalResult(
-            task_type="image-classification",
+            task_type=task.hub["task_type"],
             dataset_type=data,
             dataset_name=data,
-            metric_type="accuracy",
-            metric_name=f"top-1 at width {Point.of(metric['ratio'])}",
-            metric_value=round(metric["top1"], 2),
+            metric_type=task.hub["metric_type"],
+            metric_name=f"{task.columns[main].partition(',')[0]} at width {Point.of_row(metric)}",
+            metric_value=round(metric[main], 2),
         )
         for metric in record.metrics
-        if data and Point.of(metric["ratio"]) in held
+        if data and main in metric and Point.of_row(metric) in held
     ]
     return ModelCardData(
         library_name="timm",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "timm", "scala-vit"],
+        pipeline_tag=task.hub["task_type"],
+        tags=[task.hub["task_type"], "timm", "scala-vit"],
         license=spec.pretrained_cfg.get("license"),
         base_model=base.removeprefix("hf-hub:").partition("@")[0] if base.startswith("hf-hub:") else None,
         model_name=name if results else None,

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from scala_cli.errors import CheckpointError, ScalaError
 from scala_cli.files import (
@@ -22,11 +21,12 @@ from scala_cli.files import (
     whole_files,
 )
 from scala_cli.formats import Format, format_named, is_int8, opened, to_onnx, write
-from scala_cli.measure import Predictor
-from scala_cli.models.locate import CONFIG, WEIGHTS
+from scala_cli.models.locate import CONFIG, EXTRA, WEIGHTS
 from scala_cli.models.slimmable import Ratio, SlimmableViT
+from scala_cli.models.views import fill, weights_of
 from scala_cli.models.vit import Spec
 from scala_cli.slicing.point import Point, find_point
+from scala_cli.timing import Predictor
 from scala_cli.watch import QUIET, Watcher
 
 TOLERANCE = 1e-4
@@ -119,7 +119,7 @@ def export(
     return {
         "path": str(target),
         "format": kind,
-        "ratio": float(point.ratio),
+        **point.columns(),
         "max_abs_diff": found.largest,
         "same_top1": found.same_top1,
         "images": len(images),
@@ -136,12 +136,14 @@ class AtWidth(nn.Module):
             self.add_module(name, part)
         for name, parameter in net.vit.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
-        self.cut = lambda state: net.rule.slice_state(state, point)
+        self.cut = lambda state: net.rule.slice_state(state, point.ratio)
         # in a list, for its parameters are not this model's
-        self.skeleton = [net.spec.at(point).of_fixed_size().build()]
+        self.skeleton = [net.spec.at(point.ratio).of_fixed_size().build()]
 
     def forward(self, images: Tensor) -> Tensor:
-        return functional_call(self.skeleton[0], self.cut(dict(self.named_parameters())), (images,))
+        (skeleton,) = self.skeleton
+        fill(skeleton, self.cut(weights_of(self)))
+        return skeleton(images)
 
 
 @torch.no_grad()
@@ -172,11 +174,11 @@ def export_all(
     import onnx_ir
 
     names = {point: f"{point.file_name}.onnx" for point in net.points}
-    refuse_occupied(target, force, {CONFIG, WEIGHTS, *names.values()}, source=checkpoint)
+    refuse_occupied(target, force, {CONFIG, WEIGHTS, EXTRA, *names.values()}, source=checkpoint)
     watch.phase("export", len(net.points), "widths")
     rows = []
     with whole_directory(target) as fresh:
-        for name in (CONFIG, WEIGHTS):
+        for name in [name for name in (CONFIG, WEIGHTS, EXTRA) if (checkpoint / name).is_file()]:
             copyfile(checkpoint / name, fresh / name)
         places = places_of(fresh / WEIGHTS)
         for point, name in names.items():
@@ -193,7 +195,7 @@ def export_all(
             ours: Predictor = partial(net, ratio=point)
             found = Difference.between(ours, opened("onnx", fresh / name), images)
             refuse_difference(found, "onnx", real=False)
-            rows.append({"ratio": float(point.ratio), "file": name, "max_abs_diff": found.largest})
+            rows.append({**point.columns(), "file": name, "max_abs_diff": found.largest})
             watch.step(1)
         sizes = {file.name: file.stat().st_size for file in fresh.iterdir()}
     full = sizes[WEIGHTS] + sizes[names[net.widest]]

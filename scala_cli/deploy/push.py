@@ -7,17 +7,19 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from scala_cli.cost import cost
 from scala_cli.deploy.card import model_card
 from scala_cli.deploy.slice import slice_model, tell_untrained
 from scala_cli.errors import ScalaError
 from scala_cli.files import refuse_occupied, whole_directory
-from scala_cli.measure import cost
 from scala_cli.models.checkpoint import read_about
 from scala_cli.models.hub import TRANSPORT, fail_fast_offline
-from scala_cli.models.locate import CARD, CONFIG, FILES, WEIGHTS
+from scala_cli.models.locate import CARD, CONFIG, EXTRA, FILES, WEIGHTS
 from scala_cli.models.slimmable import Ratio
 from scala_cli.plot import arms_picture, can_draw, save
-from scala_cli.slicing.point import find_point
+from scala_cli.slicing.point import Point, find_point
+from scala_cli.tasks import task_named
+from scala_cli.tasks.base import main_column
 from scala_cli.watch import Watcher
 
 PICTURE = "widths.svg"
@@ -43,22 +45,29 @@ def write_repository(
         raise ScalaError("that is no name of a repository.", "Name it so: scala push [CKPT] org/name")
     refuse_occupied(target, force, OURS, source=checkpoint)
     full, rule, record = read_about(checkpoint)
-    points = rule.points if ratio is None else (find_point(ratio, rule.points),)
+    points, task = tuple(map(Point, rule.ratios)), task_named(record.task)
+    points = points if ratio is None else (find_point(ratio, points),)
+    main = main_column(task)
     rows = [
-        {"ratio": float(point.ratio), **cost(full.at(point)), "top1": record.top1(point), "spread": None}
+        {
+            **point.columns(),
+            **cost(full.at(point.ratio)),
+            main: record.measured(point, main),
+            "spread": None,
+        }
         for point in points
     ]
-    drawn = ratio is None and can_draw() and all(row["top1"] is not None for row in rows)
+    drawn = ratio is None and can_draw() and all(row[main] is not None for row in rows)
     with whole_directory(target) as fresh:
         if ratio is None:
-            for name in (CONFIG, WEIGHTS):
+            for name in [name for name in (CONFIG, WEIGHTS, EXTRA) if (checkpoint / name).is_file()]:
                 copyfile(checkpoint / name, fresh / name)
             tell_untrained(record, points, watch)
         else:
             slice_model(checkpoint, points[0], fresh, force=True, watch=watch)
         if drawn:
-            save(arms_picture([{"arm": repo, "points": rows}]), fresh / PICTURE)
-        spec = full if ratio is None else full.at(points[0])
+            save(arms_picture([{"arm": repo, "points": rows}], task), fresh / PICTURE)
+        spec = full if ratio is None else full.at(points[0].ratio)
         card = model_card(
             repo, spec, record, rows, family=ratio is None, repository=True, picture=PICTURE if drawn else ""
         )

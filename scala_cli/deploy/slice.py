@@ -6,15 +6,15 @@ from typing import Any
 
 import timm
 import torch
-from torch.func import functional_call
 
+from scala_cli.cost import cost
 from scala_cli.deploy.card import model_card
 from scala_cli.errors import CheckpointError
 from scala_cli.files import refuse_occupied, whole_directory
-from scala_cli.measure import cost
 from scala_cli.models.checkpoint import Record, TensorByTensor, read_about, versions, write_timm
 from scala_cli.models.locate import CARD, FILES, WEIGHTS, resolve, short_name
 from scala_cli.models.slimmable import Ratio
+from scala_cli.models.views import fill
 from scala_cli.models.vit import random_images, refuse_misfit
 from scala_cli.slicing.point import Point, find_point
 from scala_cli.watch import QUIET, Watcher
@@ -45,13 +45,13 @@ def slice_model(
     """
     checkpoint, target = resolve(checkpoint), Path(target)
     full, rule, record = read_about(checkpoint)
-    point = find_point(ratio, rule.points)
+    point = find_point(ratio, map(Point, rule.ratios))
     refuse_occupied(target, force, FILES, source=checkpoint)
-    spec = full.at(point)
+    spec = full.at(point.ratio)
     size = cost(spec)
     result = {
         "path": str(target),
-        "ratio": float(point.ratio),
+        **point.columns(),
         "params": size["params"],
         "gmacs": size["gmacs"],
     }
@@ -61,19 +61,18 @@ def slice_model(
         "new_head": record.new_head,
         "ratio": point.label,
         "method": record.method,
-        "metrics": [m for m in record.metrics if Point.of(m["ratio"]) == point],
+        "metrics": [m for m in record.metrics if Point.of_row(m) == point],
         "versions": versions(),
     }
     weights, probe = TensorByTensor(checkpoint / WEIGHTS), random_images(spec, 1)
-    views, skeleton = rule.slice_state(weights, point), spec.build()
+    views, skeleton = rule.slice_state(weights, point.ratio), spec.build(slim=True)
     refuse_misfit(skeleton, views, weights.file)
     tell_untrained(record, [point], watch)
-    expected = functional_call(skeleton, views, (probe,), strict=True)  # as SlimmableViT.forward
-    del views
+    fill(skeleton, views)
+    expected = skeleton(probe)  # as SlimmableViT.forward
+    del views, skeleton
     with whole_directory(target) as fresh:
-        piece = spec.build_with(rule.slice_state(weights, point, copy=True))
-        write_timm(piece, spec, about, fresh)
-        del piece
+        write_timm(rule.slice_state(weights, point.ratio, copy=True), spec, about, fresh)
         (fresh / CARD).write_text(model_card(target.name, spec, record, [result], family=False))
         again = timm.create_model(f"local-dir:{fresh}", pretrained=True).eval()
         difference = (again(probe) - expected).abs().max().item()

@@ -1,8 +1,19 @@
-"""Training methods, by the name a user gives."""
+"""Training methods, by the name a user gives; each lies in a file of that name.
 
-from scala_cli.methods.base import Method
-from scala_cli.methods.scala import Scala
-from scala_cli.methods.separate import Separate
-from scala_cli.methods.usnet import USNet
+Imports no torch, so that the names can be offered, or refused, at once.
+"""
 
-METHODS: dict[str, type[Method]] = {"scala": Scala, "usnet": USNet, "separate": Separate}
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from scala_cli.methods.base import Method
+
+METHODS = {"scala": "Scala", "usnet": "USNet", "separate": "Separate"}
+ONE_POINT = "separate"
+"""The method that trains one width by itself, as the full one is where it has to learn new classes first."""
+
+
+def method_named(name: str) -> "type[Method]":
+    """The class of a method. Raises KeyError for a name that METHODS does not have."""
+    return getattr(import_module(f"scala_cli.methods.{name}"), METHODS[name])

@@ -1,13 +1,18 @@
 """What a training method is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from random import Random
+from typing import Any, ClassVar, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from scala_cli.settings import MethodSettings
 from scala_cli.slicing.point import Point
+from scala_cli.slicing.rule import AttnScale
+from scala_cli.slicing.table import Layout
+from scala_cli.tasks.base import Task
 
 Student = Callable[[Tensor, Point], Tensor]
 """images (B, C, H, W), point -> logits (B, classes)"""
@@ -15,37 +20,93 @@ Student = Callable[[Tensor, Point], Tensor]
 Teacher = Callable[[Tensor], Tensor]
 """images (B, C, H, W) -> logits (B, classes), without gradient"""
 
+OFF: Mapping[str, Any] = {
+    "order": "none",
+    "teacher": "none",
+    **{part.name: False for part in fields(MethodSettings) if part.type in (bool, bool | None)},
+}
+"""The parts that a method may have, each a field of MethodSettings, with the value that leaves it out."""
+
+
+class Batch(NamedTuple):
+    """Images (B, C, H, W) and targets: (B,) class numbers, or (B, classes) probabilities."""
+
+    images: Tensor
+    targets: Tensor
+
+
+class Pass(NamedTuple):
+    """One forward of a step: the point, its loss, and how much that counts in the sum that is minimised."""
+
+    point: Point
+    loss: Tensor
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method with its settings, and how the starting weights are cut for it."""
+
+    settings: MethodSettings
+    layout: Layout = "aligned"
+    attn_scale: AttnScale = "native"
+
 
 class Method(ABC):
     """One training step as a sequence of passes.
 
     Args:
-        points: the widths to train, narrowest first.
+        points: what to train, smallest first.
         settings: which parts of the method are on.
+        task: what the model is for.
     """
 
-    isolated = False
+    parts: ClassVar[frozenset[str]] = frozenset()
+    """The keys of OFF that mean something to the method. With "teacher", the frozen start takes part."""
+
+    one_point: ClassVar[bool] = False
+    """Whether a run trains one point only; a family then takes a run for each."""
+
+    isolated: ClassVar[bool] = False
     """Whether the method trains with Isolated Activation unless the user says otherwise."""
 
-    taught = True
-    """Whether the frozen starting model has a part in the method."""
+    recipes: ClassVar[Mapping[str, Recipe]] = {}
+    """Variants of the method that `scala compare` offers, by their names."""
 
-    def __init__(self, points: Sequence[Point], settings: MethodSettings) -> None:
-        self.points, self.settings = tuple(sorted(points)), settings
+    def __init__(self, points: Sequence[Point], settings: MethodSettings, task: Task) -> None:
+        self.points, self.settings, self.task = tuple(sorted(points)), settings, task
+
+    @abstractmethod
+    def draw(self, random: Random) -> list[Point]:
+        """The points that one step trains, largest first.
+
+        Args:
+            random: the step's own, alike on every machine that takes part.
+        """
 
     @abstractmethod
     def passes(
-        self, net: Student, images: Tensor, targets: Tensor, teacher: Teacher | None, random: Random
-    ) -> Iterator[tuple[Point, Tensor]]:
-        """Yields (width, loss) one pass at a time; the caller backpropagates each as it comes, then steps.
+        self, batch: Batch, student: Student, teacher: Teacher | None, drawn: Sequence[Point]
+    ) -> Iterator[Pass]:
+        """Yields one pass at a time; the caller backpropagates each as it comes, then moves the weights.
 
         Args:
-            images: (B, C, H, W)
-            targets: (B,) class numbers or (B, classes) probabilities.
             teacher: the frozen full-width model, or None.
-            random: this step's own, alike on every machine that takes part.
+            drawn: what `draw` gave.
         """
 
-    def weight(self, point: Point) -> int:
-        """How much the loss of a width counts in the sum that is minimised."""
-        return 1
+    def modules(self, width: int) -> nn.Module:
+        """Parts that only training needs: trained and resumed with the model, in no checkpoint.
+
+        Args:
+            width: channels of the full model.
+        """
+        return nn.Module()
+
+    @classmethod
+    def effective(cls, settings: MethodSettings) -> MethodSettings:
+        """The settings with every part off that has no effect in this method."""
+        settings = replace(settings, **{part: off for part, off in OFF.items() if part not in cls.parts})
+        if settings.isolation is None:
+            settings = replace(settings, isolation=cls.isolated and settings.order != "importance")
+        return settings

@@ -1,16 +1,13 @@
 """Scala: Slicing Vision Transformer for Flexible Inference (arXiv 2412.04786)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from random import Random
+from typing import ClassVar
 
-from torch import Tensor
-
-from scala_cli.methods.base import Method, Student, Teacher
-from scala_cli.methods.losses import cross_entropy, distillation
+from scala_cli.methods.base import OFF, Batch, Method, Pass, Recipe, Student, Teacher
+from scala_cli.settings import MethodSettings
 from scala_cli.slicing.point import Point
-
-PASSES = 4
-"""Widths trained in one step, where there are as many."""
 
 
 class Scala(Method):
@@ -21,41 +18,54 @@ class Scala(Method):
     it teaches all where there is one. Isolated Activation is the fourth part; it lives in the slicing rule.
     """
 
+    parts = frozenset(OFF)
     isolated = True
+    recipes: ClassVar[Mapping[str, Recipe]] = {
+        # what the authors' released code does with pretrained weights (Table 8): qkv cut as one block
+        "paper": Recipe(
+            MethodSettings(order="none", isolation=True, teacher="full", favour_narrowest=False),
+            "fused",
+            "fixed",
+        )
+    }
+
+    def draw(self, random: Random) -> list[Point]:
+        """The largest, two between, the smallest."""
+        sample = stable_sample if self.settings.stable_sampling else uniform_sample
+        return sample(self.points, random)
 
     def passes(
-        self, net: Student, images: Tensor, targets: Tensor, teacher: Teacher | None, random: Random
-    ) -> Iterator[tuple[Point, Tensor]]:
-        lesson = teacher(images) if teacher else None
-        for point in self.sample(random):
-            logits = net(images, point)
+        self, batch: Batch, student: Student, teacher: Teacher | None, drawn: Sequence[Point]
+    ) -> Iterator[Pass]:
+        lesson = teacher(batch.images) if teacher else None
+        for point in drawn:
+            output = student(batch.images, point)
             largest = point == self.points[-1]
-            loss = logits.new_zeros(())
             # Noise Calibration: the label corrects a noisy teacher; without it only the largest sees labels
-            if self.settings.noise_calibration or largest:
-                loss = loss + cross_entropy(logits, targets, self.settings.smoothing)
-            if lesson is not None:
-                loss = loss + distillation(logits, lesson)
-            yield point, loss
+            labels = batch.targets if self.settings.noise_calibration or largest else None
+            yield Pass(
+                point, self.task.loss(output, labels, lesson, self.settings), self.weight(point, drawn)
+            )
             if teacher and self.settings.teacher == "all":
                 continue
             # Progressive Knowledge Transfer: each width teaches the next; without it the largest teaches all
             if self.settings.progressive_transfer or largest:
-                lesson = logits.detach()
+                lesson = output.detach()
 
-    def weight(self, point: Point) -> int:
-        """The narrowest counts as much as all others together.
+    def weight(self, point: Point, drawn: Sequence[Point]) -> float:
+        """The narrowest counts as much as all others of the step together.
 
         Its channels are pulled at by every wider width as well, so that it has the least say in what is
         all it has; trained alone it would have them to itself.
         """
         favoured = self.settings.favour_narrowest and point == self.points[0]
-        return max(1, min(PASSES, len(self.points)) - 1) if favoured else 1
+        return max(1, len(drawn) - 1) if favoured else 1
 
-    def sample(self, random: Random) -> list[Point]:
-        """The widths of one step: the largest, two between, the smallest."""
-        draw = stable_sample if self.settings.stable_sampling else uniform_sample
-        return draw(self.points, random)
+    @classmethod
+    def effective(cls, settings: MethodSettings) -> MethodSettings:
+        """Where the frozen model teaches all widths, none teaches the next."""
+        settings = super().effective(settings)
+        return replace(settings, progressive_transfer=False) if settings.teacher == "all" else settings
 
 
 def stable_sample(points: Sequence[Point], random: Random) -> list[Point]:

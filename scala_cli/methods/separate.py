@@ -3,32 +3,34 @@
 from collections.abc import Iterator, Sequence
 from random import Random
 
-from torch import Tensor
-
 from scala_cli.errors import PointError
-from scala_cli.methods.base import Method, Student, Teacher
-from scala_cli.methods.losses import cross_entropy, distillation
+from scala_cli.methods.base import Batch, Method, Pass, Student, Teacher
 from scala_cli.settings import MethodSettings
 from scala_cli.slicing.point import Point
+from scala_cli.tasks.base import Task
 
 
 class Separate(Method):
     """One width from its slice of the starting weights, with labels and, where there is one, the teacher."""
 
-    def __init__(self, points: Sequence[Point], settings: MethodSettings) -> None:
-        super().__init__(points, settings)
+    parts = frozenset({"order", "teacher"})
+    one_point = True
+
+    def __init__(self, points: Sequence[Point], settings: MethodSettings, task: Task) -> None:
+        super().__init__(points, settings, task)
         if len(self.points) != 1:
             raise PointError(
                 f"method separate trains one width a run, not {len(self.points)}.",
                 f"Give one: --ratios {self.points[0]}",
             )
 
+    def draw(self, random: Random) -> list[Point]:
+        return [*self.points]
+
     def passes(
-        self, net: Student, images: Tensor, targets: Tensor, teacher: Teacher | None, random: Random
-    ) -> Iterator[tuple[Point, Tensor]]:
-        (point,) = self.points
-        logits = net(images, point)
-        loss = cross_entropy(logits, targets, self.settings.smoothing)
-        if teacher:
-            loss = loss + distillation(logits, teacher(images))
-        yield point, loss
+        self, batch: Batch, student: Student, teacher: Teacher | None, drawn: Sequence[Point]
+    ) -> Iterator[Pass]:
+        (point,) = drawn
+        lesson = teacher(batch.images) if teacher else None
+        output = student(batch.images, point)
+        yield Pass(point, self.task.loss(output, batch.targets, lesson, self.settings))

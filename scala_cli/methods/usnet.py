@@ -1,12 +1,9 @@
 """Universally Slimmable Networks (arXiv 1903.05134), the baseline of the Scala paper."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from random import Random
 
-from torch import Tensor
-
-from scala_cli.methods.base import Method, Student, Teacher
-from scala_cli.methods.losses import cross_entropy, distillation
+from scala_cli.methods.base import Batch, Method, Pass, Student, Teacher
 from scala_cli.methods.scala import uniform_sample
 from scala_cli.slicing.point import Point
 
@@ -14,14 +11,17 @@ from scala_cli.slicing.point import Point
 class USNet(Method):
     """The sandwich rule, with the full width learning from the labels and teaching all others in place."""
 
-    taught = False
+    parts = frozenset({"order", "isolation"})
+
+    def draw(self, random: Random) -> list[Point]:
+        return uniform_sample(self.points, random)
 
     def passes(
-        self, net: Student, images: Tensor, targets: Tensor, teacher: Teacher | None, random: Random
-    ) -> Iterator[tuple[Point, Tensor]]:
-        largest, *others = uniform_sample(self.points, random)
-        logits = net(images, largest)
-        yield largest, cross_entropy(logits, targets, self.settings.smoothing)
-        lesson = logits.detach()
+        self, batch: Batch, student: Student, teacher: Teacher | None, drawn: Sequence[Point]
+    ) -> Iterator[Pass]:
+        largest, *others = drawn
+        output = student(batch.images, largest)
+        yield Pass(largest, self.task.loss(output, batch.targets, None, self.settings))
+        lesson = output.detach()
         for point in others:
-            yield point, distillation(net(images, point), lesson)
+            yield Pass(point, self.task.loss(student(batch.images, point), None, lesson, self.settings))

@@ -1,5 +1,6 @@
 """Which of timm's Vision Transformers can be sliced: each is tried, without weights and one block deep."""
 
+from fractions import Fraction
 from typing import Any
 
 import timm
@@ -9,12 +10,12 @@ from scala_cli.errors import ScalaError
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.source import create
 from scala_cli.models.vit import describe, refuse_misfit
-from scala_cli.slicing.point import parse_points
 from scala_cli.slicing.rule import Rule
 from scala_cli.watch import Watcher
 
 MODULES = ("deit", "vision_transformer", "vision_transformer_hybrid", "vitamin")
 """timm's files that build its class VisionTransformer; all other architectures are other classes."""
+HALF = Fraction(1, 2)
 
 
 def survey(watch: Watcher) -> list[dict[str, Any]]:
@@ -39,9 +40,9 @@ def obstacle(name: str) -> str:
     try:
         with torch.device("meta"):
             vit = create(name, args)
-        spec, points = describe(vit, args), parse_points("0.5,1")
-        net = SlimmableViT(vit, spec, Rule(points, spec.num_heads))
-        refuse_misfit(spec.at(points[0]).build(), net.rule.slice_state(vit.state_dict(), points[0]), name)
+        spec = describe(vit, args)
+        net = SlimmableViT(vit, spec, Rule((HALF, Fraction(1)), spec.num_heads))
+        refuse_misfit(spec.at(HALF).build(), net.rule.slice_state(vit.state_dict(), HALF), name)
     except ScalaError as error:
         return error.message.removeprefix("this model cannot be sliced: ").rstrip(".")
     return ""

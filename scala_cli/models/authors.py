@@ -25,7 +25,7 @@ from scala_cli.slicing.rule import Rule
 
 NAME = re.compile(r"deit_(so_tiny|tiny|small|base)(_distilled)?_patch16_224_scala")
 EPS = 1e-5
-DISTILLED_ENDS = Point.of("0.25"), Point.of("1")
+DISTILLED_ENDS = Fraction(1, 4), Fraction(1)
 """In the distilled model these widths keep the first channels, whichever were trained."""
 
 
@@ -43,11 +43,11 @@ def open_theirs(content: Foreign, origin: str) -> SlimmableViT:
         CheckpointError: for the first key that does not fit, or where the widths are not told.
     """
     spec = spec_of(content)
-    points = trained_points(content.options, origin)
-    for point in points:
-        spec.at(point)
+    ratios = trained_ratios(content.options, origin)
+    for ratio in ratios:
+        spec.at(ratio)
     bounds = DISTILLED_ENDS if "_distilled" in content.named else None
-    rule = Rule(points, spec.num_heads, isolated=True, layout="fused", attn_scale="fixed", bounds=bounds)
+    rule = Rule(ratios, spec.num_heads, isolated=True, layout="fused", attn_scale="fixed", bounds=bounds)
     refuse_misfit(spec.build(), content.state, origin)
     return SlimmableViT(spec.build_with(with_eps(content.state, spec, EPS)), spec, rule)
 
@@ -63,7 +63,7 @@ def spec_of(content: Foreign) -> Spec:
     return describe(vit, args)
 
 
-def trained_points(options: Mapping[str, Any], origin: str) -> tuple[Point, ...]:
+def trained_ratios(options: Mapping[str, Any], origin: str) -> tuple[Fraction, ...]:
     """The widths from `smallest_ratio` to `largest_ratio` in steps of `granularity`."""
     try:
         smallest, largest, step = (
@@ -76,4 +76,4 @@ def trained_points(options: Mapping[str, Any], origin: str) -> tuple[Point, ...]
             f"{origin} does not tell its widths: smallest_ratio, largest_ratio and granularity in its args.",
             "Take the file that the training script saved, not one with the weights alone.",
         ) from None
-    return tuple(Point(smallest + number * step) for number in range(math.floor(count) + 1))
+    return tuple(Point(smallest + number * step).ratio for number in range(math.floor(count) + 1))

@@ -1,28 +1,32 @@
 """The checkpoint directory: timm's config.json and model.safetensors, plus what a slimmable ViT needs.
 
-Everything of ours is one top-level "scala" object in config.json, which timm ignores, so the full model
-and every slice load with `timm.create_model("local-dir:DIR", pretrained=True)`.
+Everything of ours is one top-level "scala" object in config.json, and extra.safetensors where there are
+tensors that timm has no place for. timm ignores both, so the full model and every slice load with
+`timm.create_model("local-dir:DIR", pretrained=True)`.
+
+The object may grow: a reader passes over fields that it does not know, and those that are missing have
+defaults. Its format number rises only where a reader that passes over a field would be wrong.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
 import safetensors
 from safetensors import safe_open
-from safetensors.torch import load_file
-from timm.models import VisionTransformer, save_for_hf
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
 from torch import Tensor
 
 import scala_cli
 from scala_cli.errors import CheckpointError
 from scala_cli.files import whole_directory
-from scala_cli.models.locate import CONFIG, WEIGHTS, read_config, resolve
+from scala_cli.models.locate import CONFIG, EXTRA, WEIGHTS, read_config, resolve
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.vit import Spec, spec_of
-from scala_cli.slicing.point import Point, parse_points
+from scala_cli.slicing.point import Point, decimal, parse_points, ratios_of
 from scala_cli.slicing.rule import AttnScale, Rule
 from scala_cli.slicing.table import Layout
 
@@ -37,9 +41,10 @@ class Record:
         trained: whether its weights are pretrained or trained at all, or still random.
         method: the training method, or None before any.
         order: how the channels were put in order: by "importance", or "none"; None is not decided yet.
-        metrics: per trained point {"ratio", "top1", "top5"}, in percent.
+        metrics: per trained point its columns, and those of the task: {"ratio", "top1", "top5"}, in percent.
         provenance: where the weights came from, and the versions that wrote them.
         new_head: whether the head, alone of trained weights, is still random.
+        task: what the model is for, a name of `tasks.TASKS`.
     """
 
     trained: bool = True
@@ -48,6 +53,7 @@ class Record:
     metrics: Sequence[Mapping[str, float]] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     new_head: bool = False
+    task: str = "classification"
 
     def untrained(self, points: Sequence[Point]) -> str:
         """What is to be told of widths that no training has been through yet; "" of others."""
@@ -62,8 +68,13 @@ class Record:
         order = ", only put in order of importance" if self.order == "importance" else ""
         return f"{have} not been trained{order}"
 
-    def top1(self, point: Point) -> float | None:
-        return next((m["top1"] for m in self.metrics if Point.of(m["ratio"]) == point), None)
+    def measured(self, point: Point, column: str) -> float | None:
+        """What was measured of a point in training; None where that is not known."""
+        return next((m.get(column) for m in self.metrics if Point.of_row(m) == point), None)
+
+    def told(self) -> dict[str, Any]:
+        """The record as config.json holds it; a task that is the default is not written."""
+        return {name: value for name, value in vars(self).items() if (name, value) != ("task", Record.task)}
 
 
 def versions() -> dict[str, str]:
@@ -75,26 +86,28 @@ def save(net: SlimmableViT, record: Record, directory: Path) -> None:
     rule = net.rule
     about = {
         "format": FORMAT,
-        **vars(record),
-        "ratios": [point.label for point in rule.points],
+        **record.told(),
+        "ratios": [*map(decimal, rule.ratios)],
         "isolated": rule.isolated,
-        "bounds": [point.label for point in rule.bounds] if rule.bounds else None,
+        "bounds": [*map(decimal, rule.bounds)] if rule.bounds else None,
         "layout": rule.layout,
         "attn_scale": rule.attn_scale,
-        "dims": {point.label: dims(net.spec.at(point)) for point in rule.points},
+        "dims": {decimal(ratio): dims(net.spec.at(ratio)) for ratio in rule.ratios},
         "provenance": {**record.provenance, "versions": versions()},
     }
     with whole_directory(directory) as fresh:
-        write_timm(net.vit, net.spec, about, fresh)
+        write_timm(net.vit.state_dict(), net.spec, about, fresh)
+        if net.extra:
+            save_file({name: tensor.contiguous() for name, tensor in net.extra.items()}, fresh / EXTRA)
 
 
-def write_timm(vit: VisionTransformer, spec: Spec, about: Mapping[str, Any], directory: Path) -> None:
+def write_timm(state: Mapping[str, Tensor], spec: Spec, about: Mapping[str, Any], directory: Path) -> None:
     """The two files timm reads, with `about` beside its own settings."""
     config: dict[str, Any] = {"scala": about}
     if spec.label_names:
         config["label_names"] = list(spec.label_names)
-    vit.pretrained_cfg = dict(spec.pretrained_cfg)  # type: ignore[assignment]  # timm's own plain attribute
-    save_for_hf(vit, str(directory), config, model_args=dict(spec.model_args), safe_serialization=True)
+    stock = spec.build_with(state)  # without the blocks and settings of training
+    save_for_hf(stock, str(directory), config, model_args=dict(spec.model_args), safe_serialization=True)
 
 
 def dims(spec: Spec) -> dict[str, int]:
@@ -113,7 +126,8 @@ def load_with_record(directory: Path) -> tuple[SlimmableViT, Record]:
     """The model of a resolved checkpoint directory, and what its config.json records."""
     spec, rule, record = read_about(directory)
     file = directory / WEIGHTS
-    net = SlimmableViT(spec.build_with(read_weights(file), origin=file), spec, rule)
+    extra = read_weights(directory / EXTRA) if (directory / EXTRA).is_file() else {}
+    net = SlimmableViT(spec.build_with(read_weights(file), origin=file), spec, rule, extra)
     return net.eval(), record
 
 
@@ -139,24 +153,27 @@ def read_about(directory: Path) -> tuple[Spec, Rule, Record]:
         )
     spec = spec_of(config)
     try:
-        if about["layout"] not in get_args(Layout) or about["attn_scale"] not in get_args(AttnScale):
-            raise ValueError(f"layout {about['layout']!r}, attn_scale {about['attn_scale']!r}")
-        rule = Rule(
-            points=parse_points(",".join(about["ratios"])),
-            num_heads=spec.num_heads,
-            isolated=about["isolated"],
-            layout=about["layout"],
-            attn_scale=about["attn_scale"],
-            bounds=tuple(map(Point.of, about["bounds"])) if about.get("bounds") else None,  # type: ignore
-        )
-        record = Record(**{name: about[name] for name in vars(Record())})
-        for point in rule.points:
-            record.top1(point)
+        rule = read_rule(about, spec)
+        record = Record(**{f.name: about[f.name] for f in fields(Record) if f.name in about})
+        for metric in record.metrics:
+            Point.of_row(metric)
     except KeyError as missing:
         raise CheckpointError(f"{directory / CONFIG} lacks {missing}.", "Convert it again.") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{directory / CONFIG} is damaged: {error}.", "Convert it again.") from None
     return spec, rule, record
+
+
+def read_rule(about: Mapping[str, Any], spec: Spec) -> Rule:
+    """The rule in a "scala" object. Raises KeyError, TypeError or ValueError where it is damaged."""
+    chosen = {name: about[name] for name in ("isolated", "layout", "attn_scale") if name in about}
+    rule = Rule(ratios_of(parse_points(",".join(about["ratios"]))), spec.num_heads, **chosen)
+    if rule.layout not in get_args(Layout) or rule.attn_scale not in get_args(AttnScale):
+        raise ValueError(f"layout {rule.layout!r}, attn_scale {rule.attn_scale!r}")
+    smallest, largest = about.get("bounds") or (None, None)
+    if smallest is None or largest is None:
+        return rule
+    return replace(rule, bounds=(Point.of(smallest).ratio, Point.of(largest).ratio))
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

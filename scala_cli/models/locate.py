@@ -7,7 +7,9 @@ from typing import Any
 from scala_cli.errors import CheckpointError
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-FILES = {WEIGHTS, CONFIG, CARD}
+EXTRA = "extra.safetensors"
+"""What timm has no place for, where there is any."""
+FILES = {WEIGHTS, EXTRA, CONFIG, CARD}
 STATE = "state.pt"
 """What a run directory resumes from."""
 LAST_RUN = Path("runs/last")

@@ -1,16 +1,18 @@
 """A slimmable ViT: an ordinary timm VisionTransformer plus a slicing rule."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from threading import RLock
 from typing import Any
 
 import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from scala_cli.models.vit import LastBlock, Spec, skip_unread
-from scala_cli.slicing.point import Point, find_point
+from scala_cli.models.views import Stamp, fill, stamp, weights_of
+from scala_cli.models.vit import Spec, imitate, rebuilt
+from scala_cli.slicing.point import Point, find_point, ratios_of
 from scala_cli.slicing.rule import Rule
 from scala_cli.slicing.table import axes_of
 
@@ -21,32 +23,31 @@ class SlimmableViT(nn.Module):
     """Every width of one ViT in one set of full-width weights.
 
     The forward at a width is timm's own forward, run on views of the kept channels; in training the last
-    block may be spared what is not read (`vit.skip_unread`).
+    block may be spared what is not read (`vit.skip_unread`). Several threads may call it at once.
 
     Args:
         vit: the full-width timm model.
         spec: what `vit` is built from.
-        rule: which channels each width keeps; its points are the widths this model answers at.
+        rule: which channels each width keeps; its ratios are the widths this model answers at.
+        extra: tensors that timm has no place for, by their own names; `extra.safetensors` of a checkpoint.
 
     Raises:
         PointError: where a width does not divide the model's channels.
         CheckpointError: where the slicing table does not know a parameter.
     """
 
-    def __init__(self, vit: VisionTransformer, spec: Spec, rule: Rule) -> None:
+    def __init__(
+        self, vit: VisionTransformer, spec: Spec, rule: Rule, extra: Mapping[str, Tensor] | None = None
+    ) -> None:
         super().__init__()
-        self.vit, self.spec, self.rule = vit, spec, rule
-        self._skeletons: dict[Point, VisionTransformer] = {}
-        self._filled: dict[Point, Stamp | None] = {}
-        for name, _ in vit.named_parameters():
+        self.vit, self.spec, self.rule, self.extra = vit, spec, rule, dict(extra or {})
+        self.points = tuple(map(Point, rule.ratios))
+        """The members of the family, smallest first."""
+        self._forget_skeletons()
+        for name in weights_of(vit):
             axes_of(name, rule.table)
-        for point in rule.points:
-            spec.at(point)
-
-    @property
-    def points(self) -> tuple[Point, ...]:
-        """The widths, narrowest first."""
-        return self.rule.points
+        for ratio in rule.ratios:
+            spec.at(ratio)
 
     @property
     def widest(self) -> Point:
@@ -55,8 +56,16 @@ class SlimmableViT(nn.Module):
     def with_points(self, points: Sequence[Point]) -> "SlimmableViT":
         """The same weights, answering at other widths, each cut from the end it was trained at."""
         bounds = self.rule.span if self.rule.isolated else None
-        rule = replace(self.rule, points=tuple(sorted(points)), bounds=bounds)
-        return SlimmableViT(self.vit, self.spec, rule)
+        return self.with_rule(replace(self.rule, ratios=ratios_of(points), bounds=bounds))
+
+    def with_rule(self, rule: Rule) -> "SlimmableViT":
+        """The same weights, cut by another rule."""
+        return SlimmableViT(self.vit, self.spec, rule, self.extra)
+
+    def copied(self) -> "SlimmableViT":
+        """A copy with weights of its own, built for training (`vit.rebuilt`)."""
+        extra = {name: tensor.clone() for name, tensor in self.extra.items()}
+        return SlimmableViT(rebuilt(self.vit, self.spec), self.spec, self.rule, extra)
 
     def forward(self, images: Tensor, ratio: Ratio | None = None) -> Tensor:
         """Logits at a width.
@@ -78,19 +87,15 @@ class SlimmableViT(nn.Module):
         point = self.widest if ratio is None else find_point(ratio, self.points)
         if point.ratio == 1:
             return self.vit(images)
-        skeleton, weights = self._skeleton(point), dict(self.vit.named_parameters())
-        now = None if torch.is_grad_enabled() else stamp(weights.values())
-        if now is None or self._filled.get(point) != now:
-            fill(skeleton, self.rule.slice_state(weights, point))
-            self._filled[point] = now
-        return skeleton(images)
+        return self._skeleton(point.ratio)(images)
 
     def compile(self, **options: Any) -> None:
         """Compiles every width by itself, at its first forward."""
         self.vit.compile(**options)
-        for point in self.points:
-            if point.ratio != 1:
-                self._skeleton(point).compile(**options)
+        for ratio in self.rule.ratios:
+            if ratio != 1:
+                for graded in (True, False):
+                    self._empty_skeleton(ratio, graded).compile(**options)
 
     @torch.no_grad()
     def slice(self, ratio: Ratio, fixed_size: bool = False) -> VisionTransformer:
@@ -100,47 +105,44 @@ class SlimmableViT(nn.Module):
             fixed_size: where timm's model takes images of any size, one that takes those of its own size
                 only: what exporters can trace.
         """
-        point = find_point(ratio, self.points)
-        state, spec = self.rule.slice_state(self.vit.state_dict(), point, copy=True), self.spec.at(point)
+        ratio = find_point(ratio, self.points).ratio
+        state, spec = self.rule.slice_state(self.vit.state_dict(), ratio, copy=True), self.spec.at(ratio)
         return (spec.of_fixed_size() if fixed_size else spec).build_with(state)
 
-    def _skeleton(self, point: Point) -> VisionTransformer:
-        if point not in self._skeletons:
-            self._skeletons[point] = self.spec.at(point).build()
-        skeleton = self._skeletons[point]
-        if skeleton.training != self.training:
-            skeleton.train(self.training)
-        skeleton.set_grad_checkpointing(self.vit.grad_checkpointing)
-        if isinstance(self.vit.blocks[-1], LastBlock):
-            skip_unread(skeleton)
+    def _skeleton(self, ratio: Fraction) -> VisionTransformer:
+        """The narrower model of a width on views of the present weights, computing as the full model does.
+
+        A thread that wants gradients never shares a skeleton with one that does not: views made without
+        them would cut it off from the weights.
+        """
+        graded, weights = torch.is_grad_enabled(), weights_of(self.vit)
+        with self._lock:
+            skeleton = self._empty_skeleton(ratio, graded)
+            now = None if graded else stamp(weights.values())
+            if now is None or self._stamps.get(ratio) != now:
+                fill(skeleton, self.rule.slice_state(weights, ratio))
+                if now is not None:
+                    self._stamps[ratio] = now
+            imitate(skeleton, self.vit)
         return skeleton
+
+    def _empty_skeleton(self, ratio: Fraction, graded: bool) -> VisionTransformer:
+        if (ratio, graded) not in self._skeletons:
+            self._skeletons[ratio, graded] = self.spec.at(ratio).build(slim=True)
+        return self._skeletons[ratio, graded]
+
+    def _forget_skeletons(self) -> None:
+        self._skeletons: dict[tuple[Fraction, bool], VisionTransformer] = {}
+        self._stamps: dict[Fraction, Stamp | None] = {}
+        self._lock = RLock()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the skeletons, whose tensors are views of the weights: a copy makes its own."""
-        return {**self.__dict__, "_skeletons": {}, "_filled": {}}
+        return {name: value for name, value in self.__dict__.items() if name not in CACHE}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget_skeletons()
 
 
-Stamp = tuple[tuple[int, int], ...]
-
-
-def stamp(tensors: Iterable[Tensor]) -> Stamp | None:
-    """What changes whenever one of these tensors does: where it lies, and how often it was written to.
-
-    None where nobody counts that: of tensors that were made in inference mode.
-    """
-    try:
-        return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
-    except RuntimeError:
-        return None
-
-
-def fill(skeleton: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Gives a model these tensors in place of its parameters, by name.
-
-    They stay until the next, because a backward pass may run a block again (gradient checkpointing).
-    """
-    for name, tensor in state.items():
-        layer, _, parameter = name.rpartition(".")
-        module = skeleton.get_submodule(layer)
-        delattr(module, parameter)
-        setattr(module, parameter, tensor)
+CACHE = {"_skeletons", "_stamps", "_lock"}

@@ -21,7 +21,7 @@ from scala_cli.models.locate import ALIASES, CONFIG, STATE, WEIGHTS, path_of, re
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.vit import Spec, describe, random_images, read_off, refuse_unless_plain
 from scala_cli.settings import DEFAULT_RATIOS
-from scala_cli.slicing.point import Point, find_point, parse_points
+from scala_cli.slicing.point import Point, find_point, parse_points, ratios_of
 from scala_cli.slicing.rule import Rule
 from scala_cli.slicing.table import Layout
 
@@ -90,11 +90,11 @@ def open_model(
     check_patches(skeleton_spec)
     points = points or parse_points(DEFAULT_RATIOS)
     for point in points:
-        skeleton_spec.at(point)
+        skeleton_spec.at(point.ratio)
     torch.manual_seed(0)  # random weights, or a new head, are the same on every call
     vit = create(name, args, None if scratch else foreign, pretrained=not scratch)
     spec = describe(vit, args)
-    net = SlimmableViT(vit.eval(), spec, Rule(tuple(sorted(points)), spec.num_heads, layout=layout))
+    net = SlimmableViT(vit.eval(), spec, Rule(ratios_of(points), spec.num_heads, layout=layout))
     file = weights or weight_file(model)
     called = foreign.named if foreign and weights is None and file else model
     called = short_name(called) if path_of(called) else called
@@ -143,7 +143,7 @@ def slimmable(model: nn.Module, ratios: str = DEFAULT_RATIOS) -> SlimmableViT:
     """
     vit, spec, points = refuse_unless_plain(model), read_off(model), parse_points(ratios)
     for point in points:
-        spec.at(point)
+        spec.at(point.ratio)
     again = spec.build_with(vit.state_dict(), f"this {spec.architecture}")
     probe, was_training = random_images(spec, 2).to(next(vit.parameters())), vit.training
     with torch.no_grad():
@@ -155,7 +155,7 @@ def slimmable(model: nn.Module, ratios: str = DEFAULT_RATIOS) -> SlimmableViT:
             "Save it with what it was created with, and load that: "
             "timm.models.save_for_hf(model, DIR, model_args=...); scala convert DIR",
         )
-    return SlimmableViT(vit, spec, Rule(points, spec.num_heads)).train(was_training)
+    return SlimmableViT(vit, spec, Rule(ratios_of(points), spec.num_heads)).train(was_training)
 
 
 def open_family(

@@ -2,18 +2,18 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any
 
 import timm
 import torch
-from timm.layers import AttentionPoolLatent, Mlp, PatchEmbed, SwiGLU, set_fused_attn
+from timm.layers import AttentionPoolLatent, Mlp, PatchEmbed, SwiGLU
 from timm.models import VisionTransformer, VisionTransformerDistilled, filter_pretrained_cfg
 from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from scala_cli.errors import CheckpointError, naming_failure
-from scala_cli.slicing.point import Point
+from scala_cli.models.block import SlimBlock
 from scala_cli.slicing.rule import kept_count
 
 
@@ -25,6 +25,7 @@ class Spec:
         architecture: timm's name, without a tag.
         model_args: arguments for `timm.create_model`, JSON-able.
         pretrained_cfg: timm's input and label settings (mean, std, interpolation, label_names, ...).
+        block: the class of its blocks.
     """
 
     architecture: str
@@ -33,6 +34,7 @@ class Spec:
     embed_dim: int
     num_heads: int
     hidden_dim: int
+    block: type[nn.Module] = Block
 
     @property
     def head_dim(self) -> int:
@@ -53,12 +55,12 @@ class Spec:
         height, width = self.model_args["img_size"]
         return self.model_args["in_chans"], height, width
 
-    def at(self, point: Point) -> "Spec":
-        """The narrower ViT at `point`, as timm builds it. Raises PointError where it does not divide."""
-        if point.ratio == 1:
+    def at(self, ratio: Fraction) -> "Spec":
+        """The narrower ViT of a width, as timm builds it. Raises PointError where it does not divide."""
+        if ratio == 1:
             return self
-        head_dim = kept_count(self.head_dim, point)
-        dim, hidden = head_dim * self.num_heads, kept_count(self.hidden_dim, point)
+        head_dim = kept_count(self.head_dim, ratio)
+        dim, hidden = head_dim * self.num_heads, kept_count(self.hidden_dim, ratio)
         # timm computes int(dim * mlp_ratio): half a channel more keeps the product above the integer
         narrow = {"embed_dim": dim, "num_heads": self.num_heads, "mlp_ratio": (hidden + 0.5) / dim}
         return replace(self, model_args={**self.model_args, **narrow}, embed_dim=dim, hidden_dim=hidden)
@@ -72,11 +74,16 @@ class Spec:
         cfg = {**self.pretrained_cfg, "num_classes": len(classes), "label_names": list(classes)}
         return replace(self, model_args={**self.model_args, "num_classes": len(classes)}, pretrained_cfg=cfg)
 
-    def build(self, device: str = "meta") -> VisionTransformer:
-        """The model in evaluation mode; on the meta device a skeleton, without weights."""
+    def build(self, device: str = "meta", slim: bool = False) -> VisionTransformer:
+        """The model in evaluation mode; on the meta device a skeleton, without weights.
+
+        Args:
+            slim: with SlimBlocks in place of timm's plain Blocks.
+        """
+        blocks: dict[str, Any] = {"block_fn": SlimBlock} if slim and self.block is Block else {}
         with torch.device(device):
             model = timm.create_model(
-                self.architecture, pretrained_cfg=dict(self.pretrained_cfg), **self.model_args
+                self.architecture, pretrained_cfg=dict(self.pretrained_cfg), **self.model_args, **blocks
             )
         return refuse_unless_plain(model).eval()
 
@@ -139,6 +146,7 @@ def describe(model: nn.Module, args: Mapping[str, Any] | None = None) -> Spec:
         embed_dim=vit.embed_dim,
         num_heads=block.attn.num_heads,
         hidden_dim=block.mlp.fc2.in_features,
+        block=Block if type(block) is SlimBlock else type(block),
     )
 
 
@@ -222,7 +230,7 @@ def first_odd_part(vit: VisionTransformer) -> str:
     if type(vit.attn_pool) not in (type(None), AttentionPoolLatent):
         return f"it pools by {type(vit.attn_pool).__name__}"
     for block in vit.blocks:
-        if type(block) not in (Block, ResPostBlock):
+        if type(block) not in (Block, SlimBlock, ResPostBlock):
             return f"it has a {type(block).__name__} where a plain Block is needed"
         if type(block.attn) is not Attention:
             return f"it has a {type(block.attn).__name__} where a plain Attention is needed"
@@ -233,40 +241,6 @@ def first_odd_part(vit: VisionTransformer) -> str:
     return ""
 
 
-class LastBlock(Block):
-    """timm's block as the last one, where only the first tokens are read: it computes no others.
-
-    These attend to all tokens: torch's own attention takes queries of their own. For so few the explicit
-    one, which has the attention's weights at hand, is at least as fast as the fused (docs/performance.md).
-    """
-
-    read: int
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # no masks: training has none
-        """(B, N, C) -> (B, read, C)"""
-        attn: Any = self.attn
-        tokens = self.norm1(x).transpose(0, 1)
-        attended, _ = F.multi_head_attention_forward(
-            tokens[: self.read],
-            tokens,
-            tokens,
-            attn.attn_dim,
-            attn.num_heads,
-            attn.qkv.weight,
-            attn.qkv.bias,
-            bias_k=None,
-            bias_v=None,
-            add_zero_attn=False,
-            dropout_p=attn.attn_drop.p,
-            out_proj_weight=attn.proj.weight,
-            out_proj_bias=attn.proj.bias,
-            training=self.training,
-            average_attn_weights=False,
-        )
-        x = x[:, : self.read] + self.drop_path1(self.ls1(attn.proj_drop(attended.transpose(0, 1))))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-
-
 def has_bare_stream(vit: VisionTransformer) -> bool:
     """Whether the residual stream is what is written to it: no norm on its way, none after a branch.
 
@@ -275,9 +249,21 @@ def has_bare_stream(vit: VisionTransformer) -> bool:
     on_its_way = (vit.norm_pre, getattr(vit.patch_embed, "norm", nn.Identity()))
     return (
         all(isinstance(norm, nn.Identity) for norm in on_its_way)
-        and all(type(block) is Block for block in vit.blocks)
+        and all(isinstance(block, Block) for block in vit.blocks)
         and vit.attn_pool is None
     )
+
+
+def rebuilt(vit: VisionTransformer, spec: Spec) -> VisionTransformer:
+    """A copy with weights of its own, in evaluation mode, whose plain blocks are SlimBlocks.
+
+    For training: it computes what the model does, bit for bit, until `skip_unread` is asked of it.
+    """
+    again = spec.build(slim=True)
+    again.load_state_dict({name: tensor.clone() for name, tensor in vit.state_dict().items()}, assign=True)
+    for copied, parameter in zip(again.parameters(), vit.parameters(), strict=True):
+        copied.requires_grad_(parameter.requires_grad)
+    return again
 
 
 def skip_unread(vit: VisionTransformer) -> None:
@@ -287,20 +273,36 @@ def skip_unread(vit: VisionTransformer) -> None:
     What wants the features of every token must not do this.
     """
     last: Any = vit.blocks[-1]
-    plain = type(last) is Block and type(last.attn.q_norm) is type(last.attn.norm) is nn.Identity
+    plain = isinstance(last, SlimBlock) and type(last.attn.q_norm) is type(last.attn.norm) is nn.Identity
     if plain and vit.global_pool == "token":
-        last.__class__ = LastBlock
         last.read = 2 if isinstance(vit, VisionTransformerDistilled) else 1  # registers are not
 
 
+def imitate(skeleton: VisionTransformer, vit: VisionTransformer) -> None:
+    """Lets a skeleton compute in the way the full model does.
+
+    That is: for training or evaluation, with or without gradient checkpointing, with fused or explicit
+    attention, with or without what no head reads.
+    """
+    if skeleton.training != vit.training:
+        skeleton.train(vit.training)
+    skeleton.set_grad_checkpointing(vit.grad_checkpointing)
+    use_attention(skeleton, vit.blocks[0].attn.fused_attn)  # type: ignore[union-attr, arg-type]
+    if getattr(vit.blocks[-1], "read", None):
+        skip_unread(skeleton)
+
+
 def choose_attention(vit: VisionTransformer, device: torch.device, bfloat16: bool) -> None:
-    """Which of timm's two implementations of attention this model, and those built from here on, use.
+    """Chooses which of timm's two implementations of attention a model uses.
 
     Fused attention, except in bfloat16 on a CPU, where the explicit one trains 1.9 times as fast (DeiT-Ti
     widths, 65 tokens; docs/performance.md).
     """
-    fused = not (device.type == "cpu" and bfloat16)
-    set_fused_attn(fused)
+    use_attention(vit, not (device.type == "cpu" and bfloat16))
+
+
+def use_attention(vit: VisionTransformer, fused: bool) -> None:
+    """Sets which implementation of attention every block, and the pooling, uses."""
     for module in vit.modules():
         if isinstance(module, Attention | AttentionPoolLatent):
             module.fused_attn = fused  # type: ignore[misc]  # Final for TorchScript only

@@ -1,67 +1,117 @@
 """A point: one member of the family that a slimmable ViT holds."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import total_ordering
+from typing import Any
 
 from scala_cli.errors import PointError
 
+NUMBER = r"[\d.]{1,40}(?:/\d{1,40}|e[+-]?\d{1,2})?"  # bounded: the exact value of 1e999999 fills the memory
+LABEL = re.compile(rf"\s*(-?{NUMBER})(?:@(\d{{1,6}}))?(?:~({NUMBER}))?\s*", re.IGNORECASE)
 
-@dataclass(frozen=True, order=True)
+
+@total_ordering
+@dataclass(frozen=True)
 class Point:
-    """A width, as an exact share of the full model's channels.
+    """A width, the size of the image it takes, and how many of its tokens go on.
 
-    The ratio is a fraction, so that 0.1 read from a command line, a file and a float are one key.
+    Points are ordered by ratio, then size, then keep.
+
+    Args:
+        ratio: share of the full model's channels, exact, so that 0.1 read from a command line, a file and a
+            float are one key.
+        size: pixels a side; None is the size of the family.
+        keep: share of the patch tokens that each dropping block passes on.
     """
 
     ratio: Fraction
+    size: int | None = None
+    keep: Fraction = Fraction(1)
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
             raise PointError(
-                f"ratio {self.label} is not a width: it must be above 0 and at most 1.",
+                f"ratio {decimal(self.ratio)} is not a width: it must be above 0 and at most 1.",
                 "Give a share of the full width, for example --ratio 0.5",
             )
+        if not 0 < self.keep <= 1 or self.size == 0:
+            raise PointError(
+                f"{self.label} is no point: the share of tokens must be above 0 and at most 1, "
+                "the size at least 1.",
+                "For example: --ratio 0.5@160~0.7",
+            )
+
+    def __lt__(self, other: "Point") -> bool:
+        return (self.ratio, self.size or 0, self.keep) < (other.ratio, other.size or 0, other.keep)
 
     @classmethod
-    def of(cls, ratio: "str | float | Fraction | Point") -> "Point":
-        """The point of "0.5", "1/3", 0.5 or a Fraction. Raises PointError for anything else.
+    def of(cls, point: "str | float | Fraction | Point") -> "Point":
+        """The point of "0.5", "1/3", "0.5@160", "0.5@160~0.7", of a float or a Fraction.
 
-        A float, as JSON holds it, is the simplest fraction next to it.
+        Raises PointError for anything else. A float, as JSON holds it, is the simplest fraction next to it.
         """
-        if isinstance(ratio, Point):
-            return ratio
+        if isinstance(point, Point):
+            return point
         try:
-            if isinstance(ratio, float):
-                return cls(Fraction(ratio).limit_denominator(1 << 14))
-            return cls(Fraction(str(ratio).strip()))
-        except (ValueError, OverflowError, ZeroDivisionError):
+            if isinstance(point, float):
+                return cls(Fraction(point).limit_denominator(1 << 14))
+            if isinstance(point, Fraction):
+                return cls(point)
+            ratio, size, keep = LABEL.fullmatch(str(point)).groups()  # type: ignore[union-attr]
+            return cls(Fraction(ratio), int(size) if size else None, Fraction(keep or 1))
+        except (AttributeError, ValueError, OverflowError, ZeroDivisionError):
             raise PointError(
-                f"{str(ratio)!r} is not a ratio.",
+                f"{str(point)[:40]!r} is not a ratio.",
                 "Write 0.5 or 1/2; --ratio again for another, --ratios 0.25,0.5,1 for several at once.",
             ) from None
 
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> "Point":
+        """The point that the `columns` of a row name."""
+        size, keep = row.get("size"), cls.of(float(row.get("keep", 1))).ratio
+        return cls(cls.of(row["ratio"]).ratio, size, keep)
+
+    def columns(self) -> dict[str, Any]:
+        """What names the point in rows and JSON: {"ratio"}, and "size" and "keep" where they are set."""
+        sized = {} if self.size is None else {"size": self.size}
+        kept = {} if self.keep == 1 else {"keep": float(self.keep)}
+        return {"ratio": float(self.ratio), **sized, **kept}
+
     @property
     def label(self) -> str:
-        """Its name in metrics, files and rows: "0.25", or "1/3" where decimals do not end."""
-        decimal = f"{float(self.ratio):.10g}"
-        return decimal if Fraction(decimal) == self.ratio else str(self.ratio)
+        """Its name in metrics and files: "0.5", "0.5@160~0.7", "1/3" where decimals do not end."""
+        size = "" if self.size is None else f"@{self.size}"
+        return decimal(self.ratio) + size + ("" if self.keep == 1 else f"~{decimal(self.keep)}")
 
     @property
     def file_name(self) -> str:
-        """The same where no slash may be: "1_3"."""
+        """The label with no slash in it: "1_3"."""
         return self.label.replace("/", "_")
 
     def __str__(self) -> str:
         return self.label
 
 
+def decimal(share: Fraction) -> str:
+    """A fraction as a person writes it: "0.25", or "1/3" where decimals do not end."""
+    text = f"{float(share):.10g}"
+    return text if Fraction(text) == share else str(share)
+
+
 def parse_points(text: str) -> tuple[Point, ...]:
-    """The points of "0.25,0.5,0.75,1", narrowest first."""
+    """The points of "0.25,0.5,0.75,1", smallest first."""
     points = {Point.of(part) for part in text.split(",") if part.strip()}
     if not points:
         raise PointError("no ratio given.", "Give at least one, for example --ratios 0.25,0.5,0.75,1")
     return tuple(sorted(points))
+
+
+def ratios_of(points: Iterable[Point]) -> tuple[Fraction, ...]:
+    """The widths among some points, narrowest first."""
+    return tuple(sorted({point.ratio for point in points}))
 
 
 def find_point(wanted: "str | float | Fraction | Point", trained: Iterable[Point]) -> Point:

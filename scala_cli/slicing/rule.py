@@ -1,8 +1,9 @@
-"""The slicing rule: point -> channels, applied to a state dict."""
+"""The slicing rule: width -> channels, applied to a state dict."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import Literal
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scala_cli.errors import PointError
-from scala_cli.slicing.point import Point
+from scala_cli.slicing.point import decimal
 from scala_cli.slicing.table import Axis, Layout, Table, axes_of, vit_table
 
 AttnScale = Literal["native", "fixed"]
@@ -19,37 +20,39 @@ End = Literal["first", "last"]
 
 @dataclass(frozen=True)
 class Rule:
-    """Which channels every parameter of one full-width ViT keeps at each of its points.
+    """Which channels every parameter of one full-width ViT keeps at each of its widths.
 
     Args:
-        points: the widths, narrowest first.
+        ratios: the widths, narrowest first.
         num_heads: heads of the full model; every width keeps all of them, thinner.
         isolated: whether the widths between take their channels from the other end (`kept_end`).
         bounds: the smallest and the largest width the weights were trained with, where those are not the
-            first and the last of `points`.
+            first and the last of `ratios`.
         layout: how qkv is cut (`vit_table`).
         attn_scale: `native` is timm's own head_dim_r^-0.5 at each width; `fixed` the paper's, the full
             width's head_dim^-0.5 at every width (`fold_fixed_scale`).
     """
 
-    points: tuple[Point, ...]
+    ratios: tuple[Fraction, ...]
     num_heads: int
     isolated: bool = False
     layout: Layout = "aligned"
     attn_scale: AttnScale = "native"
-    bounds: tuple[Point, Point] | None = None
+    bounds: tuple[Fraction, Fraction] | None = None
 
     @property
-    def span(self) -> tuple[Point, Point]:
+    def span(self) -> tuple[Fraction, Fraction]:
         """The smallest and the largest width the weights were trained with."""
-        return self.bounds or (min(self.points), max(self.points))
+        return self.bounds or (min(self.ratios), max(self.ratios))
 
     @cached_property
     def table(self) -> Table:
         return vit_table(self.num_heads, self.layout)
 
-    def slice_state(self, state: Mapping[str, Tensor], point: Point, copy: bool = False) -> dict[str, Tensor]:
-        """The parameters of the ViT at `point`, as views of the full ones wherever torch can.
+    def slice_state(
+        self, state: Mapping[str, Tensor], ratio: Fraction, copy: bool = False
+    ) -> dict[str, Tensor]:
+        """The tensors of the ViT at a width, as views of the full ones wherever torch can.
 
         Differentiable: gradients reach exactly the kept channels. With `copy` each is a contiguous copy,
         made as it is cut, so that a `state` which reads its tensors one by one is never whole in memory.
@@ -58,37 +61,37 @@ class Rule:
             CheckpointError: a parameter that the table does not know.
             PointError: an axis that does not divide.
         """
-        end = kept_end(point, self.span, self.isolated)
+        end = kept_end(ratio, self.span, self.isolated)
         sliced = {}
         for name, tensor in state.items():
-            part = slice_tensor(tensor, axes_of(name, self.table), point, end)
+            part = slice_tensor(tensor, axes_of(name, self.table), ratio, end)
             sliced[name] = part.clone(memory_format=torch.contiguous_format) if copy else part
-        return fold_fixed_scale(sliced, point) if self.attn_scale == "fixed" else sliced
+        return fold_fixed_scale(sliced, ratio) if self.attn_scale == "fixed" else sliced
 
 
-def kept_end(point: Point, span: tuple[Point, Point], isolated: bool) -> End:
+def kept_end(ratio: Fraction, span: tuple[Fraction, Fraction], isolated: bool) -> End:
     """Isolated Activation (Scala, section 3.2): which end of every axis a width keeps.
 
     The smallest and the largest width keep the first channels, the widths between the last, so that
     always training the smallest does not drag the others. Not isolated, all widths nest at the first.
     """
-    return "last" if isolated and point not in span else "first"
+    return "last" if isolated and ratio not in span else "first"
 
 
-def kept_count(length: int, point: Point) -> int:
+def kept_count(length: int, ratio: Fraction) -> int:
     """How many of `length` channels a width keeps. Raises PointError unless it is a whole number."""
-    count = length * point.ratio
+    count = length * ratio
     if count.denominator != 1:
         below, above = math.floor(count) or 1, math.ceil(count)
         near = " or ".join(dict.fromkeys(f"{n}/{length}" for n in (below, above)))
         raise PointError(
-            f"ratio {point} leaves {float(count):.6g} of {length} channels: not a whole number.",
+            f"ratio {decimal(ratio)} leaves {float(count):.6g} of {length} channels: not a whole number.",
             f"This model has {length} channels a head or layer; the nearest ratio is {near}.",
         )
     return count.numerator
 
 
-def slice_tensor(tensor: Tensor, axes: Sequence[Axis | None], point: Point, end: End) -> Tensor:
+def slice_tensor(tensor: Tensor, axes: Sequence[Axis | None], ratio: Fraction, end: End) -> Tensor:
     """The kept part of one parameter; `axes` has one entry per dimension.
 
     An axis of several runs is viewed as (blocks, run) and cut within the run; what is left of them is joined.
@@ -96,7 +99,7 @@ def slice_tensor(tensor: Tensor, axes: Sequence[Axis | None], point: Point, end:
     narrowing = [(dim, axis) for dim, axis in enumerate(axes) if axis]
     for dim, axis in sorted(narrowing, key=lambda pair: pair[1].blocks):  # last what has to be copied
         run = tensor.shape[dim] // axis.blocks
-        count = kept_count(run, point)
+        count = kept_count(run, ratio)
         start = run - count if end == "last" else 0
         if axis.blocks == 1:
             tensor = tensor.narrow(dim, start, count)
@@ -106,13 +109,13 @@ def slice_tensor(tensor: Tensor, axes: Sequence[Axis | None], point: Point, end:
     return tensor
 
 
-def fold_fixed_scale(sliced: dict[str, Tensor], point: Point) -> dict[str, Tensor]:
+def fold_fixed_scale(sliced: dict[str, Tensor], ratio: Fraction) -> dict[str, Tensor]:
     """The sliced state whose attention logits carry the full width's scale, head_dim^-0.5.
 
     timm scales by its own head_dim_r^-0.5, so q is multiplied by sqrt(head_dim_r / head_dim): its rows of
     qkv, or, where q is normalised, the norm's affine. The full-width weights are never touched.
     """
-    factor = math.sqrt(point.ratio)
+    factor = math.sqrt(ratio)
     folded = dict(sliced)
     for name, tensor in sliced.items():
         prefix = name.partition(".attn.")[0]

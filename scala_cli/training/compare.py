@@ -3,25 +3,30 @@
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
+from scala_cli.cost import gmacs
 from scala_cli.data.split import refuse_unknown
 from scala_cli.errors import TrainingError
 from scala_cli.files import whole_file
+from scala_cli.methods import METHODS, ONE_POINT, method_named
+from scala_cli.methods.base import OFF, Method, Recipe
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.locate import STATE
 from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.plot import arms_picture, can_draw, save
 from scala_cli.report import write_csv
 from scala_cli.settings import MethodSettings, Settings
 from scala_cli.slicing.point import Point
-from scala_cli.slicing.rule import AttnScale
-from scala_cli.slicing.table import Layout
-from scala_cli.training.finetune import can_be_ordered, finetune, go_on, open_splits, unlearnt
-from scala_cli.training.price import gmacs_of, training_gmacs
+from scala_cli.tasks import task_named
+from scala_cli.tasks.base import main_column
+from scala_cli.training.finetune import finetune, go_on
+from scala_cli.training.price import Macs, training_macs
 from scala_cli.training.run import METRICS, Run
+from scala_cli.training.start import can_be_ordered, unlearnt
 from scala_cli.watch import Watcher
 
 RESULT, ELSEWHERE = "compare.json", "Give another place: --output DIR"
@@ -33,70 +38,43 @@ class Arm:
     """One way to train, under the name it has in the table."""
 
     name: str
-    method: MethodSettings
-    layout: Layout = "aligned"
-    attn_scale: AttnScale = "native"
+    recipe: Recipe
+
+    @property
+    def method(self) -> MethodSettings:
+        return self.recipe.settings
+
+    @property
+    def kind(self) -> type[Method]:
+        return method_named(self.method.method)
 
     def of(self, start: Start) -> Start:
         """The start as this arm cuts it."""
         net, record = start
-        rule = replace(net.rule, layout=self.layout, attn_scale=self.attn_scale)
-        return SlimmableViT(net.vit, net.spec, rule), record
+        rule = replace(net.rule, layout=self.recipe.layout, attn_scale=self.recipe.attn_scale)
+        return net.with_rule(rule), record
 
     def without(self, part: str) -> "Arm":
         """The arm less one of its parts. Raises TrainingError for a part it does not have."""
-        if part not in PARTS:
-            raise TrainingError(f"there is no part {part!r}.", f"Parts are {', '.join(PARTS)}.")
-        method = replace(self.method, **{part: PARTS[part]})
+        if part not in OFF:
+            raise TrainingError(f"there is no part {part!r}.", f"Parts are {', '.join(OFF)}.")
+        method = replace(self.method, **{part: OFF[part]})
         if part == "order" and method.isolation is None:
             method = replace(method, isolation=False)  # as with it: one part at a time
-        if effective(method) == effective(self.method):
+        if self.kind.effective(method) == self.kind.effective(self.method):
             raise TrainingError(
                 f"{part} has no part in {self.name}: leaving it out changes nothing.",
                 "Leave it out of another method: --methods paper has all of the paper's parts.",
             )
-        return replace(self, name=f"{self.name}-no-{part.replace('_', '-')}", method=method)
+        return Arm(f"{self.name}-no-{part.replace('_', '-')}", replace(self.recipe, settings=method))
 
 
-PARTS: dict[str, Any] = {
-    "order": "none",
-    "teacher": "none",
-    **{part.name: False for part in fields(MethodSettings) if part.type in (bool, bool | None)},
-}
-"""What --without can leave out, with the setting that does."""
-
-ARMS: dict[str, Arm] = {
-    "scala": Arm("scala", MethodSettings()),
-    # what the authors' released code does with pretrained weights (Table 8): qkv cut as one block
-    "paper": Arm(
-        "paper",
-        MethodSettings(order="none", isolation=True, teacher="full", favour_narrowest=False),
-        "fused",
-        "fixed",
-    ),
-    "usnet": Arm("usnet", MethodSettings(method="usnet")),
-    "separate": Arm("separate", MethodSettings(method="separate")),
-}
-
-
-def effective(method: MethodSettings) -> MethodSettings:
-    """The settings with the parts that have no effect switched off."""
-    if method.method != "scala":
-        method = replace(
-            method,
-            progressive_transfer=False,
-            stable_sampling=False,
-            noise_calibration=False,
-            favour_narrowest=False,
-            isolation=False,
-        )
-    if method.method == "usnet":
-        method = replace(method, teacher="none")
-    if method.teacher == "all":
-        method = replace(method, progressive_transfer=False)
-    if method.isolation is None and method.order == "importance":
-        method = replace(method, isolation=False)
-    return method
+def recipes() -> dict[str, Recipe]:
+    """What can be compared: every method as it is by default, and the variants that it names."""
+    found: dict[str, Recipe] = {}
+    for name in METHODS:
+        found |= {name: Recipe(MethodSettings(method=name)), **method_named(name).recipes}
+    return found
 
 
 def arms_of(methods: Sequence[str], without: Sequence[str]) -> list[Arm]:
@@ -104,13 +82,14 @@ def arms_of(methods: Sequence[str], without: Sequence[str]) -> list[Arm]:
 
     Raises TrainingError for an unknown name, and for a part whose absence would change nothing.
     """
-    unknown = [name for name in methods if name not in ARMS]
+    known = recipes()
+    unknown = [name for name in methods if name not in known]
     if unknown or not methods:
         raise TrainingError(
             f"there is no method {unknown[0]!r}." if unknown else "no method is given.",
-            f"Methods are {', '.join(ARMS)}.",
+            f"Methods are {', '.join(known)}.",
         )
-    whole = [ARMS[name] for name in dict.fromkeys(methods)]
+    whole = [Arm(name, known[name]) for name in dict.fromkeys(methods)]
     return [*whole, *(arm.without(part) for arm in whole for part in dict.fromkeys(without))]
 
 
@@ -152,12 +131,12 @@ def compare(
         "settings": settings.words(),
     }
     claim(folder, what)
-    gmacs = gmacs_of(net)
-    first = training_gmacs(gmacs, arms[0].method, record.trained)
+    macs, task = Macs.of(net), task_named(record.task)
+    first = training_macs(macs, arms[0].method, record.task, record.trained)
     rows = []
     for arm in arms:
-        spent = training_gmacs(gmacs, arm.method, record.trained)
-        epochs = settings.optimizer.epochs * (first / spent if equal == "macs" else 1)
+        spent = training_macs(macs, arm.method, record.task, record.trained)
+        optimizer = settings.optimizer.for_share(first / spent if equal == "macs" else 1)
         runs = []
         for number in range(seeds):
             seed = settings.run.seed + number
@@ -165,14 +144,15 @@ def compare(
             chosen = replace(
                 settings,
                 method=arm.method,
-                optimizer=replace(settings.optimizer, epochs=epochs),
+                optimizer=optimizer,
                 run=replace(settings.run, seed=seed),
             )
             runs.append(train(arm, open_start, net.points, chosen, folder / arm.name / str(seed), watch))
-        rows.append(
-            {"arm": arm.name, "epochs": round(epochs, 4), "gmacs_per_image": spent} | summary(runs, gmacs)
-        )
+        about = {"arm": arm.name, "epochs": round(optimizer.epochs, 4), "gmacs_per_image": gmacs(spent)}
+        rows.append(about | summary(runs, macs.points, main_column(task)))
         write(folder, what, rows)
+    if can_draw():
+        save(arms_picture(rows, task), folder / "compare.svg")
     return rows
 
 
@@ -183,12 +163,12 @@ def refuse_unfit(net: SlimmableViT, record: Record, arms: Sequence[Arm], setting
             f"stable_sampling has no part in {len(net.points)} widths: each step trains them all.",
             "Give five or more: --ratios 0.25,0.375,0.5,0.625,0.75,0.875,1",
         )
-    classes = open_splits(settings)[0].classes
+    classes = task_named(record.task).open(settings)[0].classes
     misfit = unlearnt(net, record, classes)
     if misfit:
         raise TrainingError(
             f"{misfit}: every method would learn them anew.",
-            "Learn them once: scala finetune MODEL --data DIR --ratios 1 --method separate --order none "
+            f"Learn them once: scala finetune MODEL --data DIR --ratios 1 --method {ONE_POINT} --order none "
             "-o full; then compare full/last --ratios 0.25,0.5,0.75,1",
         )
     if record.trained and not can_be_ordered(net, record):
@@ -206,11 +186,11 @@ def train(
     place: Path,
     watch: Watcher,
 ) -> list[dict[str, Any]]:
-    """Every epoch of the runs that make up one arm with one seed: one run, or for `separate` one a width.
+    """Every epoch of the runs that make up one arm with one seed: one run, or one for each point.
 
     Of each run the last epoch alone has its "points".
     """
-    alone = arm.method.method == "separate"
+    alone = arm.kind.one_point
     rows = []
     for widths in [(point,) for point in points] if alone else [points]:
         run = Run(place / widths[0].file_name if alone else place)
@@ -224,22 +204,26 @@ def train(
     return rows
 
 
-def summary(runs: Sequence[Sequence[dict[str, Any]]], gmacs: Mapping[Point, float]) -> dict[str, Any]:
-    """Mean and standard deviation of top-1 over the seeds, for each width, and the minutes of a seed.
+def summary(
+    runs: Sequence[Sequence[dict[str, Any]]], macs: Mapping[Point, int], column: str
+) -> dict[str, Any]:
+    """Mean and standard deviation of a metric over the seeds, for each point, and the minutes of a seed.
 
     Args:
         runs: the epochs of every seed.
+        macs: of one image at each point.
+        column: the metric.
     """
-    seeds = [{point["ratio"]: point["top1"] for row in rows for point in row["points"]} for rows in runs]
+    seeds = [{Point.of_row(each): each[column] for row in rows for each in row["points"]} for rows in runs]
     points = [
         {
-            "ratio": ratio,
-            "gmacs": gmacs[Point.of(ratio)],
-            "top1": round(fmean(seed[ratio] for seed in seeds), 2),
-            "spread": round(stdev([seed[ratio] for seed in seeds]), 2) if len(seeds) > 1 else None,
-            "seeds": [seed[ratio] for seed in seeds],
+            **point.columns(),
+            "gmacs": gmacs(macs[point]),
+            column: round(fmean(seed[point] for seed in seeds), 2),
+            "spread": round(stdev([seed[point] for seed in seeds]), 2) if len(seeds) > 1 else None,
+            "seeds": [seed[point] for seed in seeds],
         }
-        for ratio in sorted(seeds[0])
+        for point in sorted(seeds[0])
     ]
     return {
         "points": points,
@@ -271,9 +255,9 @@ def write(folder: Path, what: dict[str, Any], rows: Sequence[dict[str, Any]]) ->
 
 def columns(row: dict[str, Any]) -> dict[str, Any]:
     """A row of the table: a column for each width, mean and spread over the seeds."""
-    tops = {
-        Point.of(point["ratio"]).label: f"{point['top1']:.2f}"
+    means = {
+        Point.of_row(point).label: f"{fmean(point['seeds']):.2f}"
         + ("" if point["spread"] is None else f" ± {point['spread']:.2f}")
         for point in row["points"]
     }
-    return {"arm": row["arm"], **tops, "gmacs_per_image": row["gmacs_per_image"], "minutes": row["minutes"]}
+    return {"arm": row["arm"], **means, "gmacs_per_image": row["gmacs_per_image"], "minutes": row["minutes"]}

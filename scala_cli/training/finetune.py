@@ -1,25 +1,22 @@
 """One-shot training: a pretrained ViT becomes a family of every width."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from scala_cli.data.loader import calibration_images
-from scala_cli.data.split import Split, class_misfit, hold_out, open_split
-from scala_cli.device import choose_device, note_emulation
+from scala_cli.data.split import Split
+from scala_cli.device import choose_device
 from scala_cli.errors import DataError, TrainingError
-from scala_cli.methods import METHODS
+from scala_cli.methods import ONE_POINT, method_named
 from scala_cli.models.checkpoint import Record, load_with_record
-from scala_cli.models.order import put_first_what_matters
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.settings import DEFAULT_RATIOS, Settings
-from scala_cli.slicing.point import Point
+from scala_cli.precision import note_emulation
+from scala_cli.settings import Settings
+from scala_cli.slicing.point import Point, ratios_of
+from scala_cli.tasks import task_named
 from scala_cli.training.loop import Trainer
 from scala_cli.training.run import Reader, Row, Run
+from scala_cli.training.start import prepare, trained_by, unlearnt, with_new_head
 from scala_cli.watch import Watcher
 from scala_cli.world import World
 
@@ -44,17 +41,17 @@ def finetune(
     note_emulation(device, settings.device, watch)
     world = World.join(device)
     run = run if world.rank == 0 else Reader(run.path)
-    splits = open_splits(settings)
+    task = task_named(record.task)
+    splits = task.open(settings)
     classes = splits[0].classes
-    method = METHODS[settings.method.method](start.points, settings.method)
-    if len(start.points) == 1 and settings.method.method != "separate":
+    kind = method_named(settings.method.method)
+    kind(start.points, settings.method, task)  # refuses points that it does not train
+    if len(start.points) == 1 and not kind.one_point:
         watch.note(f"only width {start.points[0]} is trained; for others give --ratios.")
-    taught = settings.method.teacher != "none" and method.taught and record.trained
+    taught = settings.method.teacher != "none" and "teacher" in kind.parts and record.trained
     misfit = unlearnt(start, record, classes)
-    start = SlimmableViT(start.vit, start.spec.naming(classes), start.rule)
     if misfit:
-        torch.manual_seed(settings.run.seed)
-        start.vit.reset_classifier(len(classes))
+        start = with_new_head(start, classes, settings.run.seed)
         if taught and start.points != (FULL,):
             watch.note(f"{misfit}: the head is new, so the full width learns alone first, then it teaches.")
             learn_classes(start, record, settings, splits, run, watch, force)
@@ -62,8 +59,10 @@ def finetune(
             return widen(run, settings, start.points, splits, watch)
         watch.note(f"{misfit}: the head is new, and there is no teacher.")
         taught = False
+    else:
+        start = SlimmableViT(start.vit, start.spec.naming(classes), start.rule, start.extra)
     start, record = prepare(start, record, settings, splits[0], watch)
-    trainer = Trainer(start, taught, settings, splits)
+    trainer = Trainer(start, task, taught, settings, splits)
     run.claim(settings, force)
     return begin(trainer, start, record, run, watch)
 
@@ -94,29 +93,17 @@ def go_on(run: Run, watch: Watcher, changes: Mapping[str, Any] | None = None) ->
         go_on(run.teacher, watch, changes)
         world.wait()
         points = [Point.of(ratio) for ratio in state["points"]]
-        return widen(run, settings, points, open_splits(settings), watch)
+        _, record = load_with_record(run.teacher.path / "start")
+        return widen(run, settings, points, task_named(record.task).open(settings), watch)
     note_emulation(device, settings.device, watch)
     start, record = load_with_record(run.path / "start")
-    trainer = Trainer(start, state["taught"], settings, open_splits(settings))
+    task = task_named(record.task)
+    trainer = Trainer(start, task, state["taught"], settings, task.open(settings))
     refuse_other_images(trainer.images(), state["images"], run)
     trainer.restore(state)
     if len(trainer.rows) < trainer.epochs:
         watch.note(f"going on after step {trainer.step.number} of {trainer.steps}.")
     return trainer.train(run, trained_by(record, start.points, settings, state["taught"]), watch)
-
-
-def prepare(
-    start: SlimmableViT, record: Record, settings: Settings, images: Split, watch: Watcher
-) -> tuple[SlimmableViT, Record]:
-    """The start as it is trained: its channels in order where that is free, isolated or not."""
-    if can_be_ordered(start, record) and settings.method.order == "importance":
-        watch.note("putting the channels in order of importance on some training images.")
-        device = choose_device(settings.device)
-        start.to(device if device.type == "cuda" else "cpu")  # in float64, which not every device has
-        start = put_first_what_matters(start, calibration_images(images, start.spec, settings.read, watch))
-        record = replace(record, order="importance")
-    rule = replace(start.rule, isolated=isolation(start, record, settings))
-    return SlimmableViT(start.vit.cpu(), start.spec, rule), record  # training copies it to its device
 
 
 def begin(trainer: Trainer, start: SlimmableViT, record: Record, run: Run, watch: Watcher) -> Row:
@@ -139,11 +126,11 @@ def learn_classes(
     """Trains the full width alone, in `run.teacher`, on classes that are new to it."""
     learning = replace(
         settings,
-        method=replace(settings.method, method="separate", order="none"),
-        optimizer=replace(settings.optimizer, epochs=settings.optimizer.epochs * LEARNING),
+        method=replace(settings.method, method=ONE_POINT, order="none"),
+        optimizer=settings.optimizer.for_share(LEARNING),
     )
-    alone = SlimmableViT(start.vit, start.spec, replace(start.rule, points=(FULL,)))
-    trainer = Trainer(alone, False, learning, splits)
+    alone = start.with_rule(replace(start.rule, ratios=(FULL.ratio,)))
+    trainer = Trainer(alone, task_named(record.task), False, learning, splits)
     run.claim(settings, force)
     points = [str(point) for point in start.points]
     run.teacher.claim(learning, force)
@@ -160,22 +147,10 @@ def widen(
     net, _ = load_with_record(run.teacher.path / "last")
     _, record = load_with_record(run.teacher.path / "start")
     record = replace(record, new_head=False)
-    start = SlimmableViT(net.vit, net.spec, replace(net.rule, points=tuple(points)))
+    start = net.with_rule(replace(net.rule, ratios=ratios_of(points)))
     start, record = prepare(start, record, settings, splits[0], watch)
-    return begin(Trainer(start, True, settings, splits), start, record, run, watch)
-
-
-def open_splits(settings: Settings) -> tuple[Split, Split]:
-    """The training and the validation images; these are held out of the former where asked for."""
-    data, place = settings.data, settings.read.data_dir
-    training = open_split(data, True, place)
-    if len(training.classes) < 2:
-        raise DataError(
-            f"{data} holds one class only, {training.classes[0]!r}.", "Give images of two or more."
-        )
-    if settings.run.holdout:
-        return hold_out(training, settings.run.holdout)
-    return training, open_split(data, False, place, training.classes)
+    trainer = Trainer(start, task_named(record.task), True, settings, splits)
+    return begin(trainer, start, record, run, watch)
 
 
 def refuse_other_images(now: Mapping[str, object], then: Mapping[str, object], run: Run) -> None:
@@ -187,42 +162,3 @@ def refuse_other_images(now: Mapping[str, object], then: Mapping[str, object], r
                 f"the images are not those this run began with: {change}.",
                 f"Go on from its weights instead: scala finetune {run.weights} --data DIR",
             )
-
-
-def unlearnt(start: SlimmableViT, record: Record, classes: Sequence[str]) -> str:
-    """Why the model has to learn these classes first; empty where it knows them."""
-    if record.new_head and len(classes) == start.spec.num_classes:
-        return f"none of its {len(classes)} classes has been learnt"
-    return class_misfit(classes, start.spec.num_classes, start.spec.label_names)
-
-
-def can_be_ordered(start: SlimmableViT, record: Record) -> bool:
-    """Whether the order of the channels is still free: trained at full width alone, and not decided yet."""
-    narrow = any(Point.of(metric["ratio"]).ratio < 1 for metric in record.metrics)
-    return record.trained and record.order is None and not narrow and start.rule.layout == "aligned"
-
-
-def isolation(start: SlimmableViT, record: Record, settings: Settings) -> bool:
-    """Whether to isolate: as told, else as the checkpoint was trained, else as the method does.
-
-    Only training with a width between the smallest and the largest leaves a mark. Where the best channels
-    come first, the other end has the worst, so nothing is isolated.
-    """
-    if settings.method.isolation is not None:
-        return settings.method.isolation
-    if len(record.metrics) > 2:
-        return start.rule.isolated
-    return METHODS[settings.method.method].isolated and record.order != "importance"
-
-
-def trained_by(record: Record, points: Sequence[Point], settings: Settings, taught: bool) -> Record:
-    """The record of the model that comes of training: of the one it came from, and how."""
-    former = record.provenance.get("command")
-    model = "CKPT" if former else str(record.provenance.get("model", "MODEL"))
-    data = Path(settings.data).name if Path(settings.data).is_dir() else settings.data
-    ratios = ",".join(map(str, points))
-    words = [model, "--data", data, *(["--ratios", ratios] if ratios != DEFAULT_RATIOS else [])]
-    command = shlex.join(["scala", "finetune", *words, *settings.words()])
-    origin = {**record.provenance, "data": data, "teacher": taught, "command": command}
-    origin |= {"before": former} if former else {}
-    return Record(True, settings.method.method, record.order, (), origin)

@@ -19,8 +19,9 @@ from scala_cli.evaluate import evaluate
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.settings import Settings
+from scala_cli.tasks.base import Task
 from scala_cli.training.gradients import GradientLog
-from scala_cli.training.run import GRADIENTS, Row, Run, mean_top1
+from scala_cli.training.run import GRADIENTS, Row, Run
 from scala_cli.training.step import Step, refusing_settings
 from scala_cli.watch import Stopped, Watcher
 from scala_cli.world import World
@@ -60,6 +61,7 @@ class Trainer:
 
     Args:
         start: the model to start from; its full width, frozen, is the teacher where `taught`.
+        task: what it is for.
         splits: training and validation images.
 
     Raises:
@@ -67,12 +69,12 @@ class Trainer:
     """
 
     def __init__(
-        self, start: SlimmableViT, taught: bool, settings: Settings, splits: tuple[Split, Split]
+        self, start: SlimmableViT, task: Task, taught: bool, settings: Settings, splits: tuple[Split, Split]
     ) -> None:
-        self.settings = settings
+        self.settings, self.task = settings, task
         device = choose_device(settings.device)
         self.world = World.join(device)
-        self.step = Step(start, taught, settings, device, self.world)
+        self.step = Step(start, task, taught, settings, device, self.world)
         chosen = settings.optimizer
         low, high = settings.augment.scale
         if not 0 < low <= high <= 1:
@@ -165,6 +167,7 @@ class Trainer:
                     row = self.train_epoch(run, watch)
                     points = evaluate(
                         self.step.judged,
+                        self.task,
                         self.validation,
                         self.step.net.points,
                         self.settings.device,
@@ -173,7 +176,7 @@ class Trainer:
                     )
                     self.rows.append({**row, "points": points})
                     self.epoch = Epoch()
-                    run.save_epoch(self.step.judged, record, self.rows, self.state())
+                    run.save_epoch(self.step.judged, record, self.task, self.rows, self.state())
                     watch.epoch(self.rows[-1])
         except (Stopped, LostProcess):  # between two steps, or before the weights of one have moved
             run.write_state(self.state())
@@ -188,7 +191,7 @@ class Trainer:
         for loader in (self.training, self.validation):
             loader.tell_skipped(watch)
         run.sweep()
-        return max(self.rows, key=mean_top1)
+        return max(self.rows, key=self.task.score)
 
     def train_epoch(self, run: Run, watch: Watcher) -> Row:
         """Passes over what is left of the training images of this epoch, and of the run, once.

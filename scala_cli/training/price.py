@@ -2,52 +2,58 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from statistics import fmean
 
-import torch
-from torch import Tensor
-
-from scala_cli.measure import cost
-from scala_cli.methods import METHODS
+from scala_cli.cost import macs
+from scala_cli.methods import METHODS, ONE_POINT, method_named
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.settings import MethodSettings
 from scala_cli.slicing.point import Point
+from scala_cli.tasks import task_named
 from scala_cli.training.run import METRICS
 
 STEPS = 1000
 
 
-def training_gmacs(gmacs: Mapping[Point, float], method: MethodSettings, pretrained: bool) -> float:
-    """GMACs that one training image costs: a backward pass counts as two forwards.
-
-    The widths that a method draws are averaged over 1,000 steps.
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates of one forward of one image.
 
     Args:
-        gmacs: of one forward at each width; the teacher's is taken to be the largest.
+        points: of every point that is trained.
+        full: of the full-width model, which teaches whether or not it is one of the points.
+    """
+
+    points: Mapping[Point, int]
+    full: int
+
+    @classmethod
+    def of(cls, net: SlimmableViT) -> "Macs":
+        return cls({point: macs(net.spec.at(point.ratio)) for point in net.points}, macs(net.spec))
+
+
+def training_macs(macs: Macs, method: MethodSettings, task: str, pretrained: bool) -> float:
+    """Multiply-accumulates that one training image costs: a backward pass counts as two forwards.
+
+    What a method draws is averaged over 1,000 steps. A method that trains one point a run is counted with
+    a run for each.
+
+    Args:
+        task: a name of tasks.TASKS.
         pretrained: whether the start can teach.
     """
-    kind = METHODS[method.method]
-    teacher = max(gmacs.values()) if pretrained and kind.taught and method.teacher != "none" else 0.0
-    if method.method == "separate":
-        return round(sum(3 * each + teacher for each in gmacs.values()), 4)
-    drawn: list[float] = []
-
-    def student(_: Tensor, point: Point) -> Tensor:
-        drawn.append(gmacs[point])
-        return torch.zeros(1, 2)
-
-    images, targets = torch.zeros(1), torch.zeros(1, dtype=torch.long)
-    for step in range(STEPS):
-        for _ in kind(tuple(gmacs), method).passes(student, images, targets, None, Random(step)):
-            pass
-    return round(3 * sum(drawn) / STEPS + teacher, 4)
-
-
-def gmacs_of(net: SlimmableViT) -> dict[Point, float]:
-    """Of one forward of one image at every width."""
-    return {point: cost(net.spec.at(point))["gmacs"] for point in net.points}
+    kind = method_named(method.method)
+    teacher = macs.full if pretrained and "teacher" in kind.parts and method.teacher != "none" else 0
+    families = [(point,) for point in macs.points] if kind.one_point else [tuple(macs.points)]
+    ready = [kind(points, method, task_named(task)) for points in families]
+    return sum(
+        teacher + fmean(3 * sum(macs.points[p] for p in each.draw(Random(step))) for step in range(STEPS))
+        for each in ready
+    )
 
 
 def price_of_run(net: SlimmableViT, record: Record, checkpoint: Path) -> dict[str, float] | None:
@@ -59,17 +65,16 @@ def price_of_run(net: SlimmableViT, record: Record, checkpoint: Path) -> dict[st
     """
     run = checkpoint.resolve().parent
     files = [file for file in (run / METRICS, run / "teacher" / METRICS) if file.is_file()]
-    if record.method in (None, "separate") or not files:
+    if record.method not in METHODS or method_named(record.method).one_point or not files:
         return None
     try:
-        rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
         minutes = sum(row["minutes"] for row in rows)
     except (ValueError, KeyError, TypeError):  # of another tool
         return None
-    gmacs = gmacs_of(net)
-    taught = bool(record.provenance.get("teacher"))
+    counted, taught = Macs.of(net), bool(record.provenance.get("teacher"))
     joint, apart = (
-        training_gmacs(gmacs, MethodSettings(method=method), taught)  # type: ignore[arg-type]
-        for method in (record.method, "separate")
+        training_macs(counted, MethodSettings(method=method), record.task, taught)
+        for method in (record.method, ONE_POINT)
     )
     return {"minutes": round(minutes, 3), "separate": round(apart / joint, 3)}

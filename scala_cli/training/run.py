@@ -20,6 +20,7 @@ from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.report import write_csv
 from scala_cli.settings import Settings
 from scala_cli.slicing.point import Point
+from scala_cli.tasks.base import Task
 
 Row = dict[str, Any]
 """One epoch: {"epoch", "lr", "images_per_sec", "minutes", "loss": {name: mean},
@@ -27,11 +28,6 @@ Row = dict[str, Any]
 
 METRICS, GRADIENTS, FORMAT = "metrics.jsonl", "grads.jsonl", 4
 FILES = {"teacher", "start", "last", "best", STATE, METRICS, GRADIENTS, "summary.csv", "args.yaml"}
-
-
-def mean_top1(row: Row) -> float:
-    """What the best epoch is best at: top-1, mean over the widths."""
-    return sum(point["top1"] for point in row["points"]) / len(row["points"])
 
 
 @dataclass(frozen=True)
@@ -109,24 +105,29 @@ class Run:
                 remove(path)
 
     def save_epoch(
-        self, net: SlimmableViT, record: Record, rows: Sequence[Row], state: Mapping[str, Any]
+        self,
+        net: SlimmableViT,
+        record: Record,
+        task: Task,
+        rows: Sequence[Row],
+        state: Mapping[str, Any],
     ) -> None:
         """Saves the model, its metrics, and last of all the state to resume from."""
         newest = rows[-1]
         record = replace(record, metrics=newest["points"])
         save(net, record, self.path / "last")
-        if newest is max(rows, key=mean_top1):
+        if newest is max(rows, key=task.score):
             save(net, record, self.path / "best")
-        self.write_metrics(rows)
+        self.write_metrics(rows, task)
         self.write_state(state)
         if self.newest:
             self.make_newest()
 
-    def write_metrics(self, rows: Sequence[Row]) -> None:
+    def write_metrics(self, rows: Sequence[Row], task: Task) -> None:
         with whole_file(self.path / METRICS) as file:
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         with whole_file(self.path / "summary.csv") as file:
-            write_csv(file, [flat(row) for row in rows])
+            write_csv(file, [flat(row, task) for row in rows])
 
     def write_state(self, state: Mapping[str, Any]) -> None:
         with whole_file(self.path / STATE) as file, file.open("wb") as handle:
@@ -179,7 +180,12 @@ class Reader(Run):
         pass
 
     def save_epoch(
-        self, net: SlimmableViT, record: Record, rows: Sequence[Row], state: Mapping[str, Any]
+        self,
+        net: SlimmableViT,
+        record: Record,
+        task: Task,
+        rows: Sequence[Row],
+        state: Mapping[str, Any],
     ) -> None:
         pass
 
@@ -191,10 +197,10 @@ def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def flat(row: Row) -> dict[str, Any]:
+def flat(row: Row, task: Task) -> dict[str, Any]:
     """A row as columns: loss_0.25, top1_0.25, top5_0.25, ..."""
     line = {key: row[key] for key in ("epoch", "lr", "images_per_sec")}
     line |= {f"loss_{name}": loss for name, loss in row["loss"].items()}
-    for measure in ("top1", "top5"):
-        line |= {f"{measure}_{Point.of(point['ratio'])}": point[measure] for point in row["points"]}
+    for column in task.columns:
+        line |= {f"{column}_{Point.of_row(point)}": point[column] for point in row["points"]}
     return line

@@ -13,30 +13,29 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor
 from torch.nn import functional as F
 
-from scala_cli.device import (
-    autocast,
-    choose_device,
-    naming_lack_of_memory,
-    note_emulation,
-    peak_memory,
-    uses_bfloat16,
-)
+from scala_cli.device import choose_device
 from scala_cli.errors import CheckpointError
-from scala_cli.measure import conditions, cost, take_turns
+from scala_cli.memory import naming_lack_of_memory, peak_memory
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.vit import choose_attention, random_images
+from scala_cli.precision import autocast, note_emulation, uses_bfloat16
 from scala_cli.settings import Settings
-from scala_cli.training.price import gmacs_of, training_gmacs
+from scala_cli.tasks import task_named
+from scala_cli.timing import conditions, take_turns
+from scala_cli.training.price import Macs, training_macs
 from scala_cli.training.step import Step, compiling
 from scala_cli.watch import Watcher
 
 WARMUP_ROUNDS = 3
 
 
-def bench_training(net: SlimmableViT, settings: Settings, rounds: int, watch: Watcher) -> dict[str, Any]:
+def bench_training(
+    net: SlimmableViT, task: str, settings: Settings, rounds: int, watch: Watcher
+) -> dict[str, Any]:
     """Times steps on random images, in turns, so that a machine that heats up or is shared slows all alike.
 
     Args:
+        task: a name of tasks.TASKS.
         rounds: how often each step is timed.
 
     Returns:
@@ -58,7 +57,7 @@ def bench_training(net: SlimmableViT, settings: Settings, rounds: int, watch: Wa
     images = random_images(net.spec, size).to(device)
     targets = (torch.arange(size) % net.spec.num_classes).to(device)
     plain = plain_step(net, settings, device)
-    step = Step(net, True, settings, device)
+    step = Step(net, task_named(task), True, settings, device)
     step.net.train()
     teacher = step.frozen
 
@@ -78,11 +77,11 @@ def bench_training(net: SlimmableViT, settings: Settings, rounds: int, watch: Wa
     watch.phase("time", rounds * len(calls), "steps")
     times = take_turns(calls, rounds, device, watch)
 
-    gmacs, full = gmacs_of(net), 3 * cost(net.spec)["gmacs"]
+    macs = Macs.of(net)
     untaught, taught = (
-        training_gmacs(gmacs, settings.method, with_teacher) for with_teacher in (False, True)
+        training_macs(macs, settings.method, task, pretrained) for pretrained in (False, True)
     )
-    ratios = dict(zip(calls, (1.0, untaught / full, taught / full), strict=True))
+    ratios = dict(zip(calls, (1.0, untaught / (3 * macs.full), taught / (3 * macs.full)), strict=True))
     speeds = {name: size / statistics.median(series) * 1000 for name, series in times.items()}
     rows = [
         {

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
 from random import Random
 from typing import Any
 
@@ -11,17 +10,21 @@ import torch
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, random_seed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn.utils import clip_grad_norm_
 
-from scala_cli.device import allow_compiling_all, autocast, naming_lack_of_memory, uses_bfloat16
+from scala_cli.device import allow_compiling_all
 from scala_cli.errors import TrainingError, naming_failure
-from scala_cli.methods import METHODS
+from scala_cli.memory import naming_lack_of_memory
+from scala_cli.methods import method_named
+from scala_cli.methods.base import Batch
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.vit import choose_attention, skip_unread
+from scala_cli.precision import autocast, uses_bfloat16
 from scala_cli.settings import AugmentSettings, Settings
 from scala_cli.slicing.point import Point
+from scala_cli.tasks.base import Task
 from scala_cli.training.gradients import GradientLog
 from scala_cli.world import ALONE, World
 
@@ -35,6 +38,7 @@ class Step:
 
     Args:
         start: the model to start from; its full width, frozen, is the teacher where `taught`.
+        task: what the model is for.
         world: the processes that share each batch.
 
     Raises:
@@ -44,19 +48,23 @@ class Step:
     def __init__(
         self,
         start: SlimmableViT,
+        task: Task,
         taught: bool,
         settings: Settings,
         device: torch.device,
         world: World = ALONE,
     ) -> None:
         self.settings, self.device, self.world = settings, device, world
-        choose_attention(start.vit, device, uses_bfloat16(device, settings.device))
-        self.method = METHODS[settings.method.method](start.points, settings.method)
-        self.net = deepcopy(start).to(device)
+        self.method = method_named(settings.method.method)(start.points, settings.method, task)
+        self.net = start.copied().to(device)
         self.net.vit.set_grad_checkpointing(settings.optimizer.grad_checkpointing)
+        self.modules = self.method.modules(start.spec.embed_dim).to(device)
         # a copy too: where tensors read from a file happen to lie decides how products of matrices round
-        self.frozen = deepcopy(start.vit).to(device).eval().requires_grad_(False) if taught else None
-        for model in (self.net, self.frozen):
+        self.frozen = start.copied().vit.to(device).requires_grad_(False) if taught else None
+        for vit in (self.net.vit, self.frozen):
+            if vit:
+                choose_attention(vit, device, uses_bfloat16(device, settings.device))
+        for model in (self.net, self.modules, self.frozen):
             if model:
                 world.agree(model)
         chosen = settings.optimizer
@@ -69,6 +77,8 @@ class Step:
                 weight_decay=chosen.weight_decay,
                 layer_decay=chosen.layer_decay,
             )
+            if trained := [*self.modules.parameters()]:
+                self.optimizer.add_param_group({"params": trained})
         if getattr(self.optimizer, "is_second_order", False):
             raise TrainingError(
                 f"{chosen.opt} needs second derivatives, which training does not keep.", "Try --opt adamw"
@@ -78,8 +88,10 @@ class Step:
             if chosen.model_ema
             else None
         )
-        self.judged = SlimmableViT(self.average.module, start.spec, start.rule) if self.average else self.net
-        for vit in (self.net.vit, self.frozen):
+        self.judged = self.net
+        if self.average:
+            self.judged = SlimmableViT(self.average.module, start.spec, start.rule, self.net.extra)
+        for vit in (self.net.vit, self.frozen):  # not the average, which is copied from these before
             if vit:
                 skip_unread(vit)
         self.compiling = compiling(settings)
@@ -93,11 +105,17 @@ class Step:
         """Whether a step has begun to change the weights: what fails then leaves nothing to go on from."""
         self.gradients: GradientLog | None = None
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained."""
+        return [*self.net.vit.parameters(), *self.modules.parameters()]
+
     def state(self) -> dict[str, Any]:
         """All that `restore` needs to go on after the last step."""
         return {
             "step": self.number,
             "weights": self.net.vit.state_dict(),
+            "modules": self.modules.state_dict(),
             "average": self.average.module.state_dict() if self.average else None,
             "optimizer": self.optimizer.state_dict(),
         }
@@ -105,6 +123,7 @@ class Step:
     def restore(self, state: Mapping[str, Any]) -> None:
         self.number = state["step"]
         self.net.vit.load_state_dict(state["weights"])
+        self.modules.load_state_dict(state.get("modules", {}))
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average:
             self.average.module.load_state_dict(state["average"])
@@ -125,7 +144,7 @@ class Step:
             losses = self.gather_gradients(images, targets)
             if self.gradients:
                 self.gradients.write(self.number)
-            parameters = [*self.net.vit.parameters()]
+            parameters = self.parameters
             self.world.average_gradients(parameters, len(images))
             norm = clip_grad_norm_(parameters, self.settings.optimizer.clip_grad or math.inf)
             # the one moment of a step in which the processor waits for a GPU
@@ -158,19 +177,19 @@ class Step:
         """Every pass of the method, forwards and backwards. Returns their losses."""
         losses: dict[str, Tensor] = {}
         if not len(images):
-            for parameter in self.net.vit.parameters():
+            for parameter in self.parameters:
                 parameter.grad = torch.zeros_like(parameter)
             return losses
         random_seed((self.settings.run.seed * 1_000_003 + self.number) % 2**32)
         images = images.to(self.device, non_blocking=True)
         images, targets = self.mix(images, targets.to(self.device, non_blocking=True))
         teacher = self.teach if self.frozen else None
+        drawn = self.method.draw(Random(f"{self.settings.run.seed} {self.number}"))
         parts = self.settings.optimizer.grad_accum_steps
-        for some, their in zip(images.chunk(parts), targets.chunk(parts), strict=True):
-            random = Random(f"{self.settings.run.seed} {self.number}")  # every part at the same widths
-            for point, loss in self.method.passes(self.predict, some, their, teacher, random):
-                share = loss * (len(some) / len(images))
-                (share * self.method.weight(point)).backward()
+        for some in map(Batch, images.chunk(parts), targets.chunk(parts)):
+            for point, loss, weight in self.method.passes(some, self.predict, teacher, drawn):
+                share = loss * (len(some.images) / len(images))
+                (share * weight).backward()
                 losses[point.label] = losses.get(point.label, 0) + share.detach()
                 if self.gradients:
                     self.gradients.add(point.label)

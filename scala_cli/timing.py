@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-accumulates, milliseconds."""
+"""Milliseconds: what a model costs on this machine."""
 
 import math
 import statistics
@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 
 import timm
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 from scala_cli.device import device_name, synchronize
 from scala_cli.models.vit import Spec, random_images
@@ -25,32 +24,12 @@ ROUNDS = (10, 20, 40, 80, 160)
 SURE = 0.02
 """Half the width of a median's confidence interval, as a share of it, at which there are enough rounds."""
 SECONDS = 20.0
-"""Of measuring, after which what has been seen must do."""
+"""Time limit of one measurement."""
 
 Key = TypeVar("Key")
 
 Predictor = Callable[[Tensor], Tensor]
 """images (B, C, H, W) -> logits (B, classes)"""
-
-
-def cost(spec: Spec) -> dict[str, Any]:
-    """Size and work of one image, counted on the skeleton of the model that a Spec describes.
-
-    Returns:
-        {"embed_dim", "num_heads", "params", "gmacs"}; GMACs are 1e9 multiply-accumulates, half the FLOPs.
-    """
-    widths = {"embed_dim": spec.embed_dim, "num_heads": spec.num_heads}
-    return {**widths, **cost_of(spec.build(), spec.input_size)}
-
-
-def cost_of(skeleton: nn.Module, input_size: Sequence[int]) -> dict[str, Any]:
-    """{"params", "gmacs"} of any model on the meta device, for one image (C, H, W)."""
-    with FlopCounterMode(display=False) as counter:
-        skeleton(torch.empty(1, *input_size, device="meta"))
-    return {
-        "params": sum(parameter.numel() for parameter in skeleton.parameters()),
-        "gmacs": round(counter.get_total_flops() / 2e9, 4),
-    }
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,48 @@
+"""What a model costs on any machine: parameters and multiply-accumulates."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from scala_cli.models.vit import Spec
+
+
+def cost(spec: Spec) -> dict[str, Any]:
+    """Size and work of one image, counted on the skeleton of the model that a Spec describes.
+
+    Returns:
+        {"embed_dim", "num_heads", "params", "gmacs"}
+    """
+    skeleton = spec.build()
+    return {
+        "embed_dim": spec.embed_dim,
+        "num_heads": spec.num_heads,
+        "params": params_of(skeleton),
+        "gmacs": gmacs(macs_of(skeleton, spec.input_size)),
+    }
+
+
+def macs(spec: Spec) -> int:
+    """Multiply-accumulates of one image."""
+    return macs_of(spec.build(), spec.input_size)
+
+
+def macs_of(skeleton: nn.Module, input_size: Sequence[int]) -> int:
+    """Multiply-accumulates of any model on the meta device, for one image (C, H, W): half the FLOPs."""
+    with FlopCounterMode(display=False) as counter:
+        skeleton(torch.empty(1, *input_size, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+def params_of(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def gmacs(macs: float) -> float:
+    """Billions of multiply-accumulates as they are printed: four decimals, of small models four digits."""
+    billions = macs / 1e9
+    return round(billions, 4 if billions >= 0.01 or not billions else 3 - math.floor(math.log10(billions)))

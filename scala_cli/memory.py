@@ -1,0 +1,53 @@
+"""How much memory a call takes, and what is said where there is not enough."""
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from scala_cli.errors import ScalaError
+
+
+@contextmanager
+def naming_lack_of_memory(images: int, remedy: str = "Give a smaller --batch-size (-b).") -> Iterator[None]:
+    """Turns torch's out of memory, on any device, into a ScalaError that names the batch size.
+
+    Args:
+        images: in the batch that is worked on within.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError; the CPU has none
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise ScalaError(f"not enough memory for {images} images at once.", remedy) from None
+        raise
+
+
+def peak_memory(device: torch.device, call: Callable[[], object]) -> int | None:
+    """How many bytes more than before are held at the peak of a call; None where nothing tells."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    held = begin_peak() if device.type == "cpu" else None
+    call()
+    return None if held is None else resident("VmHWM") - held
+
+
+def begin_peak() -> int | None:
+    """Makes this process's peak of memory begin anew: the bytes held now. None but on Linux with glibc."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # gives back what is free, or it would count as held before
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return None
+    return resident("VmRSS")
+
+
+def resident(field: str) -> int:
+    """Bytes of memory that this process holds (VmRSS) or has held at most (VmHWM)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{field}:")[2].split()[0]) * 1024

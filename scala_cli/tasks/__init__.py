@@ -1,0 +1,17 @@
+"""What a family is for, by the name that its checkpoint records."""
+
+from scala_cli.errors import CheckpointError
+from scala_cli.tasks.base import Task
+from scala_cli.tasks.classification import Classification
+
+TASKS: dict[str, Task] = {"classification": Classification()}
+
+
+def task_named(name: str) -> Task:
+    """The task of that name. Raises CheckpointError where this version has none."""
+    if name not in TASKS:
+        raise CheckpointError(
+            f"the checkpoint is for the task {name!r}, which this version does not have.",
+            "Upgrade: pip install -U scala-vit",
+        )
+    return TASKS[name]

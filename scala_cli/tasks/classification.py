@@ -1,0 +1,80 @@
+"""Classification: one class for every image."""
+
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+from timm.utils import AverageMeter, accuracy
+from torch import Tensor
+
+from scala_cli.data.split import Split, hold_out, open_split
+from scala_cli.errors import DataError
+from scala_cli.settings import MethodSettings, Settings
+from scala_cli.tasks.losses import cross_entropy, distillation
+from scala_cli.world import World
+
+
+class Accuracy:
+    """Top-1 and top-5 in percent; with fewer than five classes top-5 is 100."""
+
+    def __init__(self) -> None:
+        self.meters = {"top1": AverageMeter(), "top5": AverageMeter()}
+
+    def update(self, output: Tensor, targets: Tensor) -> None:
+        """Counts (B, classes) logits and (B,) class numbers in."""
+        shares = accuracy(output.float(), targets, topk=(1, 5))
+        for meter, share in zip(self.meters.values(), shares, strict=True):
+            meter.update(share.item(), len(targets))
+
+    def result(self, world: World) -> dict[str, Any]:
+        """{"top1", "top5", "images"}"""
+        values, count = {}, 0.0
+        for name, meter in self.meters.items():
+            total, count = world.total(meter.sum, meter.count)
+            values[name] = round(total / max(count, 1), 4)
+        return {**values, "images": int(count)}
+
+
+class Classification:
+    """Labels and a teacher's predictions; judged by top-1."""
+
+    columns: Mapping[str, str] = {"top1": "top-1, %", "top5": "top-5, %"}
+    hub: Mapping[str, str] = {"task_type": "image-classification", "metric_type": "accuracy"}
+
+    def open(self, settings: Settings) -> tuple[Split, Split]:
+        """The training and the validation images; these are held out of the former where asked for.
+
+        Raises DataError, also for one class alone.
+        """
+        data, place = settings.data, settings.read.data_dir
+        training = open_split(data, True, place)
+        if len(training.classes) < 2:
+            raise DataError(
+                f"{data} holds one class only, {training.classes[0]!r}.", "Give images of two or more."
+            )
+        if settings.run.holdout:
+            return hold_out(training, settings.run.holdout)
+        return training, open_split(data, False, place, training.classes)
+
+    def loss(
+        self, output: Tensor, targets: Tensor | None, lesson: Tensor | None, settings: MethodSettings
+    ) -> Tensor:
+        """Cross-entropy with the labels plus the divergence from the teacher's prediction (Scala, eq. 4).
+
+        Args:
+            output, lesson: (B, classes) logits.
+            targets: (B,) class numbers or (B, classes) probabilities.
+        """
+        loss = output.new_zeros(())
+        if targets is not None:
+            loss = loss + cross_entropy(output, targets, settings.smoothing)
+        if lesson is not None:
+            loss = loss + distillation(output, lesson)
+        return loss
+
+    def meter(self) -> Accuracy:
+        return Accuracy()
+
+    def score(self, row: Mapping[str, Any]) -> float:
+        """Top-1, mean over the widths."""
+        return fmean(point["top1"] for point in row["points"])

@@ -1,0 +1,82 @@
+"""What training starts from: which classes are known, the order of the channels, which end a width keeps."""
+
+import shlex
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from scala_cli.data.loader import calibration_images
+from scala_cli.data.split import Split, class_misfit
+from scala_cli.device import choose_device
+from scala_cli.methods import method_named
+from scala_cli.models.checkpoint import Record
+from scala_cli.models.order import put_first_what_matters
+from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.settings import DEFAULT_RATIOS, Settings
+from scala_cli.slicing.point import Point
+from scala_cli.watch import Watcher
+
+
+def unlearnt(start: SlimmableViT, record: Record, classes: Sequence[str]) -> str:
+    """Why the model has to learn these classes first; empty where it knows them."""
+    if record.new_head and len(classes) == start.spec.num_classes:
+        return f"none of its {len(classes)} classes has been learnt"
+    return class_misfit(classes, start.spec.num_classes, start.spec.label_names)
+
+
+def with_new_head(start: SlimmableViT, classes: Sequence[str], seed: int) -> SlimmableViT:
+    """A copy with a random head for these classes, the same on every call."""
+    vit = deepcopy(start.vit)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vit.reset_classifier(len(classes))
+    return SlimmableViT(vit, start.spec.naming(classes), start.rule, start.extra)
+
+
+def prepare(
+    start: SlimmableViT, record: Record, settings: Settings, images: Split, watch: Watcher
+) -> tuple[SlimmableViT, Record]:
+    """The start as it is trained: its channels in order where that is free, isolated or not."""
+    if can_be_ordered(start, record) and settings.method.order == "importance":
+        watch.note("putting the channels in order of importance on some training images.")
+        device = choose_device(settings.device)
+        if device.type == "cuda":  # in float64, which not every device has
+            start = start.copied().to(device)
+        ordered = put_first_what_matters(start, calibration_images(images, start.spec, settings.read, watch))
+        start, record = ordered.to("cpu"), replace(record, order="importance")
+    return start.with_rule(replace(start.rule, isolated=isolation(start, record, settings))), record
+
+
+def can_be_ordered(start: SlimmableViT, record: Record) -> bool:
+    """Whether the order of the channels is still free: trained at full width alone, and not decided yet."""
+    narrow = any(Point.of_row(metric).ratio < 1 for metric in record.metrics)
+    return record.trained and record.order is None and not narrow and start.rule.layout == "aligned"
+
+
+def isolation(start: SlimmableViT, record: Record, settings: Settings) -> bool:
+    """Whether to isolate: as told, else as the checkpoint was trained, else as the method does.
+
+    Only training with a width between the smallest and the largest leaves a mark. Where the best channels
+    come first, the other end has the worst, so nothing is isolated.
+    """
+    if settings.method.isolation is not None:
+        return settings.method.isolation
+    if len(record.metrics) > 2:
+        return start.rule.isolated
+    return method_named(settings.method.method).isolated and record.order != "importance"
+
+
+def trained_by(record: Record, points: Sequence[Point], settings: Settings, taught: bool) -> Record:
+    """The record of the model that comes of training: of the one it came from, and how."""
+    former = record.provenance.get("command")
+    model = "CKPT" if former else str(record.provenance.get("model", "MODEL"))
+    data = Path(settings.data).name if Path(settings.data).is_dir() else settings.data
+    ratios = ",".join(map(str, points))
+    words = [model, "--data", data, *(["--ratios", ratios] if ratios != DEFAULT_RATIOS else [])]
+    command = shlex.join(["scala", "finetune", *words, *settings.words()])
+    origin = {**record.provenance, "data": data, "teacher": taught, "command": command}
+    origin |= {"before": former} if former else {}
+    return Record(True, settings.method.method, record.order, (), origin, task=record.task)
