@@ -33,11 +33,13 @@ def test_a_cascade_answers_as_if_asked_one_image_at_a_time(threshold):
 
 @torch.no_grad()
 def test_a_sweep_counts_what_a_cascade_does():
-    net, images, gmacs = slimmable(), 3 * torch.randn(40, 3, 16, 16), [1.0, 3.0, 10.0]
+    net, images, gmacs = slimmable(), 3 * torch.randn(40, 3, 16, 16), [1, 3, 10]
     targets = net(images, 1).argmax(1)
     thresholds = [0, 0.25, 0.3, 0.35, 1]
     logits = torch.stack([net(images, ratio) for ratio in RATIOS])
-    for row in sweep(confidence(logits), logits.argmax(-1) == targets, gmacs, thresholds):
+    for row in sweep(
+        confidence(logits), logits.argmax(-1) == targets, [10**9 * each for each in gmacs], thresholds
+    ):
         found = [one_by_one(net, image, row["threshold"]) for image in images]
         right = [logits.argmax() == target for (logits, _), target in zip(found, targets, strict=True)]
         assert row["top1"] == pytest.approx(100 * sum(right).item() / 40, abs=1e-4)

@@ -22,7 +22,7 @@ from scala_cli.formats import FORMATS
 from scala_cli.models.checkpoint import Record, save
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.vit import describe, random_images
-from scala_cli.slicing.point import parse_points
+from scala_cli.slicing.point import parse_points, ratios_of
 from scala_cli.slicing.rule import Rule
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +66,7 @@ def test_what_docs_say_of_deploying_runs_without_us(tmp_path):
     """Every example of docs/deploy.md, on the files that its commands write."""
     vit, args = build("deit", img_size=224, patch_size=32)
     spec = describe(vit, args).naming(["ant", "bee", "cow", "doe", "eel"])
-    net = SlimmableViT(vit, spec, Rule(parse_points("0.5,1"), spec.num_heads)).eval()
+    net = SlimmableViT(vit, spec, Rule(ratios_of(parse_points("0.5,1")), spec.num_heads)).eval()
     model = FromPixels(net.slice(0.5), spec)
     noise = np.random.default_rng(45).integers(0, 256, (3, 4, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((400, 300)).save(tmp_path / "cat.jpg", quality=100)

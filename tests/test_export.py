@@ -18,7 +18,7 @@ from scala_cli.errors import CheckpointError, ScalaError
 from scala_cli.models.checkpoint import Record, load, save
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.vit import describe
-from scala_cli.slicing.point import parse_points
+from scala_cli.slicing.point import parse_points, ratios_of
 from scala_cli.slicing.rule import Rule
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -171,7 +171,7 @@ def test_export_as_a_user_runs_it(scala, tiny, photos):
 def test_what_is_made_of_thirds_is_named_like_all_else(scala):
     vit, args = build("deit", embed_dim=48)
     spec = describe(vit, args)
-    save(SlimmableViT(vit, spec, Rule(parse_points("1/3"), spec.num_heads)), Record(), Path("odd"))
+    save(SlimmableViT(vit, spec, Rule(ratios_of(parse_points("1/3")), spec.num_heads)), Record(), Path("odd"))
     for words, name in ((["--all"], "odd-onnx"), (["--ratio", "1/3"], "odd-1_3.onnx")):
         assert scala("export", "odd", *words, "--json").json["path"] == name
 
