@@ -1,6 +1,7 @@
 """Training in several processes, started by torchrun, each on its part of every batch."""
 
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,8 +60,19 @@ class World:
 
     def wait(self) -> None:
         """Until all are here."""
-        on = "cuda" if self.size > 1 and dist.get_backend() == "nccl" else "cpu"
-        self.sum(torch.zeros(1, device=on)).item()  # which a GPU only has once all have sent theirs
+        self.sum(
+            torch.zeros(1, device=self.meeting_place)
+        ).item()  # which a GPU only has once all sent theirs
+
+    def same(self, text: str) -> bool:
+        """Whether all processes hold this text."""
+        number = zlib.crc32(text.encode())
+        return self.sum(torch.tensor(number, device=self.meeting_place)).item() == number * self.size
+
+    @property
+    def meeting_place(self) -> str:
+        """The kind of device on which tensors are sent."""
+        return "cuda" if self.size > 1 and dist.get_backend() == "nccl" else "cpu"
 
 
 ALONE = World()

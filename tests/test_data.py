@@ -16,9 +16,13 @@ from conftest import build, slimmable
 from PIL import Image
 from runs import Listener
 
-from scala_cli.data.loader import Loader, born_deaf, calibration_images, leave_stopping_to_the_parent
-from scala_cli.data.split import FromReader, Split, class_misfit, hold_out, open_split
+from scala_cli.data.calibration import calibration_images
+from scala_cli.data.classes import class_misfit
+from scala_cli.data.loader import Loader
+from scala_cli.data.samples import FromReader
+from scala_cli.data.split import Split, hold_out, open_split
 from scala_cli.data.transform import transform_for
+from scala_cli.data.workers import ignore_stop_signals, stop_signals_blocked
 from scala_cli.errors import DataError
 from scala_cli.evaluate import accuracies, evaluate
 from scala_cli.models.vit import describe
@@ -291,7 +295,9 @@ def test_a_reader_that_fails_is_not_called_killed(folder):
 
 
 def test_a_reading_process_obeys_its_parent_alone(folder):
-    with born_deaf():  # as `Loader.read`: threads that torch starts in the process, before ours, hear nothing
+    with (
+        stop_signals_blocked()
+    ):  # as `Loader.read`: threads that torch starts in the process, before ours, hear nothing
         reading = iter(loader(folder, workers=1).loader)
     next(reading)
     (process,) = reading._workers
@@ -313,13 +319,13 @@ def test_a_reading_process_that_dies_is_told_in_one_line():
 
 def test_a_reading_process_hears_nothing_before_it_knows_what_to_do(folder, monkeypatch):
     """SIGTERM in the moment between torch's own handlers and ours, where it would end the process."""
-    ready = leave_stopping_to_the_parent
+    ready = ignore_stop_signals
 
     def signalled(worker):
         os.kill(os.getpid(), signal.SIGTERM)
         ready(worker)
 
-    monkeypatch.setattr("scala_cli.data.loader.leave_stopping_to_the_parent", signalled)
+    monkeypatch.setattr("scala_cli.data.loader.ignore_stop_signals", signalled)
     assert sum(len(images) for images, _ in loader(folder, workers=2)) == 6
 
 

@@ -73,7 +73,7 @@ def convert(
     target = output or Path(f"{short_name(model)}-slimmable")
     refuse_occupied(target, force, FILES, weights or path_of(model))
 
-    from scala_cli.data.loader import calibration_images
+    from scala_cli.data.calibration import calibration_images
     from scala_cli.data.split import open_split
     from scala_cli.measure import cost, largest_difference
     from scala_cli.models.checkpoint import save
@@ -92,6 +92,8 @@ def convert(
     original = net.vit
     if order == "importance":
         with out.progress() as live:
+            if split:
+                split.tell(live)
             noise = random_images(net.spec, 256).split(64)
             images = calibration_images(split, net.spec, read, live) if split else noise
             net = put_first_what_matters(net, images)

@@ -183,7 +183,7 @@ def refuse_unfit(net: SlimmableViT, record: Record, arms: Sequence[Arm], setting
             f"stable_sampling has no part in {len(net.points)} widths: each step trains them all.",
             "Give five or more: --ratios 0.25,0.375,0.5,0.625,0.75,0.875,1",
         )
-    classes = open_splits(settings)[0].classes
+    classes = open_splits(settings, net.spec.label_names)[0].classes
     misfit = unlearnt(net, record, classes)
     if misfit:
         raise TrainingError(

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from scala_cli.data.loader import calibration_images
-from scala_cli.data.split import Split, class_misfit, hold_out, open_split
+from scala_cli.data.calibration import calibration_images
+from scala_cli.data.classes import class_misfit
+from scala_cli.data.split import Split, hold_out, open_split
 from scala_cli.device import choose_device, note_emulation
 from scala_cli.errors import DataError, TrainingError
 from scala_cli.methods import METHODS
@@ -20,8 +21,8 @@ from scala_cli.settings import DEFAULT_RATIOS, Settings
 from scala_cli.slicing.point import Point
 from scala_cli.training.loop import Trainer
 from scala_cli.training.run import Reader, Row, Run
-from scala_cli.watch import Watcher
-from scala_cli.world import World
+from scala_cli.watch import QUIET, Watcher
+from scala_cli.world import ALONE, World
 
 FULL = Point.of(1)
 LEARNING = 1 / 3
@@ -44,7 +45,7 @@ def finetune(
     note_emulation(device, settings.device, watch)
     world = World.join(device)
     run = run if world.rank == 0 else Reader(run.path)
-    splits = open_splits(settings)
+    splits = open_splits(settings, start.spec.label_names, watch, world)
     classes = splits[0].classes
     method = METHODS[settings.method.method](start.points, settings.method)
     if len(start.points) == 1 and settings.method.method != "separate":
@@ -94,10 +95,11 @@ def go_on(run: Run, watch: Watcher, changes: Mapping[str, Any] | None = None) ->
         go_on(run.teacher, watch, changes)
         world.wait()
         points = [Point.of(ratio) for ratio in state["points"]]
-        return widen(run, settings, points, open_splits(settings), watch)
+        return widen(run, settings, points, open_splits(settings, state["images"]["classes"]), watch)
     note_emulation(device, settings.device, watch)
     start, record = load_with_record(run.path / "start")
-    trainer = Trainer(start, state["taught"], settings, open_splits(settings))
+    splits = open_splits(settings, state["images"]["classes"], watch, world)
+    trainer = Trainer(start, state["taught"], settings, splits)
     refuse_other_images(trainer.images(), state["images"], run)
     trainer.restore(state)
     if len(trainer.rows) < trainer.epochs:
@@ -165,17 +167,37 @@ def widen(
     return begin(Trainer(start, True, settings, splits), start, record, run, watch)
 
 
-def open_splits(settings: Settings) -> tuple[Split, Split]:
-    """The training and the validation images; these are held out of the former where asked for."""
+def open_splits(
+    settings: Settings, names: Sequence[str] | None = None, watch: Watcher = QUIET, world: World = ALONE
+) -> tuple[Split, Split]:
+    """The training and the validation images; these are held out of the former where asked for.
+
+    Args:
+        names: of a model's classes. Where they are the data's in another order, that order counts.
+
+    Raises DataError, also where a process sees other images or classes than the others.
+    """
     data, place = settings.data, settings.read.data_dir
     training = open_split(data, True, place)
     if len(training.classes) < 2:
         raise DataError(
             f"{data} holds one class only, {training.classes[0]!r}.", "Give images of two or more."
         )
+    training = training.numbered_as(names)
     if settings.run.holdout:
-        return hold_out(training, settings.run.holdout)
-    return training, open_split(data, False, place, training.classes)
+        training, validation = hold_out(training, settings.run.holdout)
+    else:
+        validation = open_split(data, False, place, training.classes).numbered_as(training.classes)
+    training.tell(watch)
+    validation.tell(watch)
+    counts = f"{len(training)} training and {len(validation)} validation images"
+    if not world.same(f"{counts} {training.classes}"):
+        raise DataError(
+            f"the processes see different images: number {world.rank} has {counts}, "
+            f"of {len(training.classes)} classes.",
+            "Give all of them the same images, on a disk that all nodes see.",
+        )
+    return training, validation
 
 
 def refuse_other_images(now: Mapping[str, object], then: Mapping[str, object], run: Run) -> None:
