@@ -104,7 +104,7 @@ def open_folder(folder: Path, training: bool, classes: Sequence[str] | None = No
     found = read_folder(part)
     notes = []
     if part.name == "test":
-        notes.append(f"{folder} has no val/, so test/ takes its place, also where the best epoch is chosen.")
+        notes.append(f"{folder} has no val/, so test/ takes its place, which in training also chooses best/.")
     if found.others:
         notes.append(f"{part}: files passed over, of kinds that are not read: {counted(found.others)}.")
     split = Split(found, found.classes, tuple(notes))

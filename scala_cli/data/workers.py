@@ -57,7 +57,7 @@ def naming_a_dead_reader() -> Iterator[None]:
             raise DataError(
                 "the processes that read images cannot hand them over: too little shared memory (/dev/shm"
                 + (f": {reason[1].lower()})." if reason else ")."),
-                "Read in the main process: --workers 0. In docker there may be more: --shm-size 1g.",
+                "Read in the main process: --workers 0. Under docker give more: docker run --shm-size 1g.",
             ) from None
         if not re.search(r"(DataLoader worker|Pin memory).*(is killed|exited unexpectedly)", str(error)):
             raise
