@@ -10,6 +10,7 @@ from PIL import Image
 from runs import loader, settings
 
 from scala_cli.data.images import as_rgb, formats, open_image
+from scala_cli.data.split import open_split
 from scala_cli.errors import DataError
 from scala_cli.settings import ReadSettings, Settings
 
@@ -28,6 +29,13 @@ def test_grey_of_16_bits_is_what_it_is_in_8(tmp_path, kind):
     Image.fromarray(GREY.astype(np.uint16) * 257).save(file)
     assert open_image(str(file)).mode in ("I;16", "I")
     assert (read(file) == GREY[..., None]).all()
+
+
+def test_16_bits_through_torchvisions_folders(folder):
+    for file in (folder / "train/blue").iterdir():
+        Image.fromarray(GREY.astype(np.uint16) * 257).save(file)
+    image, _ = open_split("torch/image_folder", True, str(folder)).samples[0]
+    assert (np.asarray(as_rgb(image, upright=True)) == GREY[..., None]).all()
 
 
 def test_16_bits_the_other_way_round(tmp_path):
