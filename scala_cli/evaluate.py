@@ -9,9 +9,11 @@ from torch import Tensor
 
 from scala_cli.cascade import Cascade, confidence, sweep
 from scala_cli.cost import gmacs, macs
-from scala_cli.data.loader import Loader, naming_a_dead_reader
-from scala_cli.data.split import class_misfit, open_split
+from scala_cli.data.classes import class_misfit
+from scala_cli.data.loader import Loader
+from scala_cli.data.split import open_split
 from scala_cli.data.transform import transform_for
+from scala_cli.data.workers import naming_a_dead_reader
 from scala_cli.errors import DataError
 from scala_cli.memory import naming_lack_of_memory
 from scala_cli.models.slimmable import SlimmableViT
@@ -27,11 +29,11 @@ Key = TypeVar("Key")
 
 
 def validation_loader(net: SlimmableViT, data: str, batch_size: int, read: ReadSettings) -> Loader:
-    """The validation images of a data set as `net` wants them.
+    """The validation images of a data set as `net` wants them, their classes numbered as in its head.
 
     Raises DataError, also where the data's classes are not the model's.
     """
-    split = open_split(data, False, read.data_dir)
+    split = open_split(data, False, read.data_dir).numbered_as(net.spec.label_names)
     misfit = class_misfit(split.classes, net.spec.num_classes, net.spec.label_names)
     if misfit:
         raise DataError(

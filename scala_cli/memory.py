@@ -41,7 +41,7 @@ def begin_peak() -> int | None:
     """Makes this process's peak of memory begin anew: the bytes held now. None but on Linux with glibc."""
     try:
         ctypes.CDLL(None).malloc_trim(0)  # gives back what is free, or it would count as held before
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except (OSError, AttributeError):
         return None
     return resident("VmRSS")
@@ -49,5 +49,5 @@ def begin_peak() -> int | None:
 
 def resident(field: str) -> int:
     """Bytes of memory that this process holds (VmRSS) or has held at most (VmHWM)."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition(f"{field}:")[2].split()[0]) * 1024

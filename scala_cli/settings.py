@@ -114,6 +114,7 @@ class ReadSettings:
     data_dir: str | None = option(None, "Where a timm data set such as torch/cifar10 lies.")
     workers: int = option(2, "Processes that read images; 0 reads in the main one.", "-j", min=0)
     on_corrupt: Literal["error", "skip"] = option("error", "An unreadable image: stop, or skip and count it.")
+    exif: bool = option(True, "Turn photographs upright as their EXIF data says; timm does not. Default: on.")
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,9 @@ class Settings:
 
     def words(self) -> list[str]:
         """The options of `scala finetune` that differ from their defaults, but for data and machine."""
-        groups = (self.method, self.optimizer, self.augment, self.run)
+        groups = (self.method, self.optimizer, self.augment, self.run, self.read)
         given = {f.name: (getattr(group, f.name), f.default) for group in groups for f in fields(group)}
+        given = {name: of for name, of in given.items() if name not in ("data_dir", "workers", "on_corrupt")}
         words = []
         for name, (value, default) in given.items():
             flag = name.replace("_", "-")

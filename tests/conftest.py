@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,12 @@ def photos(tmp_path_factory) -> Path:
             for number in range(count):
                 Image.new("RGB", (20, 20), colour).save(folder / f"{number}.png")
     return root
+
+
+@pytest.fixture
+def folder(photos, tmp_path) -> Path:
+    """`photos` for one test alone, to be spoilt."""
+    return shutil.copytree(photos, tmp_path / "photos")
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,11 @@ from dataclasses import replace
 
 from conftest import slimmable
 
+from scala_cli.data.loader import Loader
+from scala_cli.data.split import open_split
+from scala_cli.data.transform import transform_for
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.settings import DeviceSettings, OptimizerSettings, ReadSettings, Settings
+from scala_cli.settings import AugmentSettings, DeviceSettings, OptimizerSettings, ReadSettings, Settings
 from scala_cli.watch import Watcher
 
 FULL = DeviceSettings(device="cpu", amp=False)
@@ -40,6 +43,15 @@ def settings(data, epochs=2, **groups) -> Settings:
         device=FULL,
     )
     return replace(base, **groups)
+
+
+def loader(folder, training=False, **read) -> Loader:
+    """The images of a folder in batches of 4, as a tiny model sees them."""
+    net = slimmable()
+    augment = AugmentSettings() if training else None
+    chosen = ReadSettings(**{"workers": 0, **read})
+    split = open_split(str(folder), training)
+    return Loader(split, transform_for(net.spec, augment), 4, chosen, training=training)
 
 
 def accuracies(*ratios: float) -> list[dict[str, float]]:

@@ -12,7 +12,7 @@ import torch
 from conftest import write_timm_directory
 from safetensors.torch import load_file
 
-from scala_cli.data.loader import Batches
+from scala_cli.data.batches import Batches
 from scala_cli.training.run import Run
 from scala_cli.world import World
 

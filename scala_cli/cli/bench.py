@@ -104,6 +104,8 @@ def bench(
             images = (
                 validation_loader(net, data, EvalSettings().batch_size, read) if data is not None else None
             )
+            if images:
+                images.split.tell(live)
             document = bench_predictions(net, record, points, compare or (), settings, device, live, images)
             if images:
                 images.tell_skipped(live)

@@ -74,7 +74,7 @@ def convert(
     refuse_occupied(target, force, FILES, weights or path_of(model))
 
     from scala_cli.cost import cost
-    from scala_cli.data.loader import calibration_images
+    from scala_cli.data.calibration import calibration_images
     from scala_cli.data.split import open_split
     from scala_cli.models.checkpoint import save
     from scala_cli.models.order import put_first_what_matters
@@ -93,6 +93,8 @@ def convert(
     original = net.vit
     if order == "importance":
         with out.progress() as live:
+            if split:
+                split.tell(live)
             noise = random_images(net.spec, 256).split(64)
             images = calibration_images(split, net.spec, read, live) if split else noise
             net = put_first_what_matters(net, images)
@@ -114,7 +116,7 @@ def convert(
 def read_labels(file: Path, count: int) -> list[str]:
     """The lines of a file. Raises ScalaError unless it names so many classes, each once."""
     try:
-        names = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError:
         raise ScalaError(f"{file} is no text file.", "Write one name a line.") from None
     if len(names) != count:

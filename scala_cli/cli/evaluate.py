@@ -65,6 +65,7 @@ def evaluate(
     document: dict[str, Any]
     with out.progress() as live:
         note_emulation(place, device, live)
+        loader.split.tell(live)
         if cascade:
             asked = Cascade(net, cascade.split(","), threshold)
             thresholds = sorted({*THRESHOLDS, threshold})

@@ -53,7 +53,7 @@ def export(
 
     import torch
 
-    from scala_cli.data.loader import calibration_images
+    from scala_cli.data.calibration import calibration_images
     from scala_cli.data.split import open_split
     from scala_cli.deploy.export import export as write
     from scala_cli.deploy.export import export_all
@@ -69,6 +69,7 @@ def export(
         images = random_images(net.spec, COMPARED if net.spec.input_size[1] <= 64 else 4)
         if data is not None:
             split = open_split(data, False, read.data_dir)
+            split.tell(live)
             images = torch.cat([*calibration_images(split, net.spec, read, live, COMPARED)])
         if every:
             target = output or default_target(checkpoint, directory, "onnx")

@@ -3,38 +3,53 @@
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
 
 from PIL import Image
-from timm.data import add_img_extensions, create_dataset, get_img_extensions
-from timm.data.readers import create_reader
+from timm.data import create_dataset
 
+from scala_cli.data.classes import same_classes, spelled
+from scala_cli.data.folder import class_folders, counted, read_folder
+from scala_cli.data.images import open_image
+from scala_cli.data.samples import FromDataset, FromReader, Renumbered, Samples, Some
 from scala_cli.errors import DataError
+from scala_cli.watch import Watcher
 
-VALIDATION = ("val", "validation", "test")
-add_img_extensions((".webp", ".bmp"))  # timm's folder reader would pass over these in silence
-
-
-class Samples(Protocol):
-    """Raw images with class numbers, before any transform."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> tuple[Any, int]: ...
-    def name(self, index: int) -> str: ...
+VALIDATION = ("val", "validation", "valid", "test")
+"""Where validation images may lie; the first that is there counts."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """One part of a data set."""
+    """One part of a data set, and what the user should know of how it was read."""
 
     samples: Samples
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def tell(self, watch: Watcher) -> None:
+        """Note what the user should know of it."""
+        for note in self.notes:
+            watch.note(note)
+
+    def numbered_as(self, names: Sequence[str] | None) -> "Split":
+        """Return the same images with their classes numbered as a model's, where these are the same names."""
+        if names is None or spelled(names) == self.classes or not same_classes(names, self.classes):
+            return self
+        return self.renumbered(spelled(names))
+
+    def renumbered(self, classes: Sequence[str]) -> "Split":
+        """Return the same images, each class numbered by its place in `classes`, which has all of them."""
+        if tuple(classes) == self.classes:
+            return self
+        place = {name: number for number, name in enumerate(classes)}
+        numbers = [place[name] for name in self.classes]
+        return replace(self, samples=Renumbered(self.samples, numbers), classes=tuple(classes))
 
 
 def open_split(
@@ -43,10 +58,10 @@ def open_split(
     """The training or validation part of a data set.
 
     Args:
-        data: a folder with train/ and val/ (or validation/, test/) of class folders; `digits`,
+        data: a folder with train/ and val/ (or validation/, valid/, test/) of class folders; `digits`,
             scikit-learn's handwritten digits; or a timm data set name such as torch/cifar10.
         data_dir: where the named data set lies.
-        classes: those of the training part, where it is open already; a folder is then not read twice.
+        classes: those of the training part, where it is open already.
 
     Raises:
         DataError: missing or empty folders, a class without images, classes that differ between parts.
@@ -83,46 +98,25 @@ def open_folder(folder: Path, training: bool, classes: Sequence[str] | None = No
     present = [folder / name for name in VALIDATION if (folder / name).is_dir()]
     train = folder / "train"
     if (training and not train.is_dir()) or (not training and not present):
-        wanted = "train/" if training else "val/, validation/ or test/"
+        wanted = "train/" if training else "val/, validation/, valid/ or test/"
         raise DataError(f"{folder} has no {wanted}.", "Put one folder a class under train/ and under val/.")
-    if training:
-        return read_folder(train)
-    if classes is None and train.is_dir():
-        classes = read_folder(train).classes
-    return read_folder(present[0], classes)
-
-
-def read_folder(folder: Path, classes: Sequence[str] | None = None) -> Split:
-    """The images of one folder of class folders; with `classes`, numbered as these."""
-    directories = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
-    if not directories:
-        raise DataError(f"{folder} has no class folders.", "Put one folder of images a class in it.")
-    for directory in directories:
-        if not any(path.suffix.lower() in get_img_extensions(as_set=True) for path in directory.rglob("*")):
-            raise DataError(
-                f"class {directory.name!r} has no images in {directory}.",
-                "Add .jpg, .png, .webp or .bmp images, or remove the folder.",
-            )
-    reader = create_reader("", str(folder))
-    found = tuple(reader.class_to_idx)
-    if "" in found:
-        raise DataError(f"{folder} holds images that are in no class folder.", "Move them to their classes.")
-    odd = set(found) - {directory.name for directory in directories}
-    if odd:
-        raise DataError(
-            f"{folder} has images deeper than its class folders, in {sorted(odd)[0]!r}.",
-            "Put the images of a class right into its folder.",
-        )
-    if classes is None or found == tuple(classes):
-        return Split(FromReader(reader), found)
-    unknown = sorted(set(found) - set(classes))
+    part = train if training else present[0]
+    found = read_folder(part)
+    notes = []
+    if part.name == "test":
+        notes.append(f"{folder} has no val/, so test/ takes its place, which in training also chooses best/.")
+    if found.others:
+        notes.append(f"{part}: files passed over, of kinds that are not read: {counted(found.others)}.")
+    split = Split(found, found.classes, tuple(notes))
+    if classes is None and not training and train.is_dir():
+        classes = [*class_folders(train)]
+    unknown = [name for name in found.classes if classes is not None and name not in classes]
     if unknown:
         raise DataError(
-            f"{folder} has a class {unknown[0]!r} that train/ does not have.",
+            f"{part} has a class {unknown[0]!r} that train/ does not have.",
             "Give both parts the same class folders.",
         )
-    numbered = {name: number for number, name in enumerate(classes)}
-    return Split(FromReader(create_reader("", str(folder), class_map=numbered)), tuple(classes))
+    return split if classes is None else split.renumbered(classes)
 
 
 def open_named(name: str, training: bool, data_dir: str | None) -> Split:
@@ -136,6 +130,8 @@ def open_named(name: str, training: bool, data_dir: str | None) -> Split:
         raise DataError(
             f"{name} in {data_dir or 'no --data-dir'}: {reason}.", "Name its place: --data-dir DIR"
         ) from None
+    if hasattr(dataset, "loader"):
+        dataset.loader = open_image  # torchvision's own cuts off what is beyond 8 bits
     samples = FromReader(dataset.reader) if hasattr(dataset, "reader") else FromDataset(dataset, name)
     classes = getattr(dataset, "classes", None)
     if classes is None and hasattr(dataset, "reader"):
@@ -160,65 +156,6 @@ def digits(training: bool) -> Split:
     return Split(FromDataset(pairs, "digits"), tuple(map(str, range(10))))
 
 
-class FromReader:
-    """The samples of a timm reader: folders and hfds."""
-
-    def __init__(self, reader: Any) -> None:
-        self.reader = reader
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        file, target = self.reader[index][:2]
-        return Image.open(file), target
-
-    def name(self, index: int) -> str:
-        return self.reader.filename(index, absolute=True) or f"image {index}"  # which may lie in a table
-
-
-class FromDataset:
-    """The samples of what opens its images itself, as torchvision's data sets do."""
-
-    def __init__(self, dataset: Any, label: str) -> None:
-        self.dataset, self.label = dataset, label
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.dataset[index]
-
-    def name(self, index: int) -> str:
-        return f"{self.label}[{index}]"
-
-
-def class_misfit(data: Sequence[str], num_classes: int, names: Sequence[str] | None) -> str:
-    """Why a model's classes cannot be the data's; empty where they can."""
-    if len(data) != num_classes:
-        return f"the model knows {num_classes} classes, the data has {len(data)}"
-    if names and tuple(names) != tuple(data):
-        theirs, ours = next((a, b) for a, b in zip(names, data, strict=True) if a != b)
-        return f"class {theirs!r} of the model is {ours!r} in the data"
-    return ""
-
-
-class Some:
-    """Some of other samples, by their numbers."""
-
-    def __init__(self, samples: Samples, numbers: Sequence[int]) -> None:
-        self.samples, self.numbers = samples, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.samples[self.numbers[index]]
-
-    def name(self, index: int) -> str:
-        return self.samples.name(self.numbers[index])
-
-
 def hold_out(split: Split, share: float) -> tuple[Split, Split]:
     """The training images without a share of them, and that share, spread evenly."""
     exact = Fraction(share).limit_denominator(10_000)
@@ -230,4 +167,4 @@ def hold_out(split: Split, share: float) -> tuple[Split, Split]:
             f"{len(split)} images are too few to hold out {share:g} of them.",
             "Give more images, or a larger --holdout.",
         )
-    return Split(Some(split.samples, kept), split.classes), Split(Some(split.samples, held), split.classes)
+    return replace(split, samples=Some(split.samples, kept)), Split(Some(split.samples, held), split.classes)

@@ -1,10 +1,11 @@
 """timm's transforms, with what a model and a user say of images."""
 
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from timm.data import create_transform, resolve_data_config
-from timm.data.auto_augment import LEVEL_TO_ARG
+from timm.data.auto_augment import posterize
 
 from scala_cli.errors import DataError
 from scala_cli.models.vit import Spec
@@ -22,21 +23,28 @@ def transform_for(spec: Spec, augment: AugmentSettings | None = None) -> Any:
     common: dict[str, Any] = {k: config[k] for k in ("input_size", "interpolation", "mean", "std")}
     if augment is None:
         return create_transform(**common, crop_pct=config["crop_pct"], crop_mode=config["crop_mode"])
-    return create_transform(
-        **common,
-        is_training=True,
-        scale=augment.scale,
-        hflip=augment.hflip,
-        auto_augment=augment.aa,
-        re_prob=augment.reprob,
-        color_jitter=None,  # type: ignore[arg-type]  # timm's own way to say none
+    return keep_a_bit(
+        create_transform(
+            **common,
+            is_training=True,
+            scale=augment.scale,
+            hflip=augment.hflip,
+            auto_augment=augment.aa,
+            re_prob=augment.reprob,
+            color_jitter=None,  # type: ignore[arg-type]  # timm's own way to say none
+        )
     )
 
 
+def keep_a_bit(transform: Any) -> Any:
+    """Return the transform, which now leaves a bit where it posterizes: of none Pillow 13 makes an error."""
+    for step in transform.transforms:
+        for op in [*getattr(step, "ops", ()), *chain(*getattr(step, "policy", ()))]:
+            if op.aug_fn is posterize:
+                op.level_fn = partial(at_least_a_bit, op.level_fn)
+    return transform
+
+
 def at_least_a_bit(bits: Any, level: float, hparams: Any) -> tuple[int]:
-    """What timm keeps of a colour when it posterizes; of no bit at all Pillow 13 makes an error."""
+    """Return the bits that timm keeps of a colour, but at least one."""
     return (max(1, *bits(level, hparams)),)
-
-
-for name in ("Posterize", "PosterizeIncreasing"):
-    LEVEL_TO_ARG[name] = partial(at_least_a_bit, LEVEL_TO_ARG[name])

@@ -73,7 +73,8 @@ def slice_model(
     del views, skeleton
     with whole_directory(target) as fresh:
         write_timm(rule.slice_state(weights, point.ratio, copy=True), spec, about, fresh)
-        (fresh / CARD).write_text(model_card(target.name, spec, record, [result], family=False))
+        card = model_card(target.name, spec, record, [result], family=False)
+        (fresh / CARD).write_text(card, encoding="utf-8")
         again = timm.create_model(f"local-dir:{fresh}", pretrained=True).eval()
         difference = (again(probe) - expected).abs().max().item()
         if not difference <= TOLERANCE:

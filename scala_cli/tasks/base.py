@@ -1,13 +1,14 @@
 """What a task is: it decides the loss, the metrics and the images; no other file asks what a model is for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from scala_cli.data.split import Split
 from scala_cli.settings import MethodSettings, Settings
-from scala_cli.world import World
+from scala_cli.watch import QUIET, Watcher
+from scala_cli.world import ALONE, World
 
 
 class Meter(Protocol):
@@ -34,8 +35,20 @@ class Task(Protocol):
         """What a model card calls the task ("task_type") and the first metric ("metric_type")."""
         ...
 
-    def open(self, settings: Settings) -> tuple[Split, Split]:
-        """The training and the validation images. Raises DataError."""
+    def open(
+        self,
+        settings: Settings,
+        names: Sequence[str] | None = None,
+        watch: Watcher = QUIET,
+        world: World = ALONE,
+    ) -> tuple[Split, Split]:
+        """The training and the validation images.
+
+        Args:
+            names: of a model's classes. Where they are the data's in another order, that order counts.
+
+        Raises DataError, also where a process sees other images or classes than the others.
+        """
         ...
 
     def loss(

@@ -1,6 +1,6 @@
 """Classification: one class for every image."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -11,7 +11,8 @@ from scala_cli.data.split import Split, hold_out, open_split
 from scala_cli.errors import DataError
 from scala_cli.settings import MethodSettings, Settings
 from scala_cli.tasks.losses import cross_entropy, distillation
-from scala_cli.world import World
+from scala_cli.watch import QUIET, Watcher
+from scala_cli.world import ALONE, World
 
 
 class Accuracy:
@@ -41,10 +42,19 @@ class Classification:
     columns: Mapping[str, str] = {"top1": "top-1, %", "top5": "top-5, %"}
     hub: Mapping[str, str] = {"task_type": "image-classification", "metric_type": "accuracy"}
 
-    def open(self, settings: Settings) -> tuple[Split, Split]:
+    def open(
+        self,
+        settings: Settings,
+        names: Sequence[str] | None = None,
+        watch: Watcher = QUIET,
+        world: World = ALONE,
+    ) -> tuple[Split, Split]:
         """The training and the validation images; these are held out of the former where asked for.
 
-        Raises DataError, also for one class alone.
+        Args:
+            names: of a model's classes. Where they are the data's in another order, that order counts.
+
+        Raises DataError for one class alone, and where the processes see different images or classes.
         """
         data, place = settings.data, settings.read.data_dir
         training = open_split(data, True, place)
@@ -52,9 +62,21 @@ class Classification:
             raise DataError(
                 f"{data} holds one class only, {training.classes[0]!r}.", "Give images of two or more."
             )
+        training = training.numbered_as(names)
         if settings.run.holdout:
-            return hold_out(training, settings.run.holdout)
-        return training, open_split(data, False, place, training.classes)
+            training, validation = hold_out(training, settings.run.holdout)
+        else:
+            validation = open_split(data, False, place, training.classes).numbered_as(training.classes)
+        training.tell(watch)
+        validation.tell(watch)
+        counts = f"{len(training)} training and {len(validation)} validation images"
+        if not world.same(f"{counts} {training.classes}"):
+            raise DataError(
+                f"the processes see different images: number {world.rank} has {counts}, "
+                f"of {len(training.classes)} classes.",
+                "Give all of them the same images, on a disk that all nodes see.",
+            )
+        return training, validation
 
     def loss(
         self, output: Tensor, targets: Tensor | None, lesson: Tensor | None, settings: MethodSettings

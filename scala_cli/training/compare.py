@@ -163,7 +163,7 @@ def refuse_unfit(net: SlimmableViT, record: Record, arms: Sequence[Arm], setting
             f"stable_sampling has no part in {len(net.points)} widths: each step trains them all.",
             "Give five or more: --ratios 0.25,0.375,0.5,0.625,0.75,0.875,1",
         )
-    classes = task_named(record.task).open(settings)[0].classes
+    classes = task_named(record.task).open(settings, net.spec.label_names)[0].classes
     misfit = unlearnt(net, record, classes)
     if misfit:
         raise TrainingError(
@@ -199,7 +199,9 @@ def train(
         else:
             net, record = arm.of(open_start())
             finetune(net.with_points(widths), record, settings, run, watch, force=True)
-        *earlier, last = [json.loads(line) for line in (run.path / METRICS).read_text().splitlines()]
+        *earlier, last = [
+            json.loads(line) for line in (run.path / METRICS).read_text(encoding="utf-8").splitlines()
+        ]
         rows += [{**row, "points": []} for row in earlier] + [last]
     return rows
 
@@ -234,7 +236,7 @@ def summary(
 def claim(folder: Path, what: dict[str, Any]) -> None:
     """Takes a folder for a comparison, or goes on with the same one. Raises TrainingError for another's."""
     try:
-        held = json.loads((folder / RESULT).read_text())["of"]
+        held = json.loads((folder / RESULT).read_text(encoding="utf-8"))["of"]
     except (OSError, ValueError, KeyError, TypeError):
         held = None
     if held is None and folder.exists() and any(folder.iterdir()):
@@ -248,7 +250,7 @@ def claim(folder: Path, what: dict[str, Any]) -> None:
 def write(folder: Path, what: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     """The rows so far, as JSON and as CSV."""
     with whole_file(folder / RESULT) as file:
-        file.write_text(json.dumps({"of": what, "arms": rows}, indent=2) + "\n")
+        file.write_text(json.dumps({"of": what, "arms": rows}, indent=2) + "\n", encoding="utf-8")
     with whole_file(folder / "compare.csv") as file:
         write_csv(file, [columns(row) for row in rows])
 

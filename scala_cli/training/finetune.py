@@ -42,7 +42,7 @@ def finetune(
     world = World.join(device)
     run = run if world.rank == 0 else Reader(run.path)
     task = task_named(record.task)
-    splits = task.open(settings)
+    splits = task.open(settings, start.spec.label_names, watch, world)
     classes = splits[0].classes
     kind = method_named(settings.method.method)
     kind(start.points, settings.method, task)  # refuses points that it does not train
@@ -94,11 +94,13 @@ def go_on(run: Run, watch: Watcher, changes: Mapping[str, Any] | None = None) ->
         world.wait()
         points = [Point.of(ratio) for ratio in state["points"]]
         _, record = load_with_record(run.teacher.path / "start")
-        return widen(run, settings, points, task_named(record.task).open(settings), watch)
+        splits = task_named(record.task).open(settings, state["images"]["classes"])
+        return widen(run, settings, points, splits, watch)
     note_emulation(device, settings.device, watch)
     start, record = load_with_record(run.path / "start")
     task = task_named(record.task)
-    trainer = Trainer(start, task, state["taught"], settings, task.open(settings))
+    splits = task.open(settings, state["images"]["classes"], watch, world)
+    trainer = Trainer(start, task, state["taught"], settings, splits)
     refuse_other_images(trainer.images(), state["images"], run)
     trainer.restore(state)
     if len(trainer.rows) < trainer.epochs:

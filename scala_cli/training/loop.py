@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from timm.scheduler import create_scheduler_v2
 
-from scala_cli.data.loader import Loader, naming_a_dead_reader
+from scala_cli.data.loader import Loader
 from scala_cli.data.split import Split
 from scala_cli.data.transform import transform_for
+from scala_cli.data.workers import naming_a_dead_reader
 from scala_cli.device import choose_device
 from scala_cli.errors import LostProcess, ScalaError, TrainingError
 from scala_cli.evaluate import evaluate

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from scala_cli.data.loader import calibration_images
-from scala_cli.data.split import Split, class_misfit
+from scala_cli.data.calibration import calibration_images
+from scala_cli.data.classes import class_misfit
+from scala_cli.data.split import Split
 from scala_cli.device import choose_device
 from scala_cli.methods import method_named
 from scala_cli.models.checkpoint import Record

@@ -1,0 +1,40 @@
+"""Which images make a batch, in which order."""
+
+import random
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+from scala_cli.world import World
+
+
+class Batches(Sampler[list[tuple[int, str]]]):
+    """The images of each batch of an epoch, by number and seed.
+
+    Args:
+        count: of images.
+        size: images of a batch that this process reads.
+        shuffled: every epoch in an order of its own, without an incomplete last batch.
+        world: the processes among which each batch is divided.
+    """
+
+    def __init__(self, count: int, size: int, shuffled: bool, seed: int, world: World) -> None:
+        self.count, self.size, self.shuffled, self.seed, self.world = count, size, shuffled, seed, world
+        self.epoch = self.first = 0
+
+    def __len__(self) -> int:
+        whole = self.size * self.world.size
+        return self.count // whole if self.shuffled else -(-self.count // whole)
+
+    def __iter__(self) -> Iterator[list[tuple[int, str]]]:
+        """The batches from number `first` on of the epoch `epoch`."""
+        name = f"{self.seed} {self.epoch}"
+        order = [*range(self.count)]
+        if self.shuffled:
+            generator = torch.Generator().manual_seed(random.Random(name).getrandbits(63))
+            order = torch.randperm(self.count, generator=generator).tolist()
+        whole = self.size * self.world.size
+        for start in range(self.first * whole, len(self) * whole, whole):
+            mine = order[start : start + whole][self.world.rank :: self.world.size]
+            yield [(index, f"{name} {index}") for index in mine]

@@ -1,0 +1,37 @@
+"""Class names: how they are spelled, in which order they are numbered, whether a model's are the data's."""
+
+import re
+from collections.abc import Iterable, Sequence
+from unicodedata import normalize
+
+
+def spelled(names: Iterable[str]) -> tuple[str, ...]:
+    """Return names with composed accents: macOS stores one name in another form than other systems."""
+    return tuple(normalize("NFC", name) for name in names)
+
+
+def natural_order(name: str) -> tuple[list[int | str], str]:
+    """Return a key that sorts names as timm does, 2 before 10 and upper case beside lower case.
+
+    Names that are equal for timm (Cat and cat, 1 and 01) are ordered by their characters, so that there is
+    one order only, in every process and on every machine.
+    """
+    parts = re.split(r"(\d+)", name.lower())  # every second part is digits
+    return [int(part) if number % 2 else part for number, part in enumerate(parts)], name
+
+
+def same_classes(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Return whether these are the same names, each once, in whatever order."""
+    return len({*names}) == len(names) and sorted(spelled(names)) == sorted(spelled(others))
+
+
+def class_misfit(data: Sequence[str], num_classes: int, names: Sequence[str] | None) -> str:
+    """Return why a model's classes cannot be the data's; empty where they can, in whatever order."""
+    if len(data) != num_classes:
+        return f"the model knows {num_classes} classes, the data has {len(data)}"
+    unknown = sorted({*spelled(data)} - {*spelled(names)}, key=natural_order) if names else []
+    if unknown:
+        return f"the data has a class {unknown[0]!r} that the model does not know"
+    if names and spelled(names) != spelled(data) and not same_classes(names, data):
+        return "the model has several classes of one name"
+    return ""

@@ -1,0 +1,72 @@
+"""One image: which files are read, and how their pixels become 8-bit RGB."""
+
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from PIL.ExifTags import Base
+
+NOT_READ = {"EPS", "WMF", "MPEG", "FLI", "FITS", "BUFR", "GRIB", "HDF5", "IPTC"}
+"""What Pillow knows and no photograph is: some run other programs, some only know the file's first bytes."""
+
+SIXTEEN_BITS = {"PNG", "PPM"}
+"""Formats whose 32-bit integers hold 16 bits."""
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Return Pillow's names of the formats that are read, of those that are installed."""
+    Image.init()
+    return tuple(name for name in Image.ID if name not in NOT_READ)
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """Return how the names of files end that are read, in lower case with the dot."""
+    known = {*formats(), "MPO"}  # which Pillow reads as JPEG
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known)
+
+
+def open_image(file: "str | IO[bytes]") -> Image.Image:
+    """Return the image in a file, of a format that is read. Raises as `Image.open`."""
+    return Image.open(file, formats=formats())
+
+
+def as_rgb(image: Image.Image, upright: bool) -> Image.Image:
+    """Return an image in 8-bit RGB, as timm does, except for pixels of more bits, which Pillow would cut off.
+
+    Transparency is dropped, of several frames the first is taken.
+
+    Args:
+        upright: turn it as its EXIF data says. Pillow does so with a TIFF file in any case.
+
+    Raises:
+        ValueError: pixels that are numbers of no known range. Others as Pillow, for a file that is broken.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of metadata and palettes, of which nothing is used
+        image.load()
+        if upright:
+            with suppress(Exception):  # broken metadata says nothing about the pixels
+                ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BITS):
+            image = Image.fromarray(high_bits(np.asarray(image), getattr(image, "tag_v2", {})))
+        if image.mode in ("I", "F"):
+            kind = "32-bit integers" if image.mode == "I" else "floats"
+            raise ValueError(f"its pixels are {kind} of no known range, to be saved with 8 or 16 bits")
+        return image.convert("RGB")
+
+
+def high_bits(pixels: np.ndarray, tags: Mapping[int, Any]) -> np.ndarray:
+    """Return the upper 8 bits of each pixel, as Pillow does with colours of 16 bits.
+
+    Args:
+        pixels: integers from 0 to 65535, or of fewer bits where `tags` say so.
+        tags: those of a TIFF file.
+    """
+    upper = (pixels >> (tags.get(Base.BitsPerSample, (16,))[0] - 8)).astype(np.uint8)
+    return 255 - upper if tags.get(Base.PhotometricInterpretation) == 0 else upper  # where white is zero

@@ -1,0 +1,67 @@
+"""The processes that read images: which signals they obey, and what is said where one fails."""
+
+import os
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import parent_process
+from threading import Thread
+
+from scala_cli.errors import DataError
+
+STOPPING = {signal.SIGINT, signal.SIGTERM}
+NO_ROOM = re.compile(r"(shared memory object|shared memory\(shm\)|file </torch_|signal: Bus error).*")
+"""What torch says where the memory in which batches are handed over is full, or cannot be had."""
+
+
+def ignore_stop_signals(_: int) -> None:
+    """Block a terminal's Ctrl-C and a scheduler's SIGTERM, which also reach the processes that read.
+
+    They go on until training has saved; then they are told to end, and they end with their parent. Its own
+    SIGTERM they obey: Python sends that to what is left when it exits.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    if hasattr(signal, "sigwaitinfo"):
+        Thread(target=obey_the_parent, daemon=True).start()
+    else:  # macOS: torch's own handler obeys the parent, but lets anybody's SIGTERM end the process
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def obey_the_parent() -> None:
+    """End this process at a SIGTERM from its parent, and at nobody else's."""
+    parent = parent_process()  # which is not always the one that forked this process
+    while parent and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+        pass
+    os._exit(0)
+
+
+@contextmanager
+def stop_signals_blocked() -> Iterator[None]:
+    """Start processes that stop signals do not reach, even before `ignore_stop_signals` has run in them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def naming_a_dead_reader() -> Iterator[None]:
+    """Turn what torch raises, at any moment, where a process that reads has failed into a DataError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if no_room := NO_ROOM.search(str(error)):
+            reason = re.search(r": ([A-Z][a-z ]+) \(\d+\)", no_room.group())
+            raise DataError(
+                "the processes that read images cannot hand them over: too little shared memory (/dev/shm"
+                + (f": {reason[1].lower()})." if reason else ")."),
+                "Read in the main process: --workers 0. Under docker give more: docker run --shm-size 1g.",
+            ) from None
+        if not re.search(r"(DataLoader worker|Pin memory).*(is killed|exited unexpectedly)", str(error)):
+            raise
+        raise DataError(
+            "a process that reads images was killed; there may be too little memory.",
+            "Use fewer of them: --workers 1, or 0 to read in the main process.",
+        ) from None
