@@ -270,7 +270,8 @@ class LastBlock(Block):
 def has_bare_stream(vit: VisionTransformer) -> bool:
     """Whether the residual stream is what is written to it: no norm on its way, none after a branch.
 
-    Nor is it pooled by attention, which reads it past the last norm.
+    Nor is it pooled by attention, which reads it past the last norm, nor by the largest value of a channel
+    over tokens, which another basis does not keep.
     """
     on_its_way = (vit.norm_pre, getattr(vit.patch_embed, "norm", nn.Identity()))
     return (
@@ -294,6 +295,7 @@ def skip_unread(vit: VisionTransformer) -> None:
 
 
 def choose_attention(vit: VisionTransformer, device: torch.device, bfloat16: bool) -> None:
+        and vit.global_pool not in ("max", "avgmax")
     """Which of timm's two implementations of attention this model, and those built from here on, use.
 
     Fused attention, except in bfloat16 on a CPU, where the explicit one trains 1.9 times as fast (DeiT-Ti
