@@ -3,18 +3,13 @@
 from typing import Any
 
 import timm
-import torch
 
-from scala_cli.errors import ScalaError
+from scala_cli.errors import CheckpointError, ScalaError, naming_failure
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.models.source import create
-from scala_cli.models.vit import describe, refuse_misfit
+from scala_cli.models.vit import MODULES, describe, refuse_misfit, refuse_unless_plain, skeleton
 from scala_cli.slicing.point import parse_points
 from scala_cli.slicing.rule import Rule
 from scala_cli.watch import Watcher
-
-MODULES = ("deit", "vision_transformer", "vision_transformer_hybrid", "vitamin")
-"""timm's files that build its class VisionTransformer; all other architectures are other classes."""
 
 
 def survey(watch: Watcher) -> list[dict[str, Any]]:
@@ -37,8 +32,8 @@ def obstacle(name: str) -> str:
     """
     args = {"depth": 1}
     try:
-        with torch.device("meta"):
-            vit = create(name, args)
+        with naming_failure(f"cannot build {name}", "", CheckpointError):
+            vit = refuse_unless_plain(skeleton(name, **args))
         spec, points = describe(vit, args), parse_points("0.5,1")
         net = SlimmableViT(vit, spec, Rule(points, spec.num_heads))
         refuse_misfit(spec.at(points[0]).build(), net.rule.slice_state(vit.state_dict(), points[0]), name)

@@ -5,6 +5,7 @@ and every slice load with `timm.create_model("local-dir:DIR", pretrained=True)`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -90,11 +91,12 @@ def save(net: SlimmableViT, record: Record, directory: Path) -> None:
 
 def write_timm(vit: VisionTransformer, spec: Spec, about: Mapping[str, Any], directory: Path) -> None:
     """The two files timm reads, with `about` beside its own settings."""
-    config: dict[str, Any] = {"scala": about}
+    config: dict[str, Any] = {"scala": {**about, "features": True} if spec.features else about}
     if spec.label_names:
         config["label_names"] = list(spec.label_names)
-    vit.pretrained_cfg = dict(spec.pretrained_cfg)  # type: ignore[assignment]  # timm's own plain attribute
-    save_for_hf(vit, str(directory), config, model_args=dict(spec.model_args), safe_serialization=True)
+    told = copy(vit)  # whose settings are its own
+    told.pretrained_cfg = dict(spec.pretrained_cfg)  # type: ignore[assignment]  # timm's own plain attribute
+    save_for_hf(told, str(directory), config, model_args=dict(spec.model_args), safe_serialization=True)
 
 
 def dims(spec: Spec) -> dict[str, int]:

@@ -9,7 +9,7 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from scala_cli.models.vit import LastBlock, Spec, skip_unread
+from scala_cli.models.vit import LastBlock, Spec, attend_alike, drop_alike, skip_unread
 from scala_cli.slicing.point import Point, find_point
 from scala_cli.slicing.rule import Rule
 from scala_cli.slicing.table import axes_of
@@ -107,7 +107,9 @@ class SlimmableViT(nn.Module):
     def _skeleton(self, point: Point) -> VisionTransformer:
         if point not in self._skeletons:
             self._skeletons[point] = self.spec.at(point).build()
+            drop_alike(self._skeletons[point], self.vit)
         skeleton = self._skeletons[point]
+        attend_alike(skeleton, self.vit)
         if skeleton.training != self.training:
             skeleton.train(self.training)
         skeleton.set_grad_checkpointing(self.vit.grad_checkpointing)

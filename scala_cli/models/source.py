@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from timm.models import VisionTransformer
 from scala_cli.errors import CheckpointError
 from scala_cli.models.authors import is_theirs, open_theirs
 from scala_cli.models.checkpoint import Record, load_with_record, read_weights
+from scala_cli.models.features import give_identity_head
 from scala_cli.models.foreign import Foreign, read_foreign
 from scala_cli.models.hub import NO_WEIGHTS, TRANSPORT, fail_fast_offline, fetch, unreachable
 from scala_cli.models.huggingface import directory_of, read_transformers
@@ -83,7 +84,8 @@ def open_model(
     if foreign:  # whose own head is kept, also where it has other classes than the model it is named after
         args.pop("num_classes", None)
         args |= foreign.args
-    args |= (changes or Changes()).given()
+    changes = changes or Changes()
+    args |= changes.given()
     with torch.device("meta"):  # what cannot be sliced is refused before any download
         skeleton_spec = describe(create(name, args))
     check_patches(skeleton_spec)
@@ -92,16 +94,21 @@ def open_model(
         skeleton_spec.at(point)
     torch.manual_seed(0)  # random weights, or a new head, are the same on every call
     vit = create(name, args, None if scratch else foreign, pretrained=not scratch)
-    spec = describe(vit, args)
+    came_with: Any = vit.pretrained_cfg  # describe() does not change it
+    replaced = about.get("features", False) and "num_classes" in changes.given()
+    if replaced:  # what its head gives are no classes, also where they are as many
+        vit.reset_classifier(args["num_classes"])
+    new_head = replaced or vit.num_classes not in (0, came_with.get("num_classes"))
+    features = give_identity_head(vit) or (about.get("features", False) and not replaced)
+    spec = replace(describe(vit, args), features=features)
     net = SlimmableViT(vit.eval(), spec, Rule(tuple(sorted(points)), spec.num_heads, layout=layout))
     file = weights or weight_file(model)
     called = foreign.named if foreign and weights is None and file else model
     called = short_name(called) if path_of(called) else called
     former = {} if about.get("method") else about.get("provenance") or about.get("sliced_from") or {}
     weights_of = "random" if scratch else file.name if file else former.get("weights", called)
-    came_with: Any = vit.pretrained_cfg  # describe() does not change it
     trained = not scratch and about.get("trained", True)
-    new_head = about.get("new_head", False) or vit.num_classes != came_with.get("num_classes")
+    new_head |= about.get("new_head", False)
     origin = {"model": called, "weights": weights_of}
     return net, Record(trained, order=about.get("order"), provenance=origin, new_head=trained and new_head)
 
