@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from scala_cli.cascade import Cascade
     from scala_cli.deploy.slice import slice_model
     from scala_cli.models.checkpoint import load
+    from scala_cli.models.in_memory import slimmable
     from scala_cli.models.slimmable import SlimmableViT
-    from scala_cli.models.source import slimmable
     from scala_cli.slicing.point import Point
 
 __all__ = ["Cascade", "Point", "SlimmableViT", "__version__", "load", "slice_model", "slimmable"]
@@ -21,7 +21,7 @@ _HOMES = {
     "Point": "scala_cli.slicing.point",
     "slice_model": "scala_cli.deploy.slice",
     "Cascade": "scala_cli.cascade",
-    "slimmable": "scala_cli.models.source",
+    "slimmable": "scala_cli.models.in_memory",
 }
 
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from scala_cli.errors import ScalaError, naming_failure
 from scala_cli.timing import Predictor
 
+OPSETS = range(17, 26)
+"""ONNX's versions that a ViT can be written in; from 17 on LayerNormalization is one operator."""
 LARGEST_EXECUTORCH = 64
 """ExecuTorch plans its memory ahead, for batches up to this one; the other formats take any."""
 
@@ -29,14 +31,15 @@ class Format:
     Args:
         suffix: of its file.
         modules: what must be installed, beside torch; the extra of that name brings it.
-        write: model, an example (B, C, H, W) of its input, the file, the names of the classes.
+        write: model, an example (B, C, H, W) of its input, the file, the names of the classes; those of ONNX
+            take an opset too.
         open: the file -> images to logits, in float32, with as many threads as torch uses.
         open_bfloat16: likewise, where the runtime computes in bfloat16 when told to.
     """
 
     suffix: str
     modules: Sequence[str]
-    write: Callable[[nn.Module, Tensor, Path, Sequence[str]], None]
+    write: Callable[..., None]
     open: Callable[[Path], Predictor]
     open_bfloat16: Callable[[Path], Predictor] | None = None
 
@@ -54,13 +57,32 @@ def format_named(name: str) -> Format:
     return FORMATS[name]
 
 
-def write(kind: str, model: nn.Module, example: Tensor, file: Path, labels: Sequence[str] = ()) -> None:
+def refuse_opset(opset: int | None) -> None:
+    """Raises ScalaError for an opset of ONNX that no ViT can be written in."""
+    if opset is not None and opset not in OPSETS:
+        raise ScalaError(
+            f"a ViT cannot be written in opset {opset}.", f"Give one from {OPSETS[0]} to {OPSETS[-1]}."
+        )
+
+
+def write(
+    kind: str,
+    model: nn.Module,
+    example: Tensor,
+    file: Path,
+    labels: Sequence[str] = (),
+    opset: int | None = None,
+) -> None:
     """Writes a model in the format of that name.
 
-    Raises ScalaError where the format has no way to express it.
+    Args:
+        opset: ONNX's, for a format of ONNX; None is the exporter's choice.
+
+    Raises ScalaError where the format has no way to express it, or not in that opset.
     """
+    options = {} if opset is None else {"opset": opset}
     with naming_failure(f"{kind} cannot express this {type(model).__name__}", OTHERWISE):
-        FORMATS[kind].write(model, example, file, labels)
+        FORMATS[kind].write(model, example, file, labels, **options)
 
 
 def opened(kind: str, file: Path) -> Predictor:
@@ -89,8 +111,17 @@ def traced(model: nn.Module, example: Tensor, largest_batch: int | None = None) 
         return torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
 
 
-def to_onnx(model: nn.Module, example: Tensor, labels: Sequence[str], optimize: bool = True) -> Any:
-    """The model as onnx_ir holds it, without the exporter's notes, which name the paths of this machine."""
+def to_onnx(
+    model: nn.Module,
+    example: Tensor,
+    labels: Sequence[str],
+    opset: int | None = None,
+    optimize: bool = True,
+) -> Any:
+    """The model as onnx_ir holds it, without the exporter's notes, which name the paths of this machine.
+
+    Raises ScalaError where it cannot be written in that opset.
+    """
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     with quietly():
@@ -103,26 +134,75 @@ def to_onnx(model: nn.Module, example: Tensor, labels: Sequence[str], optimize: 
             dynamic_shapes=({0: "batch"},),
             verbose=False,
             optimize=optimize,
+            opset_version=opset and max(opset, 18),  # which torch writes itself
         )
     assert program is not None
     graph: Any = program.model
+    if opset == 17:
+        to_opset_17(graph)
+    if opset and opset_of(graph) != opset:
+        raise ScalaError(
+            f"this model cannot be written in opset {opset}.", f"It can in opset {opset_of(graph)}."
+        )
     ClearMetadataAndDocStringPass()(graph)
     graph.metadata_props["labels"] = json.dumps(list(labels))
+    graph.metadata_props["opset"] = str(opset_of(graph))
     return graph
 
 
-def write_onnx(model: nn.Module, example: Tensor, file: Path, labels: Sequence[str]) -> None:
+def opset_of(graph: Any) -> int:
+    """The version of ONNX's own operators that a graph of onnx_ir uses."""
+    return graph.opset_imports[""]
+
+
+def opset_in(file: Path) -> int:
+    """Likewise of an ONNX file."""
+    import onnx
+
+    imports = onnx.load(file, load_external_data=False).opset_import
+    return next(each.version for each in imports if not each.domain)
+
+
+def to_opset_17(graph: Any) -> None:
+    """Rewrites, in place, a graph of opset 18: before that the axes of a reduction are no input.
+
+    onnx's own converter does so only with all weights in one message of 2 GB at most.
+    """
+    import onnx_ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    for node in graph.graph:
+        if node.op_type in ("ReduceMean", "ReduceMax") and len(node.inputs) == 2:
+            axes, made = node.inputs[1], node.inputs[1].producer()
+            if made is not None and made.op_type == "Reshape":  # of a number to a list of one
+                axes = made.inputs[0]
+            constant: Any = onnx_ir.convenience.get_const_tensor(axes)
+            numbers = constant.numpy().flatten().tolist()
+            node.resize_inputs(1)
+            node.attributes.add(onnx_ir.AttrInt64s("axes", numbers))
+            node.attributes.pop("noop_with_empty_axes", None)
+        if node.op_type == "Split":
+            node.attributes.pop("num_outputs", None)
+    graph.opset_imports[""] = 17
+    RemoveUnusedNodesPass()(graph)
+
+
+def write_onnx(
+    model: nn.Module, example: Tensor, file: Path, labels: Sequence[str], opset: int | None = None
+) -> None:
     import onnx_ir
 
-    onnx_ir.save(to_onnx(model, example, labels), file)
+    onnx_ir.save(to_onnx(model, example, labels, opset), file)
 
 
-def write_onnx_int8(model: nn.Module, example: Tensor, file: Path, labels: Sequence[str]) -> None:
+def write_onnx_int8(
+    model: nn.Module, example: Tensor, file: Path, labels: Sequence[str], opset: int | None = None
+) -> None:
     """ONNX with the weights of all matrix products in 8 bits; activations are quantised as they come."""
     import onnx_ir
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    graph = onnx_ir.to_proto(to_onnx(model, example, labels))
+    graph = onnx_ir.to_proto(to_onnx(model, example, labels, opset))
     del graph.graph.value_info[:]  # shapes that the quantiser would take for contradictions of its own
     with quietly():
         quantize_dynamic(graph, file, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
@@ -203,6 +283,11 @@ FORMATS: dict[str, Format] = {
     "executorch": Format(".pte", ("executorch",), write_executorch, open_executorch),
 }
 OTHERWISE = f"Choose another format: {', '.join(FORMATS)}"
+
+
+def is_onnx(kind: str) -> bool:
+    """Whether a format is one of ONNX, which has opsets."""
+    return kind.startswith("onnx")
 
 
 def is_int8(kind: str) -> bool:

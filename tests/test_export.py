@@ -3,6 +3,7 @@
 import json
 import re
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -78,6 +79,81 @@ def test_pixels_are_normalised_within(images):
     torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("cfg", "wanted"),
+    [
+        ({"mean": (0.5,) * 3, "std": (0.25,) * 3}, ((0.5,), (0.25,))),
+        ({"mean": (0.4,), "std": (0.2,)}, ((0.4,), (0.2,))),
+    ],
+)
+def test_pixels_of_one_channel_are_normalised_where_that_is_told(cfg, wanted):
+    vit, args = build("deit", in_chans=1)
+    spec = describe(vit, args)
+    spec = replace(spec, pretrained_cfg={**spec.pretrained_cfg, **cfg})
+    net = SlimmableViT(vit, spec, Rule(ratios_of(parse_points("0.5,1")), spec.num_heads)).eval()
+    export(net, 0.5, "onnx", Path("half.onnx"), torch.randn(3, 1, 16, 16), pixels=True)
+    pixels = torch.randint(0, 256, (5, 1, 16, 16), dtype=torch.uint8)
+    (mean,), (std,) = wanted
+    with torch.no_grad():
+        expected = net((pixels / 255 - mean) / std, 0.5)
+    found = onnxruntime.InferenceSession("half.onnx").run(None, {"images": pixels.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pixels_of_one_channel_with_the_means_of_three_are_refused():
+    vit, args = build("deit", in_chans=1)
+    spec = describe(vit, args)
+    net = SlimmableViT(vit, spec, Rule(ratios_of(parse_points("0.5,1")), spec.num_heads)).eval()
+    with pytest.raises(CheckpointError, match="takes 1 channels, but its mean is that of 3") as error:
+        export(net, 0.5, "onnx", Path("half.onnx"), torch.randn(3, 1, 16, 16), pixels=True)
+    assert "--with-preprocess" in error.value.hint and not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("opset", [formats.OPSETS[0], 18, formats.OPSETS[-1]])
+@pytest.mark.parametrize("kind", ["onnx", "onnx-int8"])
+def test_the_opset_asked_for_is_that_of_the_file(kind, opset, images):
+    """By ONNX's own checker too, for a model with reductions, which are another operator in 17."""
+    net = slimmable("average pool, fc_norm")
+    told = export(net, 0.5, kind, Path("half.onnx"), images, opset=opset)
+    written = onnx.load("half.onnx")
+    assert told["opset"] == opset == {each.domain: each.version for each in written.opset_import}[""]
+    onnx.checker.check_model(written)
+    about = onnxruntime.InferenceSession("half.onnx").get_modelmeta().custom_metadata_map
+    assert about["opset"] == str(opset)
+
+
+def test_every_width_in_an_opset_over_one_copy_of_the_weights(images):
+    net = slimmable("average pool, fc_norm", ratios="0.5,1")
+    save(net, Record(), Path("net"))
+    told = export_all(net, Path("net"), Path("all"), images, opset=17)
+    assert told["opset"] == 17
+    for row in told["points"]:
+        written = onnx.load(f"all/{row['file']}")
+        assert written.opset_import[0].version == 17 and row["max_abs_diff"] <= 1e-5
+        onnx.checker.check_model(written)
+
+
+def test_an_opset_that_the_exporter_does_not_reach_is_refused(images, monkeypatch):
+    whole = torch.onnx.export
+    monkeypatch.setattr(
+        torch.onnx, "export", lambda *args, **options: whole(*args, **{**options, "opset_version": 18})
+    )
+    with pytest.raises(ScalaError, match="cannot be written in opset 21") as error:
+        export(slimmable(), 0.5, "onnx", Path("half.onnx"), images, opset=21)
+    assert "opset 18" in error.value.hint and not list(Path().iterdir())
+
+
+def test_exporting_leaves_the_familys_modes_alone(images):
+    net = slimmable(ratios="0.5,1")
+    save(net, Record(), Path("net"))
+    net.train()
+    net.vit.blocks[0].eval()
+    before = [module.training for module in net.modules()]
+    export_all(net, Path("net"), Path("all"), images)
+    export(net, 0.5, "pt2", Path("half.pt2"), images)
+    assert [module.training for module in net.modules()] == before
+
+
 def test_a_file_that_answers_something_else_is_not_left_behind(images, monkeypatch):
     Path("half.pt2").write_text("an earlier one")
     wrong = formats.Format(
@@ -92,7 +168,8 @@ def test_a_file_that_answers_something_else_is_not_left_behind(images, monkeypat
 
 def test_eight_bits_that_change_the_class_of_photographs_are_refused(images, monkeypatch):
     opposite = lambda file: lambda images: -slimmable()(images, 0.5)  # noqa: E731
-    kind = formats.Format(".onnx", (), lambda *_: _[2].write_text(""), opposite)
+    empty = onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], []))
+    kind = formats.Format(".onnx", (), lambda *given: onnx.save(empty, given[2]), opposite)
     monkeypatch.setitem(formats.FORMATS, "onnx-int8", kind)
     assert export(slimmable(), 0.5, "onnx-int8", Path("noise.onnx"), images)["same_top1"] < 0.9
     with pytest.raises(CheckpointError, match="another class to 100% of the images"):
@@ -183,6 +260,9 @@ def test_what_is_made_of_thirds_is_named_like_all_else(scala):
         (["--ratio", "0.5", "--all"], "Give one width with --ratio, or --all."),
         (["--ratio", "0.5", "--int8", "--format", "pt2"], "--int8 goes with --format onnx"),
         (["--all", "--format", "pt2"], "--all writes plain ONNX"),
+        (["--ratio", "0.5", "--opset", "18", "--format", "pt2"], "--opset goes with --format onnx"),
+        (["--ratio", "0.5", "--opset", "16"], "cannot be written in opset 16. Give one from 17 to 25"),
+        (["--all", "--opset", "26"], "cannot be written in opset 26. Give one from 17 to 25"),
         (["--ratio", "0.3"], "not trained"),
         (["--ratio", "0.5", "-o", "half.pt"], "does not end in .onnx"),
         (["--ratio", "0.5", "-o", "folder.onnx"], "is a directory"),

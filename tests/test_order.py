@@ -3,10 +3,12 @@
 import pytest
 import timm
 import torch
-from conftest import KINDS, slimmable
+from conftest import KINDS, build, slimmable
 
 from scala_cli.models.order import Moments, observe, put_first_what_matters
+from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.stream import norms_of
+from scala_cli.models.vit import describe
 from scala_cli.slicing.importance import (
     change_basis,
     channel_scores,
@@ -16,6 +18,8 @@ from scala_cli.slicing.importance import (
     stream_basis,
     value_basis,
 )
+from scala_cli.slicing.point import parse_points, ratios_of
+from scala_cli.slicing.rule import Rule
 from scala_cli.slicing.table import vit_table
 
 GENERATOR = torch.Generator().manual_seed(5)
@@ -100,6 +104,24 @@ def test_the_value_basis_is_undone_by_the_projection_and_truncates_best():
         assert (exact - attended[:, :n] @ projection[:, :n].T).square().sum() / 500 > best
 
 
+def test_the_value_basis_inverts_where_the_projection_reads_little_or_nothing():
+    attended, projection = moment(sample(500, 8)), sample(20, 8)
+    projection[:, :5] = 0
+    for weight in (projection, 0 * projection):
+        v, undone = value_basis(attended, weight)
+        torch.testing.assert_close(undone @ v, weight)
+        assert torch.linalg.cond(v) < 1e4
+    v, undone = value_basis(0 * attended, projection)
+    torch.testing.assert_close(undone @ v, projection)
+
+
+def test_bases_of_queries_or_keys_that_are_always_zero():
+    some, none = moment(sample(500, 8)), torch.zeros(8, 8, dtype=torch.double)
+    for queries, keys in ((some, none), (none, some), (none, none)):
+        q, k = query_key_bases(queries, keys)
+        torch.testing.assert_close(q.T @ k, torch.eye(8, dtype=torch.double))
+
+
 def test_a_root_inverts_also_where_the_moment_does_not():
     flat = torch.diag(torch.tensor([1.0, 0.0, 4.0], dtype=torch.double))
     root, inverse = roots(flat)
@@ -162,6 +184,82 @@ def test_which_streams_can_be_rotated(kind):
     assert bool(norms) == (kind not in ("norm before the blocks", "no final norm"))
     if norms:
         assert len(norms) == 2 * len(slimmable(kind).vit.blocks) + 1
+
+
+@pytest.mark.parametrize("pool", ["max", "avgmax"])
+@pytest.mark.parametrize("fc_norm", [True, False])
+@torch.no_grad()
+def test_a_stream_of_which_the_largest_values_are_pooled_is_only_permuted(pool, fc_norm, images):
+    """The largest over tokens is another in another basis."""
+    vit, args = build("vit", global_pool=pool, fc_norm=fc_norm)
+    spec = describe(vit, args)
+    net = SlimmableViT(vit, spec, Rule(ratios_of(parse_points("0.5,1")), spec.num_heads)).eval()
+    assert norms_of(vit) == {}
+    assert (put_first_what_matters(net, [images])(images) - net(images)).abs().max() <= 1e-4
+
+
+def useless(part: str, net: SlimmableViT) -> None:
+    """Makes a part of a model compute nothing, as pruning and training do."""
+    block, width = net.vit.blocks[1], net.spec.embed_dim
+    head = slice(0, net.spec.head_dim)
+    if part == "values":
+        head = slice(2 * width, 2 * width + net.spec.head_dim)
+    if part in ("keys", "keys but a bias"):
+        head = slice(width, width + net.spec.head_dim)
+    if part in ("queries", "keys", "keys but a bias", "values"):
+        block.attn.qkv.weight[head] = 0
+        block.attn.qkv.bias[head] *= part == "keys but a bias"
+    if part == "projection":
+        block.attn.proj.weight[:, head] = 0
+    if part == "attention":
+        for parameter in block.attn.parameters():
+            parameter.zero_()
+    if part == "hidden channels":
+        block.mlp.fc1.weight[:20], block.mlp.fc1.bias[:20] = 0, 0
+        block.mlp.fc2.weight[:, 10:30] = 0
+    if part in ("mlp", "block"):
+        for parameter in (block if part == "block" else block.mlp).parameters():
+            parameter.zero_()
+    if part == "all blocks":
+        for parameter in net.vit.blocks.parameters():
+            parameter.zero_()
+    if part == "head":
+        net.vit.head.weight.zero_()
+
+
+USELESS = ("queries", "keys", "keys but a bias", "values", "projection", "attention", "hidden channels")
+USELESS += ("mlp", "block", "all blocks", "head")
+
+
+@pytest.mark.parametrize("kind", ["deit", "norm before the blocks"])
+@pytest.mark.parametrize("part", USELESS)
+def test_what_computes_nothing_is_no_obstacle_and_can_learn_again(kind, part, images):
+    """Wherever a gradient arrived before, one arrives in the other basis."""
+    net = slimmable(kind)
+    with torch.no_grad():
+        useless(part, net)
+    ordered = put_first_what_matters(net, [images])
+    answers = ordered(images), net(images)
+    assert (answers[0] - answers[1]).abs().max() <= 1e-4
+    for answer in answers:
+        answer.square().mean().backward()
+    for before, now in zip(net.vit.blocks, ordered.vit.blocks, strict=True):
+        arrives = [[bool(part.any()) for part in gradients_of(block.attn)] for block in (before, now)]
+        assert arrives[0] == arrives[1]
+
+
+def gradients_of(attn) -> list[torch.Tensor]:
+    """The gradients of q, k and v of each head, then of the projection's columns for it."""
+    size = attn.head_dim
+    return [*attn.qkv.weight.grad.split(size), *attn.proj.weight.grad.split(size, dim=1)]
+
+
+@torch.no_grad()
+def test_large_outputs_may_differ_by_as_much_more(images):
+    net = slimmable()
+    net.vit.head.weight.mul_(1e4)
+    ordered = put_first_what_matters(net, [images])
+    assert (ordered(images) - net(images)).abs().max() <= 1e-5 * net(images).abs().max()
 
 
 @pytest.mark.parametrize("change", [{"qkv_bias": False}, {"num_classes": 0}])

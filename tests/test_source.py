@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import KINDS, TINY, Bomb, build, write_timm_directory
+from conftest import TINY, Bomb, build, write_timm_directory
 from safetensors.torch import save_file
 
 from scala_cli.deploy.slice import slice_model
 from scala_cli.errors import CheckpointError, PointError
 from scala_cli.models.checkpoint import Record, save
-from scala_cli.models.source import Changes, is_checkpoint, open_model, open_slimmable, slimmable
+from scala_cli.models.in_memory import slimmable
+from scala_cli.models.source import Changes, is_checkpoint, open_model, open_slimmable
 from scala_cli.slicing.point import parse_points
 
 FOUR = parse_points("0.25,0.5,0.75,1")
@@ -219,7 +220,7 @@ def test_what_is_converted_again_stays_what_it_was(timm_directory, tmp_path, rec
 def test_half_the_bits_are_read_as_what_they_say(tmp_path, kind):
     vit = timm.create_model("test_vit").eval().to(kind)
     torch.save({"model": vit.state_dict(), "arch": "test_vit"}, tmp_path / "half.pth")
-    assert slimmable(vit).vit is vit, "in memory it stays as it is"
+    assert slimmable(vit).vit.norm.weight is vit.norm.weight, "in memory it stays as it is"
     net, _ = open_model(str(tmp_path / "half.pth"), FOUR)
     x = torch.randn(1, *net.spec.input_size)
     assert torch.equal(net(x), vit.float()(x))
@@ -231,11 +232,11 @@ def test_weights_without_a_classifier(tmp_path):
     save_file(state, tmp_path / "features.safetensors")
     net, record = open_model("deit_ti", FOUR, weights=tmp_path / "features.safetensors")
     assert net.spec.num_classes == 0 and record.trained and not record.new_head
-    assert net(torch.randn(1, 3, 224, 224), 0.5).shape == (1, 96)
+    assert net.spec.features and net(torch.randn(1, 3, 224, 224), 0.5).shape == (1, 192)
     net, record = open_model(
         "deit_ti", FOUR, Changes(num_classes=3), weights=tmp_path / "features.safetensors"
     )
-    assert net.spec.num_classes == 3 and record.new_head
+    assert net.spec.num_classes == 3 and record.new_head and not net.spec.features
     assert torch.equal(net.vit.blocks[3].mlp.fc1.weight, state["blocks.3.mlp.fc1.weight"])
     save_file({f"encoder.{name}": t for name, t in state.items()}, tmp_path / "odd.safetensors")
     with pytest.raises(CheckpointError, match="key"):  # a new head is no leave to be another model
@@ -277,26 +278,3 @@ def test_an_image_size_that_is_no_multiple_of_the_patch(timm_directory):
     assert "28" in error.value.hint
     with pytest.raises(CheckpointError, match="100 is not a multiple of patch size 16"):
         open_model("test_vit", FOUR, Changes(img_size=100), scratch=True)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@torch.no_grad()
-def test_a_model_in_memory(kind, images):
-    """Of every kind, also where create_model was given more than a name."""
-    vit, _ = build(kind)
-    net = slimmable(vit.train(), "0.5,1")
-    assert net.training and net.vit is vit
-    net.eval()
-    assert torch.equal(net(images), vit(images))
-    assert (net(images, 0.5) - net.slice(0.5)(images)).abs().max() <= 1e-5
-
-
-def test_a_model_in_memory_that_does_not_show_how_it_was_made():
-    vit, _ = build("vit", act_layer="relu")
-    with pytest.raises(CheckpointError, match="computes something else") as error:
-        slimmable(vit)
-    assert "save_for_hf" in error.value.hint
-    with pytest.raises(CheckpointError, match="ResNet"):
-        slimmable(timm.create_model("resnet18"))
-    with pytest.raises(PointError):
-        slimmable(build("vit")[0], "0.3,1")

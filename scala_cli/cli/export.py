@@ -29,6 +29,10 @@ def export(
         bool,
         typer.Option("--with-preprocess", help="Take pixels, 0 to 255 (uint8), and normalise them within."),
     ] = False,
+    opset: Annotated[
+        int | None,
+        typer.Option("--opset", help="Of ONNX, 17 to 25. Default: the exporter's choice."),
+    ] = None,
     data: Annotated[
         str | None, typer.Option("--data", help=f"Images to compare the runtimes on, else noise. {DATA_HELP}")
     ] = None,
@@ -47,6 +51,8 @@ def export(
         raise typer.BadParameter("Give one width with --ratio, or --all.")
     if int8 and format != "onnx":
         raise typer.BadParameter("--int8 goes with --format onnx.")
+    if opset is not None and format != "onnx":
+        raise typer.BadParameter("--opset goes with --format onnx.")
     if every and (int8 or with_preprocess or format != "onnx"):
         raise typer.BadParameter("--all writes plain ONNX: leave out --format, --int8 and --with-preprocess.")
     directory = find_checkpoint(checkpoint, out)
@@ -73,7 +79,7 @@ def export(
             images = torch.cat([*calibration_images(split, net.spec, read, live, COMPARED)])
         if every:
             target = output or default_target(checkpoint, directory, "onnx")
-            result = export_all(net, directory, target, images, force=force, watch=live)
+            result = export_all(net, directory, target, images, opset=opset, force=force, watch=live)
         else:
             kind = f"{format}-int8" if int8 else format
             ending = point.file_name + ("-int8" if int8 else "") + FORMATS[kind].suffix
@@ -86,6 +92,7 @@ def export(
                 images,
                 real=data is not None,
                 pixels=with_preprocess,
+                opset=opset,
                 force=force,
                 watch=live,
             )

@@ -20,7 +20,18 @@ from scala_cli.files import (
     whole_directory,
     whole_files,
 )
-from scala_cli.formats import Format, format_named, is_int8, opened, to_onnx, write
+from scala_cli.formats import (
+    Format,
+    format_named,
+    is_int8,
+    is_onnx,
+    opened,
+    opset_in,
+    opset_of,
+    refuse_opset,
+    to_onnx,
+    write,
+)
 from scala_cli.models.locate import CONFIG, EXTRA, WEIGHTS
 from scala_cli.models.slimmable import Ratio, SlimmableViT
 from scala_cli.models.views import fill, weights_of
@@ -36,7 +47,10 @@ AGREEMENT = 0.9
 
 
 class FromPixels(nn.Module):
-    """A model with its normalisation: of pixels from 0 to 255, (B, C, H, W) uint8."""
+    """A model with its normalisation: of pixels from 0 to 255, (B, C, H, W) uint8.
+
+    Raises CheckpointError where the mean and the deviation are not those of as many channels as it takes.
+    """
 
     mean: Tensor
     std: Tensor
@@ -45,7 +59,7 @@ class FromPixels(nn.Module):
         super().__init__()
         self.model = model
         for name in ("mean", "std"):
-            channels = torch.tensor(spec.pretrained_cfg[name], dtype=torch.float32)
+            channels = torch.tensor(channel_values(spec, name), dtype=torch.float32)
             self.register_buffer(name, channels[:, None, None])
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -54,6 +68,21 @@ class FromPixels(nn.Module):
     def pixels_of(self, images: Tensor) -> Tensor:
         """The pixels that are normalised to `images`, but for rounding."""
         return ((images * self.std + self.mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def channel_values(spec: Spec, name: str) -> tuple[float, ...]:
+    """The mean or the deviation (`name`) of each channel that a model takes.
+
+    Raises CheckpointError where its settings tell those of another number of channels, which differ.
+    """
+    values, count = tuple(spec.pretrained_cfg[name]), spec.input_size[0]
+    if len(values) != count and len({*values}) != 1:
+        told = ", ".join(f"{value:g}" for value in values)
+        raise CheckpointError(
+            f"the model takes {count} channels, but its {name} is that of {len(values)}: {told}.",
+            "Normalise the images yourself: leave out --with-preprocess.",
+        )
+    return values if len(values) == count else values[:1] * count
 
 
 @dataclass(frozen=True)
@@ -82,6 +111,7 @@ def export(
     *,
     real: bool = False,
     pixels: bool = False,
+    opset: int | None = None,
     force: bool = False,
     watch: Watcher = QUIET,
 ) -> dict[str, Any]:
@@ -92,15 +122,17 @@ def export(
         images: (B, C, H, W), normalised, on which the runtime is compared with torch.
         real: whether these are photographs and not noise; then 8-bit weights must agree on their classes.
         pixels: the file takes pixels from 0 to 255, uint8, and normalises them itself.
+        opset: of ONNX; None is the exporter's choice.
 
     Returns:
-        {"path", "format", "ratio", "max_abs_diff", "same_top1", "images", "bytes"}
+        {"path", "format", "ratio", "max_abs_diff", "same_top1", "images", "bytes"}, of ONNX {"opset"} too
 
     Raises:
         ScalaError: a missing package; PointError: a width that was not trained.
         CheckpointError: where the runtime answers something else; nothing is left behind then.
     """
     chosen = format_named(kind)
+    refuse_opset(opset)
     refuse_file(target, chosen, force)
     point = find_point(ratio, net.points)
     model: nn.Module = net.slice(point, fixed_size=True)
@@ -110,15 +142,17 @@ def export(
     watch.phase("export", 2, "steps")
     with whole_files(target, force) as fresh:
         file = fresh / target.name
-        write(kind, model, twice(images[:1]), file, net.spec.label_names or ())
+        write(kind, model, twice(images[:1]), file, net.spec.label_names or (), opset)
         watch.step(1)
         found = Difference.between(model, opened(kind, file), images)
         watch.step(1)
         refuse_difference(found, kind, real)
         size = sum(part.stat().st_size for part in fresh.iterdir())
+        written_in = {"opset": opset_in(file)} if is_onnx(kind) else {}
     return {
         "path": str(target),
         "format": kind,
+        **written_in,
         **point.columns(),
         "max_abs_diff": found.largest,
         "same_top1": found.same_top1,
@@ -132,9 +166,10 @@ class AtWidth(nn.Module):
 
     def __init__(self, net: SlimmableViT, point: Point) -> None:
         super().__init__()
-        for name, part in net.vit.named_children():
+        full = net.spec.build_with(net.vit.state_dict())  # whose modes are not those of `net`
+        for name, part in full.named_children():
             self.add_module(name, part)
-        for name, parameter in net.vit.named_parameters(recurse=False):
+        for name, parameter in full.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
         self.cut = lambda state: net.rule.slice_state(state, point.ratio)
         # in a list, for its parameters are not this model's
@@ -153,6 +188,7 @@ def export_all(
     target: Path,
     images: Tensor,
     *,
+    opset: int | None = None,
     force: bool = False,
     watch: Watcher = QUIET,
 ) -> dict[str, Any]:
@@ -163,14 +199,16 @@ def export_all(
 
     Args:
         checkpoint: the directory that `net` was loaded from.
+        opset: as in `export`.
 
     Returns:
-        {"path", "format", "bytes", "bytes_of_full", "points": [{"ratio", "file", "max_abs_diff"}]}; the
-        bytes of the folder, and of the weights and the graph of the full width alone.
+        {"path", "format", "opset", "bytes", "bytes_of_full", "points": [{"ratio", "file", "max_abs_diff"}]};
+        the bytes of the folder, and of the weights and the graph of the full width alone.
 
     Raises as `export`.
     """
     format_named("onnx")
+    refuse_opset(opset)
     import onnx_ir
 
     names = {point: f"{point.file_name}.onnx" for point in net.points}
@@ -184,7 +222,7 @@ def export_all(
         for point, name in names.items():
             model = AtWidth(net, point).eval()
             # not optimised: that would fold the cuts into tensors of their own
-            graph = to_onnx(model, twice(images[:1]), net.spec.label_names or (), optimize=False)
+            graph = to_onnx(model, twice(images[:1]), net.spec.label_names or (), opset, optimize=False)
             for initializer, value in graph.graph.initializers.items():
                 if initializer in places:
                     place = (WEIGHTS, *places[initializer], value.dtype)
@@ -202,6 +240,7 @@ def export_all(
     return {
         "path": str(target),
         "format": "onnx",
+        "opset": opset_of(graph),
         "bytes": sum(sizes.values()),
         "bytes_of_full": full,
         "points": rows,

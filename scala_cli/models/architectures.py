@@ -4,17 +4,13 @@ from fractions import Fraction
 from typing import Any
 
 import timm
-import torch
 
-from scala_cli.errors import ScalaError
+from scala_cli.errors import CheckpointError, ScalaError, naming_failure
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.models.source import create
-from scala_cli.models.vit import describe, refuse_misfit
+from scala_cli.models.vit import MODULES, describe, refuse_misfit, refuse_unless_plain, skeleton
 from scala_cli.slicing.rule import Rule
 from scala_cli.watch import Watcher
 
-MODULES = ("deit", "vision_transformer", "vision_transformer_hybrid", "vitamin")
-"""timm's files that build its class VisionTransformer; all other architectures are other classes."""
 HALF = Fraction(1, 2)
 
 
@@ -38,8 +34,8 @@ def obstacle(name: str) -> str:
     """
     args = {"depth": 1}
     try:
-        with torch.device("meta"):
-            vit = create(name, args)
+        with naming_failure(f"cannot build {name}", "", CheckpointError):
+            vit = refuse_unless_plain(skeleton(name, **args))
         spec = describe(vit, args)
         net = SlimmableViT(vit, spec, Rule((HALF, Fraction(1)), spec.num_heads))
         refuse_misfit(spec.at(HALF).build(), net.rule.slice_state(vit.state_dict(), HALF), name)

@@ -12,14 +12,11 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-import timm
-import torch
-
 from scala_cli.errors import CheckpointError
 from scala_cli.models.foreign import Foreign
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.stream import with_eps
-from scala_cli.models.vit import Spec, describe, refuse_misfit
+from scala_cli.models.vit import Spec, describe, refuse_misfit, skeleton
 from scala_cli.slicing.point import Point
 from scala_cli.slicing.rule import Rule
 
@@ -58,9 +55,7 @@ def spec_of(content: Foreign) -> Spec:
     args: dict[str, Any] = {"embed_dim": 96, "num_heads": 3} if size == "so_tiny" else {}
     if "head.bias" in content.state:
         args["num_classes"] = len(content.state["head.bias"])
-    with torch.device("meta"):
-        vit = timm.create_model(f"deit_{size.removeprefix('so_')}{distilled}_patch16_224", **args)
-    return describe(vit, args)
+    return describe(skeleton(f"deit_{size.removeprefix('so_')}{distilled}_patch16_224", **args), args)
 
 
 def trained_ratios(options: Mapping[str, Any], origin: str) -> tuple[Fraction, ...]:

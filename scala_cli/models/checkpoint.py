@@ -103,7 +103,7 @@ def save(net: SlimmableViT, record: Record, directory: Path) -> None:
 
 def write_timm(state: Mapping[str, Tensor], spec: Spec, about: Mapping[str, Any], directory: Path) -> None:
     """The two files timm reads, with `about` beside its own settings."""
-    config: dict[str, Any] = {"scala": about}
+    config: dict[str, Any] = {"scala": {**about, "features": True} if spec.features else about}
     if spec.label_names:
         config["label_names"] = list(spec.label_names)
     stock = spec.build_with(state)  # without the blocks and settings of training

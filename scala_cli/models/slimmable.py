@@ -11,7 +11,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from scala_cli.models.views import Stamp, fill, stamp, weights_of
-from scala_cli.models.vit import Spec, imitate, rebuilt
+from scala_cli.models.vit import Spec, drop_alike, imitate, rebuilt
 from scala_cli.slicing.point import Point, find_point, ratios_of
 from scala_cli.slicing.rule import Rule
 from scala_cli.slicing.table import axes_of
@@ -128,7 +128,9 @@ class SlimmableViT(nn.Module):
 
     def _empty_skeleton(self, ratio: Fraction, graded: bool) -> VisionTransformer:
         if (ratio, graded) not in self._skeletons:
-            self._skeletons[ratio, graded] = self.spec.at(ratio).build(slim=True)
+            skeleton = self.spec.at(ratio).build(slim=True)
+            drop_alike(skeleton, self.vit)
+            self._skeletons[ratio, graded] = skeleton
         return self._skeletons[ratio, graded]
 
     def _forget_skeletons(self) -> None:

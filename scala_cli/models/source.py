@@ -2,24 +2,24 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from timm.models import VisionTransformer
-from torch import nn
 
 from scala_cli.errors import CheckpointError
 from scala_cli.models.authors import is_theirs, open_theirs
 from scala_cli.models.checkpoint import Record, load_with_record, read_weights
+from scala_cli.models.features import give_identity_head
 from scala_cli.models.foreign import Foreign, read_foreign
 from scala_cli.models.hub import NO_WEIGHTS, TRANSPORT, fail_fast_offline, fetch, unreachable
 from scala_cli.models.huggingface import directory_of, read_transformers
 from scala_cli.models.locate import ALIASES, CONFIG, STATE, WEIGHTS, path_of, read_config, resolve, short_name
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.models.vit import Spec, describe, random_images, read_off, refuse_unless_plain
+from scala_cli.models.vit import Spec, describe, refuse_unless_plain
 from scala_cli.settings import DEFAULT_RATIOS
 from scala_cli.slicing.point import Point, find_point, parse_points, ratios_of
 from scala_cli.slicing.rule import Rule
@@ -84,7 +84,8 @@ def open_model(
     if foreign:  # whose own head is kept, also where it has other classes than the model it is named after
         args.pop("num_classes", None)
         args |= foreign.args
-    args |= (changes or Changes()).given()
+    changes = changes or Changes()
+    args |= changes.given()
     with torch.device("meta"):  # what cannot be sliced is refused before any download
         skeleton_spec = describe(create(name, args))
     check_patches(skeleton_spec)
@@ -93,16 +94,21 @@ def open_model(
         skeleton_spec.at(point.ratio)
     torch.manual_seed(0)  # random weights, or a new head, are the same on every call
     vit = create(name, args, None if scratch else foreign, pretrained=not scratch)
-    spec = describe(vit, args)
+    came_with: Any = vit.pretrained_cfg  # describe() does not change it
+    replaced = about.get("features", False) and "num_classes" in changes.given()
+    if replaced:  # what its head gives are no classes, also where they are as many
+        vit.reset_classifier(args["num_classes"])
+    new_head = replaced or vit.num_classes not in (0, came_with.get("num_classes"))
+    features = give_identity_head(vit) or (about.get("features", False) and not replaced)
+    spec = replace(describe(vit, args), features=features)
     net = SlimmableViT(vit.eval(), spec, Rule(ratios_of(points), spec.num_heads, layout=layout))
     file = weights or weight_file(model)
     called = foreign.named if foreign and weights is None and file else model
     called = short_name(called) if path_of(called) else called
     former = {} if about.get("method") else about.get("provenance") or about.get("sliced_from") or {}
     weights_of = "random" if scratch else file.name if file else former.get("weights", called)
-    came_with: Any = vit.pretrained_cfg  # describe() does not change it
     trained = not scratch and about.get("trained", True)
-    new_head = about.get("new_head", False) or vit.num_classes != came_with.get("num_classes")
+    new_head |= about.get("new_head", False)
     origin = {"model": called, "weights": weights_of}
     return net, Record(trained, order=about.get("order"), provenance=origin, new_head=trained and new_head)
 
@@ -129,33 +135,6 @@ def weight_file(model: str) -> Path | None:
     """The file of weights that MODEL names, where it does."""
     path = None if model.startswith("local-dir:") else path_of(model)
     return path if path and path.is_file() else None
-
-
-def slimmable(model: nn.Module, ratios: str = DEFAULT_RATIOS) -> SlimmableViT:
-    """A timm model that is in memory already, at every width; it keeps its weights, and shares them.
-
-    Args:
-        ratios: the widths, "0.25,0.5,0.75,1".
-
-    Raises:
-        CheckpointError: a model that cannot be sliced, or that timm does not build again from what it shows.
-        PointError: a width that does not divide its channels.
-    """
-    vit, spec, points = refuse_unless_plain(model), read_off(model), parse_points(ratios)
-    for point in points:
-        spec.at(point.ratio)
-    again = spec.build_with(vit.state_dict(), f"this {spec.architecture}")
-    probe, was_training = random_images(spec, 2).to(next(vit.parameters())), vit.training
-    with torch.no_grad():
-        same = torch.equal(again(probe), vit.eval()(probe))
-    vit.train(was_training)
-    if not same:
-        raise CheckpointError(
-            f"timm's {spec.architecture} computes something else than this model.",
-            "Save it with what it was created with, and load that: "
-            "timm.models.save_for_hf(model, DIR, model_args=...); scala convert DIR",
-        )
-    return SlimmableViT(vit, spec, Rule(ratios_of(points), spec.num_heads)).train(was_training)
 
 
 def open_family(

@@ -1,6 +1,7 @@
 """timm's Vision Transformers: the only file that knows their internals."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -8,13 +9,21 @@ from typing import Any
 import timm
 import torch
 from timm.layers import AttentionPoolLatent, Mlp, PatchEmbed, SwiGLU
-from timm.models import VisionTransformer, VisionTransformerDistilled, filter_pretrained_cfg
+from timm.models import (
+    VisionTransformer,
+    VisionTransformerDistilled,
+    filter_pretrained_cfg,
+    is_model_in_modules,
+)
 from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import Tensor, nn
 
 from scala_cli.errors import CheckpointError, naming_failure
 from scala_cli.models.block import SlimBlock
 from scala_cli.slicing.rule import kept_count
+
+MODULES = ("deit", "vision_transformer", "vision_transformer_hybrid", "vitamin")
+"""timm's files that build its class VisionTransformer; all other architectures are other classes."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,8 @@ class Spec:
         model_args: arguments for `timm.create_model`, JSON-able.
         pretrained_cfg: timm's input and label settings (mean, std, interpolation, label_names, ...).
         block: the class of its blocks.
+        features: whether its outputs are no classes but features, those of a full model without a classifier
+            (models/features.py).
     """
 
     architecture: str
@@ -35,6 +46,7 @@ class Spec:
     num_heads: int
     hidden_dim: int
     block: type[nn.Module] = Block
+    features: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -42,7 +54,7 @@ class Spec:
 
     @property
     def num_classes(self) -> int:
-        return self.model_args["num_classes"]
+        return 0 if self.features else self.model_args["num_classes"]
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
@@ -72,7 +84,8 @@ class Spec:
     def naming(self, classes: Sequence[str]) -> "Spec":
         """The same model with a class of its head for each name."""
         cfg = {**self.pretrained_cfg, "num_classes": len(classes), "label_names": list(classes)}
-        return replace(self, model_args={**self.model_args, "num_classes": len(classes)}, pretrained_cfg=cfg)
+        args = {**self.model_args, "num_classes": len(classes)}
+        return replace(self, model_args=args, pretrained_cfg=cfg, features=False)
 
     def build(self, device: str = "meta", slim: bool = False) -> VisionTransformer:
         """The model in evaluation mode; on the meta device a skeleton, without weights.
@@ -80,11 +93,14 @@ class Spec:
         Args:
             slim: with SlimBlocks in place of timm's plain Blocks.
         """
-        blocks: dict[str, Any] = {"block_fn": SlimBlock} if slim and self.block is Block else {}
-        with torch.device(device):
-            model = timm.create_model(
-                self.architecture, pretrained_cfg=dict(self.pretrained_cfg), **self.model_args, **blocks
-            )
+        args: dict[str, Any] = {**self.model_args, "pretrained_cfg": dict(self.pretrained_cfg)}
+        if slim and self.block is Block:
+            args["block_fn"] = SlimBlock
+        if device == "meta":
+            model = skeleton(self.architecture, **args)
+        else:
+            with torch.device(device):
+                model = timm.create_model(self.architecture, **args)
         return refuse_unless_plain(model).eval()
 
     def build_with(self, state: Mapping[str, Tensor], origin: object = "the state") -> VisionTransformer:
@@ -98,15 +114,30 @@ class Spec:
         return model
 
 
+def skeleton(architecture: str, **args: Any) -> nn.Module:
+    """timm's model on the meta device: every shape, no weights.
+
+    timm initialises weights there too unless told not to, which takes six times as long as all else.
+    """
+    if is_model_in_modules(architecture, MODULES):
+        args["weight_init"] = "skip"
+    with torch.device("meta"):
+        model = timm.create_model(architecture, **args)
+    getattr(model, "_model_args", {}).pop("weight_init", None)  # timm saves these with a model
+    return model
+
+
 def random_images(spec: Spec, count: int) -> Tensor:
     """(count, C, H, W), the same on every call."""
     return torch.randn(count, *spec.input_size, generator=torch.Generator().manual_seed(0))
 
 
-def refuse_misfit(model: nn.Module, state: Mapping[str, Tensor], origin: object) -> None:
+NOT_ONE = "Its config.json and its weights are not of one model; convert or download it again."
+
+
+def refuse_misfit(model: nn.Module, state: Mapping[str, Tensor], origin: object, hint: str = NOT_ONE) -> None:
     """Raises CheckpointError for the first key that is missing, unknown or of another shape."""
     wanted = model.state_dict()
-    hint = "Its config.json and its weights are not of one model; convert or download it again."
     for name in [*wanted, *state]:
         if name not in state:
             raise CheckpointError(f"{origin} has no {name!r}, which the architecture needs.", hint)
@@ -143,46 +174,16 @@ def describe(model: nn.Module, args: Mapping[str, Any] | None = None) -> Spec:
         architecture=cfg["architecture"],
         model_args=model_args,
         pretrained_cfg=cfg,
-        embed_dim=vit.embed_dim,
+        embed_dim=width_of(vit),
         num_heads=block.attn.num_heads,
         hidden_dim=block.mlp.fc2.in_features,
         block=Block if type(block) is SlimBlock else type(block),
     )
 
 
-TRAITS: Mapping[str, Callable[[Any], Any]] = {
-    "class_token": lambda vit: vit.cls_token is not None,
-    "reg_tokens": lambda vit: vit.num_reg_tokens,
-    "no_embed_class": lambda vit: vit.no_embed_class,
-    "pos_embed": lambda vit: "none" if vit.pos_embed is None else "learn",
-    "pre_norm": lambda vit: not isinstance(vit.norm_pre, nn.Identity),
-    "final_norm": lambda vit: (
-        not isinstance(vit.norm, nn.Identity) or not isinstance(vit.fc_norm, nn.Identity)
-    ),
-    "fc_norm": lambda vit: not isinstance(vit.fc_norm, nn.Identity),
-    "qkv_bias": lambda vit: vit.blocks[0].attn.qkv.bias is not None,
-    "proj_bias": lambda vit: vit.blocks[0].attn.proj.bias is not None,
-    "qk_norm": lambda vit: not isinstance(vit.blocks[0].attn.q_norm, nn.Identity),
-    "init_values": lambda vit: 1e-5 if hasattr(vit.blocks[0].ls1, "gamma") else None,
-}
-"""Arguments of timm's constructor that a model shows."""
-
-
-def read_off(model: nn.Module) -> Spec:
-    """The Spec of a model of which nobody knows what `timm.create_model` was given beside the name.
-
-    Raises CheckpointError as `describe`, and where what can be read off the model does not rebuild it.
-    """
-    vit: Any = refuse_unless_plain(model)
-    sizes = {
-        "depth": len(vit.blocks),
-        "embed_dim": vit.embed_dim,
-        "num_heads": vit.blocks[0].attn.num_heads,
-        "mlp_ratio": (vit.blocks[0].mlp.fc2.in_features + 0.5) / vit.embed_dim,
-    }
-    plain = describe(vit, sizes).build()
-    differing = {name: of(vit) for name, of in TRAITS.items() if of(vit) != of(plain)}
-    return describe(vit, {**sizes, **differing})
+def width_of(vit: Any) -> int:
+    """The channels of the residual stream; `embed_dim` is not what is left of a model that was pruned."""
+    return vit.patch_embed.proj.out_channels
 
 
 def spec_of(config: Mapping[str, Any]) -> Spec:
@@ -201,8 +202,8 @@ def spec_of(config: Mapping[str, Any]) -> Spec:
                 f"this timm ({timm.__version__}) has no architecture {name!r}.",
                 "Upgrade: pip install -U timm",
             )
-        with torch.device("meta"):
-            return describe(timm.create_model(name, pretrained_cfg=cfg, **args), args)
+        spec = describe(skeleton(name, pretrained_cfg=cfg, **args), args)
+        return replace(spec, features=config.get("scala", {}).get("features", False))
 
 
 def refuse_unless_plain(model: nn.Module) -> VisionTransformer:
@@ -210,17 +211,18 @@ def refuse_unless_plain(model: nn.Module) -> VisionTransformer:
 
     Types are compared exactly: a subclass may use its parameters in another way.
     """
+    hint = "DeiT, DeiT-III and plain vit_* models of timm can; for example: scala convert deit_s"
     if type(model) in (VisionTransformer, VisionTransformerDistilled):
         assert isinstance(model, VisionTransformer)
         reason = first_odd_part(model)
         if not reason:
+            reason = first_odd_size(model)
+            hint = "Give the model as it was before it was pruned, or prune all of its blocks alike."
+        if not reason:
             return model
     else:
         reason = f"it is a {type(model).__name__}, not a VisionTransformer"
-    raise CheckpointError(
-        f"this model cannot be sliced: {reason}.",
-        "DeiT, DeiT-III and plain vit_* models of timm can; for example: scala convert deit_s",
-    )
+    raise CheckpointError(f"this model cannot be sliced: {reason}.", hint)
 
 
 def first_odd_part(vit: VisionTransformer) -> str:
@@ -236,21 +238,39 @@ def first_odd_part(vit: VisionTransformer) -> str:
             return f"it has a {type(block.attn).__name__} where a plain Attention is needed"
         if type(block.mlp) not in (Mlp, SwiGLU):
             return f"it has a {type(block.mlp).__name__} where a plain Mlp is needed"
-        if block.attn.qkv.out_features != 3 * vit.embed_dim:
-            return "its heads do not add up to its embedding"
     return ""
+
+
+def first_odd_size(vit: Any) -> str:
+    """Which layer is not as wide as those of a plain ViT; empty where all are."""
+    first = {name: parameter.shape for name, parameter in vit.blocks[0].named_parameters()}
+    for number, block in enumerate(vit.blocks):
+        for name, parameter in block.named_parameters():
+            if parameter.shape != first.get(name, parameter.shape):
+                sizes = times(parameter.shape), times(first[name])
+                return f"blocks.{number}.{name} is {sizes[0]}, blocks.0.{name} {sizes[1]}"
+    read, written = width_of(vit), vit.blocks[0].attn.qkv.out_features
+    if written != 3 * read:
+        return f"its heads do not add up to its embedding (qkv has {written} outputs, not 3 x {read})"
+    return ""
+
+
+def times(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def has_bare_stream(vit: VisionTransformer) -> bool:
     """Whether the residual stream is what is written to it: no norm on its way, none after a branch.
 
-    Nor is it pooled by attention, which reads it past the last norm.
+    Nor is it pooled by attention, which reads it past the last norm, nor by the largest value of a channel
+    over tokens, which another basis does not keep.
     """
     on_its_way = (vit.norm_pre, getattr(vit.patch_embed, "norm", nn.Identity()))
     return (
         all(isinstance(norm, nn.Identity) for norm in on_its_way)
         and all(isinstance(block, Block) for block in vit.blocks)
         and vit.attn_pool is None
+        and vit.global_pool not in ("max", "avgmax")
     )
 
 
@@ -261,6 +281,7 @@ def rebuilt(vit: VisionTransformer, spec: Spec) -> VisionTransformer:
     """
     again = spec.build(slim=True)
     again.load_state_dict({name: tensor.clone() for name, tensor in vit.state_dict().items()}, assign=True)
+    drop_alike(again, vit)
     for copied, parameter in zip(again.parameters(), vit.parameters(), strict=True):
         copied.requires_grad_(parameter.requires_grad)
     return again
@@ -287,21 +308,36 @@ def imitate(skeleton: VisionTransformer, vit: VisionTransformer) -> None:
     if skeleton.training != vit.training:
         skeleton.train(vit.training)
     skeleton.set_grad_checkpointing(vit.grad_checkpointing)
-    use_attention(skeleton, vit.blocks[0].attn.fused_attn)  # type: ignore[union-attr, arg-type]
+    attend_alike(skeleton, vit)
     if getattr(vit.blocks[-1], "read", None):
         skip_unread(skeleton)
 
 
-def choose_attention(vit: VisionTransformer, device: torch.device, bfloat16: bool) -> None:
-    """Chooses which of timm's two implementations of attention a model uses.
+def choose_attention(vit: nn.Module, device: torch.device, bfloat16: bool) -> None:
+    """Chooses which of timm's two implementations of attention a model uses; its narrower widths follow it.
 
     Fused attention, except in bfloat16 on a CPU, where the explicit one trains 1.9 times as fast (DeiT-Ti
     widths, 65 tokens; docs/performance.md).
     """
-    use_attention(vit, not (device.type == "cpu" and bfloat16))
+    use_fused(vit, not (device.type == "cpu" and bfloat16))
 
 
-def use_attention(vit: VisionTransformer, fused: bool) -> None:
+def drop_alike(skeleton: nn.Module, vit: nn.Module) -> None:
+    """Gives a narrower model the full one's dropout, also where no argument of timm can say it."""
+    for name, module in vit.named_modules():
+        layer, _, own = name.rpartition(".")
+        if "drop" in own:
+            setattr(skeleton.get_submodule(layer), own, deepcopy(module))
+
+
+def attend_alike(skeleton: Any, vit: Any) -> None:
+    """Gives a narrower model the full one's implementation of attention."""
+    fused = vit.blocks[0].attn.fused_attn
+    if skeleton.blocks[0].attn.fused_attn != fused:
+        use_fused(skeleton, fused)
+
+
+def use_fused(vit: nn.Module, fused: bool) -> None:
     """Sets which implementation of attention every block, and the pooling, uses."""
     for module in vit.modules():
         if isinstance(module, Attention | AttentionPoolLatent):

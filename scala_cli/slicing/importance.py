@@ -15,6 +15,11 @@ from torch import Tensor
 
 from scala_cli.slicing.table import Group, Table, axes_of
 
+SMALLEST = 1e-4
+"""Of the largest, what an eigenvalue or a singular value counts at least where a basis is divided by it."""
+NOTHING = 1e-12
+"""A second moment below which there is nothing to choose a basis by: channels that are always zero."""
+
 
 def channel_scores(deviation: Tensor, weight: Tensor) -> Tensor:
     """How much each channel moves the output of the layer that reads it.
@@ -83,22 +88,29 @@ def value_basis(attended: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
         projection: (C, d) the projection's columns for this head.
 
     Returns:
-        (d, d), (C, d): v' = V v, and the projection that undoes it.
+        (d, d), (C, d): v' = V v, and the projection that undoes it. V can be inverted, also where the
+        projection reads nothing: values that stay what they are let it learn again.
     """
     root, inverse = roots(attended)
     left, values, right = torch.linalg.svd(projection @ root, full_matrices=False)
-    share = values.sqrt()
-    return share[:, None] * (right @ inverse), left * share
+    share = lifted(values).sqrt()
+    return share[:, None] * (right @ inverse), left * (values / share)
 
 
-def roots(moment: Tensor, floor: float = 1e-4) -> tuple[Tensor, Tensor]:
+def roots(moment: Tensor) -> tuple[Tensor, Tensor]:
     """A root R of a symmetric positive matrix, R R^T, and its inverse.
 
-    Eigenvalues below `floor` of the largest are lifted to it: R only chooses a basis, and must invert well.
+    Small eigenvalues are lifted: R only chooses a basis, and must invert well.
     """
     values, vectors = torch.linalg.eigh(moment)
-    scale = values.clamp_min(values[-1] * floor).sqrt()
+    scale = lifted(values).sqrt()
     return vectors * scale, (vectors / scale).T
+
+
+def lifted(values: Tensor) -> Tensor:
+    """Values of which none is less than SMALLEST of the largest; ones where all of them are NOTHING."""
+    largest = values.max()
+    return values.clamp_min(largest * SMALLEST) if largest > NOTHING else torch.ones_like(values)
 
 
 def change_basis(state: Mapping[str, Tensor], table: Table, group: Group, basis: Tensor) -> dict[str, Tensor]:

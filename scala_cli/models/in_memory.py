@@ -1,0 +1,139 @@
+"""From a timm model that is in memory to a slimmable ViT, which shares its parameters and leaves it alone."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from timm.models import VisionTransformer
+from torch import nn
+
+from scala_cli.errors import CheckpointError
+from scala_cli.models.features import give_identity_head
+from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.models.vit import (
+    Spec,
+    attend_alike,
+    describe,
+    drop_alike,
+    random_images,
+    refuse_misfit,
+    refuse_unless_plain,
+    width_of,
+)
+from scala_cli.settings import DEFAULT_RATIOS
+from scala_cli.slicing.point import parse_points, ratios_of
+from scala_cli.slicing.rule import Rule
+
+
+def slimmable(model: nn.Module, ratios: str = DEFAULT_RATIOS) -> SlimmableViT:
+    """A timm model that is in memory already, at every width.
+
+    The result shares the model's parameters, so that training one trains the other. All else is its own:
+    whatever becomes of the result, the model keeps its head, its flags and its settings.
+
+    Args:
+        ratios: the widths, "0.25,0.5,0.75,1".
+
+    Raises:
+        CheckpointError: a model that cannot be sliced, or that timm does not build again from what it shows.
+        PointError: a width that does not divide its channels.
+    """
+    vit, spec, points = refuse_unless_plain(model), read_off(model), parse_points(ratios)
+    for point in points:
+        spec.at(point.ratio)
+    again = built_on(vit, spec)
+    probe = random_images(spec, 2).to(next(vit.parameters()))
+    with torch.no_grad(), evaluating(vit):
+        same = torch.equal(again(probe), vit(probe))
+    if not same:
+        raise CheckpointError(
+            f"timm's {spec.architecture} computes something else than this model.",
+            "Save it with what it was created with, and load that: "
+            "timm.models.save_for_hf(model, DIR, model_args=...); scala convert DIR",
+        )
+    if give_identity_head(again):
+        spec = replace(describe(again, spec.model_args), features=True)
+    return SlimmableViT(again, spec, Rule(ratios_of(points), spec.num_heads)).train(model.training)
+
+
+def built_on(vit: VisionTransformer, spec: Spec) -> VisionTransformer:
+    """timm's model of that spec with the parameters of `vit`, in evaluation mode, which runs as `vit` does.
+
+    Raises CheckpointError where they do not fit.
+    """
+    again = spec.build()
+    hint = "Its layers are not as timm makes them: give the model as it was before."
+    refuse_misfit(again, vit.state_dict(), f"this {spec.architecture}", hint)
+    for name, parameter in vit.named_parameters():
+        layer, _, own = name.rpartition(".")
+        again.get_submodule(layer).register_parameter(own, parameter)
+    drop_alike(again, vit)
+    attend_alike(again, vit)
+    again.set_grad_checkpointing(vit.grad_checkpointing)
+    return again.eval()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards each of its parts is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+TRAITS: Mapping[str, Callable[[Any], Any]] = {
+    "class_token": lambda vit: vit.cls_token is not None,
+    "reg_tokens": lambda vit: vit.num_reg_tokens,
+    "no_embed_class": lambda vit: vit.no_embed_class,
+    "pos_embed": lambda vit: "none" if vit.pos_embed is None else "learn",
+    "pre_norm": lambda vit: not isinstance(vit.norm_pre, nn.Identity),
+    "final_norm": lambda vit: (
+        not isinstance(vit.norm, nn.Identity) or not isinstance(vit.fc_norm, nn.Identity)
+    ),
+    "fc_norm": lambda vit: not isinstance(vit.fc_norm, nn.Identity),
+    "qkv_bias": lambda vit: vit.blocks[0].attn.qkv.bias is not None,
+    "proj_bias": lambda vit: vit.blocks[0].attn.proj.bias is not None,
+    "qk_norm": lambda vit: not isinstance(vit.blocks[0].attn.q_norm, nn.Identity),
+    "scale_attn_norm": lambda vit: not isinstance(vit.blocks[0].attn.norm, nn.Identity),
+    "scale_mlp_norm": lambda vit: not isinstance(vit.blocks[0].mlp.norm, nn.Identity),
+    "init_values": lambda vit: 1e-5 if hasattr(vit.blocks[0].ls1, "gamma") else None,
+    "pool_include_prefix": lambda vit: vit.pool_include_prefix,
+    "dynamic_img_size": lambda vit: vit.dynamic_img_size,
+    "dynamic_img_pad": lambda vit: vit.patch_embed.dynamic_img_pad,
+    "drop_rate": lambda vit: rate_of(vit.head_drop),
+    "pos_drop_rate": lambda vit: rate_of(vit.pos_drop),
+    "patch_drop_rate": lambda vit: rate_of(vit.patch_drop),
+    "proj_drop_rate": lambda vit: rate_of(vit.blocks[0].attn.proj_drop),
+    "attn_drop_rate": lambda vit: rate_of(vit.blocks[0].attn.attn_drop),
+    "drop_path_rate": lambda vit: rate_of(vit.blocks[-1].drop_path1),  # timm's grow evenly to the last
+}
+"""Arguments of timm's constructor that a model shows."""
+
+
+def rate_of(dropout: Any) -> float:
+    """How much one of timm's or torch's dropouts drops; 0 of the identity in its place."""
+    rates = (getattr(dropout, name, 0.0) for name in ("p", "prob", "drop_prob"))
+    return round(max(rates), 6)  # timm spreads drop_path over the blocks in float32
+
+
+def read_off(model: nn.Module) -> Spec:
+    """The Spec of a model of which nobody knows what `timm.create_model` was given beside the name.
+
+    Raises CheckpointError as `describe`, and where what can be read off the model does not rebuild it.
+    """
+    vit: Any = refuse_unless_plain(model)
+    sizes = {
+        "depth": len(vit.blocks),
+        "embed_dim": width_of(vit),
+        "num_heads": vit.blocks[0].attn.num_heads,
+        "mlp_ratio": (vit.blocks[0].mlp.fc2.in_features + 0.5) / width_of(vit),
+    }
+    plain = describe(vit, sizes).build()
+    differing = {name: of(vit) for name, of in TRAITS.items() if of(vit) != of(plain)}
+    return describe(vit, {**sizes, **differing})
