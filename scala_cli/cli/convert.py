@@ -27,7 +27,11 @@ def convert(
         Path | None, typer.Option("--weights", help="Read this file instead of downloading.")
     ] = None,
     ema: Annotated[
-        bool, typer.Option("--ema", help="Take the moving average (model_ema) that the file also holds.")
+        bool,
+        typer.Option(
+            "--ema",
+            help="Take the moving average of the weights that the file also holds (model_ema, teacher).",
+        ),
     ] = False,
     scratch: Annotated[bool, typer.Option("--scratch", help="Start from random weights.")] = False,
     labels: Annotated[
@@ -75,27 +79,34 @@ def convert(
 
     from scala_cli.data.loader import calibration_images
     from scala_cli.data.split import open_split
-    from scala_cli.measure import cost, largest_difference
+    from scala_cli.measure import cost
     from scala_cli.models.checkpoint import save
     from scala_cli.models.order import put_first_what_matters
     from scala_cli.models.slimmable import SlimmableViT
-    from scala_cli.models.source import Changes, open_model
+    from scala_cli.models.source import Changes, distance, open_source
     from scala_cli.models.vit import random_images
 
     split = open_split(data, True, read.data_dir) if data is not None else None  # before any download
     changes = Changes(num_classes, img_size, patch_size)
-    net, record = open_model(
-        model, points, changes, weights=weights, scratch=scratch, average=ema, layout=layout
-    )
-    if labels is not None:
-        net = SlimmableViT(net.vit, net.spec.naming(read_labels(labels, net.spec.num_classes)), net.rule)
-    original = net.vit
-    if order == "importance":
-        with out.progress() as live:
+    with out.progress() as live:
+        opened = open_source(
+            model,
+            points,
+            changes,
+            weights=weights,
+            scratch=scratch,
+            average=ema,
+            layout=layout,
+            watch=live,
+        )
+        net, record = opened.net, opened.record
+        if labels is not None:
+            net = SlimmableViT(net.vit, net.spec.naming(read_labels(labels, net.spec.num_classes)), net.rule)
+        if order == "importance":
             noise = random_images(net.spec, 256).split(64)
             images = calibration_images(split, net.spec, read, live) if split else noise
             net = put_first_what_matters(net, images)
-    difference = largest_difference(net.vit, original, net.spec)
+    difference = distance(net, opened.original)
     save(net, replace(record, order=order or record.order), target)
     rows = [{"ratio": float(point.ratio), **cost(net.spec.at(point))} for point in net.points]
     out.result(
@@ -113,9 +124,12 @@ def convert(
 def read_labels(file: Path, count: int) -> list[str]:
     """The lines of a file. Raises ScalaError unless it names so many classes, each once."""
     try:
-        names = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        lines = file.read_text(
+            "utf-8-sig"
+        ).splitlines()  # some editors begin a file with a mark of its encoding
+        names = [line.strip() for line in lines if line.strip()]
     except UnicodeDecodeError:
-        raise ScalaError(f"{file} is no text file.", "Write one name a line.") from None
+        raise ScalaError(f"{file} is no text file in UTF-8.", "Write one name a line.") from None
     if len(names) != count:
         raise ScalaError(
             f"{file} names {len(names)} classes, the model has {count}.", "Write one line for each."

@@ -6,8 +6,9 @@ import timm
 import torch
 
 from scala_cli.errors import ScalaError
+from scala_cli.models.config import Config
+from scala_cli.models.create import create
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.models.source import create
 from scala_cli.models.vit import describe, refuse_misfit
 from scala_cli.slicing.point import parse_points
 from scala_cli.slicing.rule import Rule
@@ -38,7 +39,7 @@ def obstacle(name: str) -> str:
     args = {"depth": 1}
     try:
         with torch.device("meta"):
-            vit = create(name, args)
+            vit = create(Config(name, args))
         spec, points = describe(vit, args), parse_points("0.5,1")
         net = SlimmableViT(vit, spec, Rule(points, spec.num_heads))
         refuse_misfit(spec.at(points[0]).build(), net.rule.slice_state(vit.state_dict(), points[0]), name)

@@ -8,6 +8,10 @@ from scala_cli.errors import CheckpointError
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 FILES = {WEIGHTS, CONFIG, CARD}
+INDEX = f"{WEIGHTS}.index.json"
+"""Which of several files of weights holds which tensor, as transformers writes it."""
+WEIGHT_FILES = (WEIGHTS, INDEX, "pytorch_model.bin")
+"""Where other people's directories hold weights: in the first of these that is there."""
 STATE = "state.pt"
 """What a run directory resumes from."""
 LAST_RUN = Path("runs/last")
@@ -71,7 +75,7 @@ def read_config(directory: Path, name: str = CONFIG) -> dict[str, Any]:
     """A directory's settings, as timm reads them. Raises CheckpointError where they are not JSON."""
     file = directory / name
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{file} is not JSON: {error}.", "Download it again.") from None
     if not isinstance(config, dict):

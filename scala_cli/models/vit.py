@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scala_cli.errors import CheckpointError, naming_failure
+from scala_cli.errors import CheckpointError
 from scala_cli.slicing.point import Point
 from scala_cli.slicing.rule import kept_count
 
@@ -175,26 +175,6 @@ def read_off(model: nn.Module) -> Spec:
     plain = describe(vit, sizes).build()
     differing = {name: of(vit) for name, of in TRAITS.items() if of(vit) != of(plain)}
     return describe(vit, {**sizes, **differing})
-
-
-def spec_of(config: Mapping[str, Any]) -> Spec:
-    """The Spec of timm's config.json. Raises CheckpointError, also for an architecture timm lacks."""
-    hint = "Convert or download it again."
-    for key in ("architecture", "model_args", "pretrained_cfg"):
-        if key not in config:
-            raise CheckpointError(f"config.json lacks {key!r}.", hint)
-    name, args = config["architecture"], config["model_args"]
-    with naming_failure(f"config.json is damaged: timm cannot build {name}", hint, CheckpointError):
-        cfg = {**config["pretrained_cfg"], "architecture": name}
-        if config.get("label_names"):
-            cfg["label_names"] = config["label_names"]
-        if not timm.is_model(name):
-            raise CheckpointError(
-                f"this timm ({timm.__version__}) has no architecture {name!r}.",
-                "Upgrade: pip install -U timm",
-            )
-        with torch.device("meta"):
-            return describe(timm.create_model(name, pretrained_cfg=cfg, **args), args)
 
 
 def refuse_unless_plain(model: nn.Module) -> VisionTransformer:
