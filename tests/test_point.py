@@ -19,7 +19,9 @@ def test_label_reads_back(text, label):
     assert Point.of(label) == Point.of(text)
 
 
-@pytest.mark.parametrize("text", ["0", "1.5", "-0.5", "half", "", "1/0", "nan"])
+@pytest.mark.parametrize(
+    "text", ["0", "1.5", "-0.5", "half", "", "1/0", "nan", "1e9999999", "1E-9999999", "1e400", "e"]
+)
 def test_no_width(text):
     with pytest.raises(PointError) as error:
         Point.of(text)

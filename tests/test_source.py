@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from scala_cli.deploy.slice import slice_model
 from scala_cli.errors import CheckpointError, PointError
 from scala_cli.models.checkpoint import Record, save
+from scala_cli.models.create import check_patches
 from scala_cli.models.source import Changes, is_checkpoint, open_model, open_slimmable, slimmable
+from scala_cli.models.vit import describe
 from scala_cli.slicing.point import parse_points
 
 FOUR = parse_points("0.25,0.5,0.75,1")
@@ -275,6 +277,11 @@ def test_an_image_size_that_is_no_multiple_of_the_patch(timm_directory):
     with pytest.raises(CheckpointError, match="not a multiple") as error:
         open_model(str(timm_directory), FOUR, Changes(img_size=30))
     assert "28" in error.value.hint
+    args = {"img_size": [16, 18], "patch_size": 4}
+    spec = describe(*build("vit", **args))
+    with pytest.raises(CheckpointError, match="image width 18 is not a multiple of patch size 4") as error:
+        check_patches(spec)
+    assert "--img-size" not in error.value.hint  # which would make it square
     with pytest.raises(CheckpointError, match="100 is not a multiple of patch size 16"):
         open_model("test_vit", FOUR, Changes(img_size=100), scratch=True)
 

@@ -100,10 +100,10 @@ class ScalarKind:
 
 
 def scalar(kind: ScalarKind, data: bytes) -> Any:
-    """The plain number that a numpy scalar in a pickle stands for."""
+    """The plain number that a numpy scalar in a pickle stands for; None for one that is no number."""
     dtype = np.dtype(str(kind.code)).newbyteorder(kind.order)  # type: ignore[arg-type]
     if dtype.kind not in "biufc":
-        raise ValueError(f"a scalar of kind {dtype.kind}")
+        return None
     return np.frombuffer(data, dtype, count=1).item()
 
 

@@ -32,6 +32,8 @@ class Point:
         if isinstance(ratio, Point):
             return ratio
         try:
+            if isinstance(ratio, str) and "e" in ratio.lower():  # as an exact fraction 1e9999999 never ends
+                ratio = float(ratio)
             if isinstance(ratio, float):
                 return cls(Fraction(ratio).limit_denominator(1 << 14))
             return cls(Fraction(str(ratio).strip()))
