@@ -136,6 +136,8 @@ def refuse_occupied(target: Path, force: bool, ours: set[str], source: Path | No
     """
     if source is not None and target.exists() and source.resolve().is_relative_to(target.resolve()):
         raise ScalaError(f"{target} holds what is read; it is not replaced.", "Choose another one: -o DIR")
+    if Path.cwd().is_relative_to(target.resolve()):
+        raise ScalaError(f"{target} is, or holds, the directory you are in.", "Choose another one: -o DIR")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ScalaError(f"{target} is not a directory.", "Choose another one: -o DIR")
     held = {path.name for path in target.iterdir()} if target.exists() else set()

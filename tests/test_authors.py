@@ -142,14 +142,26 @@ def test_what_does_not_fit_is_refused(scala):
             open_model(str(theirs("so", model=changed)), None)
     with pytest.raises(CheckpointError, match="does not tell its widths"):
         open_model(str(theirs("so", args=argparse.Namespace(model="deit_tiny_patch16_224_scala"))), None)
-    with pytest.raises(CheckpointError, match="does not tell its widths"):
-        open_model(str(theirs("so", step=0.0)), None)
+    for widths in (
+        (0.25, 1.0, 0.0),
+        (0.25, 1.0, -0.25),
+        (1.0, 0.25, -0.25),
+        (0.0, 1.0, 0.25),
+        (0.5, 2.0, 0.25),
+    ):
+        with pytest.raises(CheckpointError, match="widths that cannot be"):
+            open_model(str(theirs("so", *widths)), None)
+    for step in (float("inf"), float("nan"), "1e9999999", None, [1]):
+        with pytest.raises(CheckpointError, match="does not tell its widths"):
+            open_model(str(theirs("so", step=step)), None)
+    with pytest.raises(PointError):
+        open_model(str(theirs("so", step=1e-4)), None)
     with pytest.raises(PointError, match="not trained"):
         open_model(str(theirs("so", step=0.25)), parse_points("0.375,1"))
     with pytest.raises(CheckpointError, match="converted as it is"):
         open_model(str(theirs("so")), None, layout="fused")
     without = theirs("so", model_ema=None)
-    with pytest.raises(CheckpointError, match="no state dict"):
+    with pytest.raises(CheckpointError, match="no moving average"):
         open_model(str(without), None, average=True)
     torch.save({"model": state}, "plain.pth")
     with pytest.raises(CheckpointError, match="no moving average"):

@@ -3,18 +3,25 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     DeiTConfig,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
+    DeiTImageProcessorPil,
+    DeiTModel,
     ViTConfig,
     ViTForImageClassification,
+    ViTImageProcessorPil,
+    ViTModel,
 )
 
+from scala_cli.data.transform import transform_for
 from scala_cli.errors import CheckpointError
 from scala_cli.models.source import Changes, open_model, open_slimmable
 
@@ -33,15 +40,16 @@ KINDS = {
     DeiTForImageClassification: DeiTConfig,
     DeiTForImageClassificationWithTeacher: DeiTConfig,
 }
+HEADLESS = {ViTModel: ViTConfig, DeiTModel: DeiTConfig}
 
 
-def write(kind=ViTForImageClassification, folder="theirs", scale=0.1, **changes):
+def write(kind=ViTForImageClassification, folder="theirs", scale=0.1, shards="5GB", **changes):
     torch.manual_seed(0)
-    model = kind(KINDS[kind](**{**SIZES, **changes})).eval()
+    model = kind((KINDS | HEADLESS)[kind](**{**SIZES, **changes})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * scale)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=shards)
     return model
 
 
@@ -76,7 +84,7 @@ def test_every_way_to_name_it(images, scala):
     for name in ("theirs", "local-dir:theirs", "theirs/model.safetensors", "old", "new/pytorch_model.bin"):
         net, _ = open_slimmable(name, None)
         assert (net(images) - model(images).logits).abs().max() <= 1e-5
-    assert scala("convert", "old", "-o", "ours").code == 0
+    assert scala("convert", "old", "-o", "ours", "--json").json["max_abs_diff"] <= 1e-4
     again = timm.create_model("local-dir:ours", pretrained=True).eval()
     assert (again(images) - model(images).logits).abs().max() <= 1e-5
     assert list(again.pretrained_cfg["mean"]) == [0.1, 0.2, 0.3]
@@ -102,13 +110,11 @@ def test_where_it_came_from_is_told(scala, monkeypatch):
     assert "license" not in net.spec.pretrained_cfg, "timm's is not that of somebody else's weights"
     fetched = []
 
-    def fetch(repo, names):
-        fetched.extend(names)
-        if "preprocessor_config.json" in names:
-            raise CheckpointError("there is none")
+    def fetch(repo, names, also=()):
+        fetched.extend([*names, *also])
         return Path("theirs")
 
-    monkeypatch.setattr("scala_cli.models.huggingface.fetch", fetch)
+    monkeypatch.setattr("scala_cli.models.named.fetch", fetch)
     _, record = open_model("hf-hub:me/vit", None)
     assert record.provenance == {"model": "hf-hub:me/vit", "weights": "hf-hub:me/vit"}
     assert {"model.safetensors", "preprocessor_config.json"} <= {*fetched}
@@ -124,6 +130,7 @@ def test_its_size_alone_is_enough_to_time_it(scala):
 
 def test_what_timm_does_not_compute_is_refused():
     write(hidden_act="relu", folder="relu")
+    write(hidden_act="gelu_new", folder="new")
     write(folder="half")
     weights = Path("half/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -146,15 +153,113 @@ def test_what_timm_does_not_compute_is_refused():
     Path("bert").mkdir()
     Path("bert/config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
     for name, message in {
-        "relu": "timm does not compute",
+        "relu": "with the activation 'relu'",
         "bert": "BertModel",
         "half": "truncated",
         "lacking": r"has shape \(1, 1, 32\), not \(1, 1, 64\)",
         "sizeless": "lacks 'patch_size'",
         "heads": "timm cannot build",
         "keyless": r"no 'blocks\.0\.attn\.qkv\.weight'",
+        "new": r"activation 'gelu_new' \(hidden_act in config.json\); only 'gelu'",
         "twice": "holds a A of transformers",
         "pixels": r"preprocessor_config\.json is not JSON",
     }.items():
         with pytest.raises(CheckpointError, match=message):
             open_model(name, None)
+
+
+@pytest.mark.parametrize("kind", HEADLESS)
+@torch.no_grad()
+def test_features_alone(kind, images, scala):
+    """Of the class token after the last norm; what transformers pools them with is left out, and told."""
+    model = write(kind)
+    answer = scala("convert", "theirs", "-o", "ours", "--json")
+    assert answer.code == 0 and "pooler" in answer.told and answer.json["max_abs_diff"] <= 1e-4
+    again = timm.create_model("local-dir:ours", pretrained=True).eval()
+    assert again.num_classes == 32  # the identity
+    assert (again(images) - model(images).last_hidden_state[:, 0]).abs().max() <= 1e-4
+    assert open_model("theirs", None, Changes(num_classes=4))[1].new_head
+
+
+@torch.no_grad()
+def test_weights_in_several_files(images):
+    model = write(shards="10KB")
+    assert not Path("theirs/model.safetensors").exists()
+    assert len([*Path("theirs").glob("model-*.safetensors")]) > 1
+    assert (open_model("theirs", None)[0](images) - model(images).logits).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_the_number_told_is_against_the_sources_own_eps(scala, monkeypatch):
+    """As transformers initialises them eps counts: weights that are not scaled for it are found out."""
+    write(scale=0.0, layer_norm_eps=1e-3)
+    told = scala("convert", "theirs", "-o", "ours", "--json").json["max_abs_diff"]
+    assert 0 < told <= 1e-4
+    monkeypatch.setattr("scala_cli.models.source.with_eps", lambda state, spec, eps: state)
+    answer = scala("convert", "theirs", "-o", "again")
+    assert answer.code == 2 and "would not compute" in answer.told
+
+
+SQUARE, SHORTEST = {"height": 224, "width": 224}, {"shortest_edge": 256}
+MEAN, STD = [0.1, 0.2, 0.3], [0.5, 0.5, 0.4]
+PROCESSORS = {
+    "all of it, squashed": ViTImageProcessorPil(size=SQUARE, image_mean=MEAN, image_std=STD),
+    "bicubic": ViTImageProcessorPil(size=SQUARE, resample=3),
+    "nearest": ViTImageProcessorPil(size=SQUARE, resample=0),
+    "the middle": ViTImageProcessorPil(size=SHORTEST, do_center_crop=True, crop_size=SQUARE, resample=3),
+    "the middle of a few pixels more": ViTImageProcessorPil(
+        size={"shortest_edge": 248}, do_center_crop=True, crop_size=SQUARE
+    ),
+    "DeiT's own": DeiTImageProcessorPil(),
+    "between -1 and 1 by its scale": ViTImageProcessorPil(
+        rescale_factor=1 / 127.5, image_mean=[1.0] * 3, image_std=[1.0] * 3
+    ),
+    "not normalised": ViTImageProcessorPil(do_normalize=False),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_pictures_are_prepared_as_there(name):
+    """Pixel by pixel, on a picture that is not square, within the rounding of one in 255."""
+    processor = PROCESSORS[name]
+    write(image_size=224, patch_size=32)
+    processor.save_pretrained("theirs")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
+    picture = picture.resize((400, 300), Image.Resampling.BICUBIC, (0, 0, 60, 45))
+    expected = processor(picture, return_tensors="pt")["pixel_values"][0]
+    net, _ = open_model("theirs", None)
+    found = transform_for(net.spec)(picture)
+    assert found.shape == expected.shape
+    step = 1 / 255 / min(net.spec.pretrained_cfg["std"])
+    assert (found - expected).abs().max() <= 1.01 * step
+    assert net.spec.pretrained_cfg["interpolation"] != "bicubic" or processor.resample == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"do_resize": False}, "not resized there"),
+        ({"size": 64}, "pictures of 64 x 64 pixels are made there, the model takes 16 x 16"),
+        ({"size": {"shortest_edge": 16}}, "keep their shape there"),
+        (
+            {"size": {"height": 32, "width": 16}, "do_center_crop": True, "crop_size": 16},
+            "timm does not do alike",
+        ),
+        ({"size": 16}, ""),
+    ],
+)
+def test_what_timm_does_otherwise_is_told(settings, told, scala):
+    write()
+    Path("theirs/preprocessor_config.json").write_text(json.dumps(settings))
+    answer = scala("convert", "theirs", "-o", "ours")
+    assert answer.code == 0 and told in answer.told and ("preprocessor" in answer.told) is bool(told)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"resample": 9}, {"size": "big"}, {"size": {"longest_edge": 4}}, {"size": 0}]
+)
+def test_settings_that_are_none(settings):
+    write()
+    Path("theirs/preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json cannot be read"):
+        open_model("theirs", None)

@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 from scala_cli.deploy.slice import slice_model
 from scala_cli.errors import CheckpointError, PointError
 from scala_cli.models.checkpoint import Record, save
+from scala_cli.models.create import check_patches
 from scala_cli.models.in_memory import slimmable
 from scala_cli.models.source import Changes, is_checkpoint, open_model, open_slimmable
+from scala_cli.models.vit import describe
 from scala_cli.slicing.point import parse_points
 
 FOUR = parse_points("0.25,0.5,0.75,1")
@@ -158,8 +160,8 @@ def test_widths_are_checked_before_anything_is_downloaded():
         (lambda f: f.write_bytes(pickle.dumps({"model": Bomb()})), "truncated|pickles code"),
         (lambda f: f.write_bytes(b"hello"), "truncated"),
         (lambda f: f.write_bytes(b""), "truncated"),
-        (lambda f: torch.save([1, 2], f), "no state dict"),
-        (lambda f: torch.save({"model": {"head.weight": 3}}, f), "no state dict"),
+        (lambda f: torch.save([1, 2], f), "no dictionary of tensors; it holds a list"),
+        (lambda f: torch.save({"model": {"head.weight": 3}}, f), "tensors; it holds 'model'"),
         (lambda f: None, "does not exist"),
     ],
 )
@@ -238,8 +240,8 @@ def test_weights_without_a_classifier(tmp_path):
     )
     assert net.spec.num_classes == 3 and record.new_head and not net.spec.features
     assert torch.equal(net.vit.blocks[3].mlp.fc1.weight, state["blocks.3.mlp.fc1.weight"])
-    save_file({f"encoder.{name}": t for name, t in state.items()}, tmp_path / "odd.safetensors")
-    with pytest.raises(CheckpointError, match="key"):  # a new head is no leave to be another model
+    save_file({name.replace("mlp", "ffn"): t for name, t in state.items()}, tmp_path / "odd.safetensors")
+    with pytest.raises(CheckpointError, match="ffn"):  # a new head is no leave to be another model
         open_model("deit_ti", FOUR, Changes(num_classes=3), weights=tmp_path / "odd.safetensors")
 
 
@@ -276,5 +278,10 @@ def test_an_image_size_that_is_no_multiple_of_the_patch(timm_directory):
     with pytest.raises(CheckpointError, match="not a multiple") as error:
         open_model(str(timm_directory), FOUR, Changes(img_size=30))
     assert "28" in error.value.hint
+    args = {"img_size": [16, 18], "patch_size": 4}
+    spec = describe(*build("vit", **args))
+    with pytest.raises(CheckpointError, match="image width 18 is not a multiple of patch size 4") as error:
+        check_patches(spec)
+    assert "--img-size" not in error.value.hint  # which would make it square
     with pytest.raises(CheckpointError, match="100 is not a multiple of patch size 16"):
         open_model("test_vit", FOUR, Changes(img_size=100), scratch=True)

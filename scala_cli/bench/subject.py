@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
@@ -13,8 +12,8 @@ from scala_cli.cost import macs_of, params_of
 from scala_cli.errors import CheckpointError, ScalaError, naming_failure
 from scala_cli.formats import FORMATS, format_named
 from scala_cli.models.locate import short_name
+from scala_cli.models.named import config_of
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.models.source import locate
 from scala_cli.slicing.point import Point
 
 TORCH = ("torch", "compile")
@@ -51,10 +50,10 @@ def points_of(net: SlimmableViT, points: Sequence[Point]) -> list[Subject]:
 
 def other(asked: str) -> Subject:
     """A timm model with random weights. Raises CheckpointError where timm has none of that name."""
-    name, args = locate(asked)
+    config = config_of(asked)
 
     def build(_: bool) -> Any:
-        return timm.create_model(name, **args).eval()
+        return config.create().eval()
 
     with naming_failure(f"{asked} cannot be compared with", "Name another.", CheckpointError):
         with torch.device("meta"):

@@ -65,7 +65,14 @@ def compare(
     with out.progress() as live:
         try:
             rows = run(
-                model, lambda: open_slimmable(model, ratios), arms, seeds, equal, settings, target, live
+                model,
+                lambda: open_slimmable(model, ratios, watch=live),
+                arms,
+                seeds,
+                equal,
+                settings,
+                target,
+                live,
             )
         except KeyboardInterrupt:
             out.note("the same command goes on where this one stopped.")

@@ -27,7 +27,11 @@ def convert(
         Path | None, typer.Option("--weights", help="Read this file instead of downloading.")
     ] = None,
     ema: Annotated[
-        bool, typer.Option("--ema", help="Take the moving average (model_ema) that the file also holds.")
+        bool,
+        typer.Option(
+            "--ema",
+            help="Take the moving average of the weights that the file also holds (model_ema, teacher).",
+        ),
     ] = False,
     scratch: Annotated[bool, typer.Option("--scratch", help="Start from random weights.")] = False,
     labels: Annotated[
@@ -79,26 +83,32 @@ def convert(
     from scala_cli.models.checkpoint import save
     from scala_cli.models.order import put_first_what_matters
     from scala_cli.models.slimmable import SlimmableViT
-    from scala_cli.models.source import Changes, open_model
+    from scala_cli.models.source import Changes, distance, open_source
     from scala_cli.models.vit import random_images
-    from scala_cli.timing import largest_difference
 
     split = open_split(data, True, read.data_dir) if data is not None else None  # before any download
     changes = Changes(num_classes, img_size, patch_size)
-    net, record = open_model(
-        model, points, changes, weights=weights, scratch=scratch, average=ema, layout=layout
-    )
-    if labels is not None:
-        net = SlimmableViT(net.vit, net.spec.naming(read_labels(labels, net.spec.num_classes)), net.rule)
-    original = net.vit
-    if order == "importance":
-        with out.progress() as live:
+    with out.progress() as live:
+        opened = open_source(
+            model,
+            points,
+            changes,
+            weights=weights,
+            scratch=scratch,
+            average=ema,
+            layout=layout,
+            watch=live,
+        )
+        net, record = opened.net, opened.record
+        if labels is not None:
+            net = SlimmableViT(net.vit, net.spec.naming(read_labels(labels, net.spec.num_classes)), net.rule)
+        if order == "importance":
             if split:
                 split.tell(live)
             noise = random_images(net.spec, 256).split(64)
             images = calibration_images(split, net.spec, read, live) if split else noise
             net = put_first_what_matters(net, images)
-    difference = largest_difference(net.vit, original, net.spec)
+    difference = distance(net, opened.original)
     save(net, replace(record, order=order or record.order), target)
     rows = [{**point.columns(), **cost(net.spec.at(point.ratio))} for point in net.points]
     out.result(
@@ -118,7 +128,7 @@ def read_labels(file: Path, count: int) -> list[str]:
     try:
         names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError:
-        raise ScalaError(f"{file} is no text file.", "Write one name a line.") from None
+        raise ScalaError(f"{file} is no text file in UTF-8.", "Write one name a line.") from None
     if len(names) != count:
         raise ScalaError(
             f"{file} names {len(names)} classes, the model has {count}.", "Write one line for each."

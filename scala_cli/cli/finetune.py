@@ -84,7 +84,7 @@ def finetune(
                 refuse_occupied(run.path, force, FILES, path_of(model))
                 refuse_unknown(data, read.data_dir)  # before anything is downloaded
                 settings = Settings(place_of(data), method, optimizer, augment, read, device, drawn)
-                best = finetune(*open_slimmable(model, ratios), settings, run, live, force)
+                best = finetune(*open_slimmable(model, ratios, watch=live), settings, run, live, force)
         except KeyboardInterrupt:
             if run.holds_state():
                 out.note(f"go on with: scala finetune --resume {run.path}")

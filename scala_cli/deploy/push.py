@@ -13,7 +13,7 @@ from scala_cli.deploy.slice import slice_model, tell_untrained
 from scala_cli.errors import ScalaError
 from scala_cli.files import refuse_occupied, whole_directory
 from scala_cli.models.checkpoint import read_about
-from scala_cli.models.hub import TRANSPORT, fail_fast_offline
+from scala_cli.models.hub import TRANSPORT, quiet_hub
 from scala_cli.models.locate import CARD, CONFIG, EXTRA, FILES, WEIGHTS
 from scala_cli.models.slimmable import Ratio
 from scala_cli.plot import arms_picture, can_draw, save
@@ -74,6 +74,7 @@ def write_repository(
         (fresh / CARD).write_text(card, encoding="utf-8")
 
 
+@quiet_hub()
 def upload(folder: Path, repo: str, private: bool) -> str:
     """Uploads a folder as a repository, which is made where there is none. Returns its address.
 
@@ -81,7 +82,6 @@ def upload(folder: Path, repo: str, private: bool) -> str:
     """
     if get_token() is None:
         raise ScalaError("there is no token for the Hub.", "Log in: hf auth login; or set HF_TOKEN")
-    fail_fast_offline()
     hub = HfApi()
     try:
         hub.create_repo(repo, private=private or None, exist_ok=True)

@@ -5,9 +5,11 @@ from typing import Any
 
 import timm
 
-from scala_cli.errors import CheckpointError, ScalaError, naming_failure
+from scala_cli.errors import ScalaError
+from scala_cli.models.config import Config
+from scala_cli.models.create import skeleton_of
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.models.vit import MODULES, describe, refuse_misfit, refuse_unless_plain, skeleton
+from scala_cli.models.vit import MODULES, describe, refuse_misfit
 from scala_cli.slicing.rule import Rule
 from scala_cli.watch import Watcher
 
@@ -34,8 +36,7 @@ def obstacle(name: str) -> str:
     """
     args = {"depth": 1}
     try:
-        with naming_failure(f"cannot build {name}", "", CheckpointError):
-            vit = refuse_unless_plain(skeleton(name, **args))
+        vit = skeleton_of(Config(name, args))
         spec = describe(vit, args)
         net = SlimmableViT(vit, spec, Rule((HALF, Fraction(1)), spec.num_heads))
         refuse_misfit(spec.at(HALF).build(), net.rule.slice_state(vit.state_dict(), HALF), name)

@@ -23,9 +23,10 @@ from torch import Tensor
 import scala_cli
 from scala_cli.errors import CheckpointError
 from scala_cli.files import whole_directory
+from scala_cli.models.config import spec_of
 from scala_cli.models.locate import CONFIG, EXTRA, WEIGHTS, read_config, resolve
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.models.vit import Spec, spec_of
+from scala_cli.models.vit import Spec
 from scala_cli.slicing.point import Point, decimal, parse_points, ratios_of
 from scala_cli.slicing.rule import AttnScale, Rule
 from scala_cli.slicing.table import Layout

@@ -3,13 +3,20 @@
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlparse
 
 import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import disable_progress_bars, logging
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    logging,
+)
 
 from scala_cli.errors import CheckpointError
 
@@ -21,31 +28,60 @@ TRANSPORT: type[Exception] = HfHubHTTPError.__bases__[0]
 """What the HTTP library raises that this version of the Hub's client is built on."""
 
 
-def fetch(repo: str, names: list[str]) -> Path:
-    """The directory that holds the named files of a Hub repository, downloaded or cached.
+def fetch(repo: str, names: list[str], also: list[str] | None = None) -> Path:
+    """The directory that holds the named files of a Hub repository, all of one commit, downloaded or cached.
+
+    Its name is the commit: `org/net@COMMIT` is the same one again.
+
+    Args:
+        also: files, or patterns of them, that come along where the repository has them.
 
     Raises CheckpointError where the repository cannot be reached or lacks a file.
     """
-    fail_fast_offline()
-    repo, _, revision = repo.partition("@")
-    try:
-        paths = [huggingface_hub.hf_hub_download(repo, name, revision=revision or None) for name in names]
-    except (OSError, ValueError, TRANSPORT) as error:
-        raise unreachable(f"hf-hub:{repo}", error) from None
-    return Path(paths[0]).parent
+    name, _, revision = repo.partition("@")
+    wanted = [*names, *(also or [])]
+    with quiet_hub():
+        try:
+            found = huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=wanted)
+        except (OSError, ValueError, TRANSPORT) as error:
+            raise unreachable(f"hf-hub:{name}", error) from None
+        for file in names:
+            if not Path(found, file).is_file():
+                cached = ", as far as it is cached" if constants.HF_HUB_OFFLINE else ""
+                raise CheckpointError(f"hf-hub:{name} holds no {file}{cached}.", NO_WEIGHTS)
+    return Path(found)
 
 
-def fail_fast_offline() -> None:
-    """Where the Hub's name does not resolve, use only what is cached, without retrying for a minute."""
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Within, the Hub's client is quiet, and where the Hub's name does not resolve it asks its cache alone.
+
+    Else it would retry for a minute. What the process has chosen for the client is as before afterwards.
+    """
+    verbosity, offline = logging.get_verbosity(), constants.HF_HUB_OFFLINE
+    silenced = not sys.stderr.isatty() and not are_progress_bars_disabled()
     logging.set_verbosity_error()
-    if not sys.stderr.isatty():
+    if silenced:
         disable_progress_bars()
+    constants.HF_HUB_OFFLINE = offline or not resolves()
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+        if silenced:
+            enable_progress_bars()
+        logging.set_verbosity(verbosity)
+
+
+def resolves() -> bool:
+    """Whether the Hub's name does. A proxy resolves names itself."""
     if any(key.upper() in ("HTTPS_PROXY", "ALL_PROXY") for key in os.environ):
-        return
+        return True
     try:
         socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
     except OSError:
-        constants.HF_HUB_OFFLINE = True
+        return False
+    return True
 
 
 def unreachable(name: str, error: Exception) -> CheckpointError:

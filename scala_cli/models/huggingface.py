@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +9,21 @@ import torch
 from torch import Tensor
 
 from scala_cli.errors import CheckpointError
-from scala_cli.models.foreign import Foreign, read_foreign
-from scala_cli.models.hub import fetch
-from scala_cli.models.locate import CONFIG, read_config
-from scala_cli.models.stream import with_eps
-from scala_cli.models.vit import refuse_misfit, spec_of
+from scala_cli.models.config import Config, settings_for, spec_for
+from scala_cli.models.foreign import Source, in_float32, read_foreign, read_shards
+from scala_cli.models.locate import CONFIG, INDEX, WEIGHT_FILES, read_config
+from scala_cli.models.preprocessing import timm_settings
+from scala_cli.models.vit import refuse_misfit
 
 KINDS = {
     "ViTForImageClassification": "vit_base",
     "DeiTForImageClassification": "deit_base",
     "DeiTForImageClassificationWithTeacher": "deit_base_distilled",
+    "ViTModel": "vit_base",
+    "DeiTModel": "deit_base",
 }
-"""Their classes, and the timm architecture whose settings fit."""
+"""Their classes, and the timm architecture whose settings fit. The last two have no head."""
 
-FILES = ("model.safetensors", "pytorch_model.bin")
 PREPROCESSOR = "preprocessor_config.json"
 BLOCK = r"(?:encoder\.layer|layers)\.(\d+)\."
 NAMES = {
@@ -52,55 +52,72 @@ def is_transformers(config: Mapping[str, Any]) -> bool:
     return "model_type" in config and "architecture" not in config
 
 
-def directory_of(model: str) -> Path | None:
-    """The directory of transformers that MODEL names, itself, by a file within or on the Hub; else None."""
-    if model.startswith("hf-hub:"):
-        repo = model.removeprefix("hf-hub:")
-        directory = fetch(repo, [CONFIG])
-        if not is_transformers(read_config(directory)):
-            return None
-        with suppress(CheckpointError):  # not every repository has one
-            fetch(repo, [PREPROCESSOR])
-        try:
-            return fetch(repo, [CONFIG, FILES[0]])
-        except CheckpointError:
-            return fetch(repo, [CONFIG, FILES[1]])
-    path = Path(model.removeprefix("local-dir:")).expanduser()
-    directory = path.parent if path.is_file() and path.name in FILES else path
-    known = (directory / CONFIG).is_file() and is_transformers(read_config(directory))
-    return directory if known else None
-
-
-def read_transformers(directory: Path) -> Foreign:
-    """The model in a directory of transformers, as timm computes it.
+def read_transformers(directory: Path) -> Source:
+    """The model in a directory of transformers, under timm's names; its eps is not yet accounted for.
 
     Raises:
         CheckpointError: another kind of model, a missing or damaged file, weights that are not its config's.
     """
     config = read_config(directory)
-    kind, *_ = config.get("architectures") or [config["model_type"]]
-    if kind not in KINDS or config.get("hidden_act", "gelu") != "gelu":
-        raise CheckpointError(
-            f"{directory} holds a {kind} of transformers, which timm does not compute.",
-            f"Convert a {' or a '.join(KINDS)}.",
-        )
-    file = next((directory / name for name in FILES if (directory / name).is_file()), directory / FILES[0])
-    state = renamed(read_foreign(file).state)
+    kind = kind_of(config, directory)
+    state = renamed(state_in(directory))
+    pooler = [name for name in state if name.startswith("pooler.")]
+    for name in pooler:
+        del state[name]
     try:
         args = timm_args(config)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{directory / CONFIG} lacks {error}.", "Download it again.") from None
-    if kind == "DeiTForImageClassification":  # its head does not read the distillation token: a register
+    if kind in (
+        "DeiTForImageClassification",
+        "DeiTModel",
+    ):  # no head reads the distillation token: a register
         args["reg_tokens"] = 1
         if "dist_token" in state:
             state["reg_token"] = state.pop("dist_token")
     size = {192: "tiny", 384: "small"}.get(config["hidden_size"], "base")
     architecture = f"{KINDS[kind].replace('base', size)}_patch16_224"
     args["num_classes"] = len(state.get("head.bias", ()))
-    spec = spec_of({"architecture": architecture, "model_args": args, "pretrained_cfg": {}})
-    refuse_misfit(spec.build(), state, file)
-    state = with_eps(state, spec, config.get("layer_norm_eps", 1e-12))
-    return Foreign(state, architecture, args=args, cfg=timm_cfg(directory, config))
+    cfg, notes = timm_cfg(directory, config)
+    if pooler:
+        notes.append(
+            f"{directory}: its pooler, which no class of timm has, is left out; its features are kept"
+        )
+    ours = Config(architecture, args, settings_for(architecture, cfg))
+    refuse_misfit(spec_for(ours).build(), state, directory)
+    return Source(ours, lambda: state, eps=config.get("layer_norm_eps", 1e-12), notes=tuple(notes))
+
+
+def kind_of(config: Mapping[str, Any], directory: Path) -> str:
+    """The class of transformers. Raises CheckpointError where timm does not compute what it does."""
+    kind, *_ = config.get("architectures") or [config["model_type"]]
+    if kind not in KINDS:
+        raise CheckpointError(
+            f"{directory} holds a {kind} of transformers, which timm does not compute.",
+            f"Convert one of {', '.join(KINDS)}.",
+        )
+    activation = config.get("hidden_act", "gelu")
+    if activation != "gelu":
+        raise CheckpointError(
+            f"{directory} holds a {kind} with the activation {activation!r} (hidden_act in {CONFIG}); "
+            "only 'gelu' can be converted.",
+            "Convert one that was trained with 'gelu'.",
+        )
+    return str(kind)
+
+
+def state_in(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a directory, in one file or in several. Raises CheckpointError."""
+    file = next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
+    if file is None:
+        raise CheckpointError(
+            f"{directory} holds no weights: none of {', '.join(WEIGHT_FILES)}.", "Download them as well."
+        )
+    if file.name == INDEX:
+        return in_float32(read_shards(file))
+    weights = read_foreign(file).weights
+    assert weights is not None
+    return dict(weights())
 
 
 def timm_args(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,17 +134,19 @@ def timm_args(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def timm_cfg(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What timm's settings take over: the names of the classes, mean and deviation of the pixels."""
+def timm_cfg(directory: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What timm's settings take over: the names of the classes, how pictures are prepared; and notes."""
     cfg: dict[str, Any] = {}
+    notes: list[str] = []
     if config.get("id2label"):
         names = config["id2label"]
         cfg["label_names"] = [names[number] for number in sorted(names, key=int)]  # "10" may precede "2"
     if (directory / PREPROCESSOR).is_file():
-        seen = read_config(directory, PREPROCESSOR)
-        settings = {"mean": "image_mean", "std": "image_std"}
-        cfg |= {ours: tuple(seen[its]) for ours, its in settings.items() if its in seen}
-    return cfg
+        told, size = read_config(directory, PREPROCESSOR), config["image_size"]
+        image = (size, size) if isinstance(size, int) else tuple(size)
+        settings, notes = timm_settings(told, image, directory / PREPROCESSOR)
+        cfg |= settings
+    return cfg, notes
 
 
 def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

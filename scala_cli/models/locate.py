@@ -10,6 +10,10 @@ WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 EXTRA = "extra.safetensors"
 """What timm has no place for, where there is any."""
 FILES = {WEIGHTS, EXTRA, CONFIG, CARD}
+INDEX = f"{WEIGHTS}.index.json"
+"""Which of several files of weights holds which tensor, as transformers writes it."""
+WEIGHT_FILES = (WEIGHTS, INDEX, "pytorch_model.bin")
+"""Where other people's directories hold weights: in the first of these that is there."""
 STATE = "state.pt"
 """What a run directory resumes from."""
 LAST_RUN = Path("runs/last")

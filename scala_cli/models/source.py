@@ -1,32 +1,33 @@
 """From a name a user knows (MODEL) to a slimmable ViT."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.models import VisionTransformer
 
 from scala_cli.errors import CheckpointError
 from scala_cli.models.authors import is_theirs, open_theirs
-from scala_cli.models.checkpoint import Record, load_with_record, read_weights
+from scala_cli.models.checkpoint import Record, load_with_record
+from scala_cli.models.config import Config
+from scala_cli.models.create import check_patches, create, refuse_broken, skeleton_of
 from scala_cli.models.features import give_identity_head
-from scala_cli.models.foreign import Foreign, read_foreign
-from scala_cli.models.hub import NO_WEIGHTS, TRANSPORT, fail_fast_offline, fetch, unreachable
-from scala_cli.models.huggingface import directory_of, read_transformers
-from scala_cli.models.locate import ALIASES, CONFIG, STATE, WEIGHTS, path_of, read_config, resolve, short_name
+from scala_cli.models.foreign import Source
+from scala_cli.models.locate import ALIASES, path_of, read_config, resolve, short_name
+from scala_cli.models.named import HUB, directory_of, find_source, weight_file
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.models.vit import Spec, describe, refuse_unless_plain
+from scala_cli.models.stream import norms_with_eps, with_eps
+from scala_cli.models.vit import describe, random_images
 from scala_cli.settings import DEFAULT_RATIOS
 from scala_cli.slicing.point import Point, find_point, parse_points, ratios_of
 from scala_cli.slicing.rule import Rule
 from scala_cli.slicing.table import Layout
+from scala_cli.watch import QUIET, Watcher
 
-WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
-"""How names of weight files end, so that one that is missing is not taken for a model's name."""
+TOLERANCE = 1e-3
+"""Of the largest logit; other weights differ by far more, rounding by far less."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,24 @@ class Changes:
     def given(self) -> dict[str, int]:
         return {name: value for name, value in vars(self).items() if value is not None}
 
+    def sizes(self) -> dict[str, int]:
+        return {name: value for name, value in self.given().items() if name != "num_classes"}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model as it was opened.
+
+    Args:
+        net: the slimmable model.
+        record: what is known of it.
+        original: timm's own model on the weights of the source as they came, with the source's eps.
+    """
+
+    net: SlimmableViT
+    record: Record
+    original: VisionTransformer
+
 
 def open_model(
     model: str,
@@ -56,8 +75,30 @@ def open_model(
     scratch: bool = False,
     average: bool = False,
     layout: Layout = "aligned",
+    watch: Watcher = QUIET,
 ) -> tuple[SlimmableViT, Record]:
     """Pretrained weights as a slimmable model: the same function at full width, sliceable at `points`.
+
+    Arguments and errors are those of `open_source`.
+    """
+    opened = open_source(
+        model, points, changes, weights=weights, scratch=scratch, average=average, layout=layout, watch=watch
+    )
+    return opened.net, opened.record
+
+
+def open_source(
+    model: str,
+    points: Sequence[Point] | None,
+    changes: Changes | None = None,
+    *,
+    weights: Path | None = None,
+    scratch: bool = False,
+    average: bool = False,
+    layout: Layout = "aligned",
+    watch: Watcher = QUIET,
+) -> Opened:
+    """Pretrained weights as a slimmable model, beside timm's own model on them.
 
     Args:
         points: the widths; None gives a checkpoint of the Scala authors its own, others the default ones.
@@ -71,91 +112,119 @@ def open_model(
         CheckpointError: unknown name, no network, unreadable or unfitting weights, unsupported model.
         PointError: a width that does not divide the model's channels.
     """
-    foreign = given_weights(model, weights, scratch, average)
-    if foreign and is_theirs(foreign):
-        return open_family(foreign, str(weights or model), points, changes or Changes(), layout)
-    name, args = locate(foreign.named if foreign and weights is None else model)
-    about = {} if scratch or foreign else about_of(model)
+    changes = changes or Changes()
+    source = find_source(model, weights, scratch, average)
+    for note in source.notes:
+        watch.note(note)
+    if is_theirs(source):
+        return open_family(source, str(weights or model), points, changes, layout)
+    about = {} if scratch or weights else about_of(model)
+    refuse_trained(model, about)
+    config, points = source.config.with_args(**changes.sizes()), points or parse_points(DEFAULT_RATIOS)
+    refuse_uncut(config, points)
+    torch.manual_seed(0)  # random weights, or a new head, are the same on every call
+    state = source.weights() if source.weights and not scratch else None
+    vit = create(config, state, changes.num_classes, pretrained=state is None and not scratch).eval()
+    refuse_broken(vit, str(weights or model))
+    came_with: Any = vit.pretrained_cfg
+    features = about.get("features", False)
+    if (
+        features and changes.num_classes is not None
+    ):  # what its head gives are no classes, as many they may be
+        vit.reset_classifier(changes.num_classes)
+    new_head = vit.num_classes != came_with.get("num_classes") or (features and bool(changes.num_classes))
+    original, vit = vit, describe(vit, config.model_args).build_with(vit.state_dict())
+    features = give_identity_head(vit) or (features and not new_head)
+    record = record_of(model, weights, scratch, source, about, new_head and not features)
+    spec = replace(describe(vit, config.model_args), features=features)
+    if source.eps is not None and not scratch:
+        original = norms_with_eps(original, source.eps)
+        vit = spec.build_with(with_eps(vit.state_dict(), spec, source.eps))
+    net = SlimmableViT(vit, spec, Rule(ratios_of(points), spec.num_heads, layout=layout))
+    return Opened(net, record, original)
+
+
+def refuse_trained(model: str, about: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for a family of widths that has been trained."""
     if about.get("method") and "sliced_from" not in about:
         raise CheckpointError(
             f"{model} is a trained family of widths; converting it again would mix them up.",
             f"Use it as it is: scala finetune {model} --data DIR",
         )
-    if foreign:  # whose own head is kept, also where it has other classes than the model it is named after
-        args.pop("num_classes", None)
-        args |= foreign.args
-    changes = changes or Changes()
-    args |= changes.given()
-    with torch.device("meta"):  # what cannot be sliced is refused before any download
-        skeleton_spec = describe(create(name, args))
-    check_patches(skeleton_spec)
-    points = points or parse_points(DEFAULT_RATIOS)
+
+
+def refuse_uncut(config: Config, points: Sequence[Point]) -> None:
+    """Raises CheckpointError or PointError for a model that cannot be cut so, without its weights."""
+    spec = describe(skeleton_of(config))
+    check_patches(spec)
     for point in points:
-        skeleton_spec.at(point.ratio)
-    torch.manual_seed(0)  # random weights, or a new head, are the same on every call
-    vit = create(name, args, None if scratch else foreign, pretrained=not scratch)
-    came_with: Any = vit.pretrained_cfg  # describe() does not change it
-    replaced = about.get("features", False) and "num_classes" in changes.given()
-    if replaced:  # what its head gives are no classes, also where they are as many
-        vit.reset_classifier(args["num_classes"])
-    new_head = replaced or vit.num_classes not in (0, came_with.get("num_classes"))
-    features = give_identity_head(vit) or (about.get("features", False) and not replaced)
-    spec = replace(describe(vit, args), features=features)
-    net = SlimmableViT(vit.eval(), spec, Rule(ratios_of(points), spec.num_heads, layout=layout))
+        spec.at(point.ratio)
+
+
+def record_of(
+    model: str, weights: Path | None, scratch: bool, source: Source, about: Mapping[str, Any], new_head: bool
+) -> Record:
+    """What is known of a model that was just opened.
+
+    Args:
+        about: what the checkpoint or slice tells of itself, where it is one.
+    """
     file = weights or weight_file(model)
-    called = foreign.named if foreign and weights is None and file else model
+    called = model
+    if file and weights is None:
+        called = source.config.architecture
     called = short_name(called) if path_of(called) else called
     former = {} if about.get("method") else about.get("provenance") or about.get("sliced_from") or {}
     weights_of = "random" if scratch else file.name if file else former.get("weights", called)
     trained = not scratch and about.get("trained", True)
-    new_head |= about.get("new_head", False)
-    origin = {"model": called, "weights": weights_of}
-    return net, Record(trained, order=about.get("order"), provenance=origin, new_head=trained and new_head)
-
-
-def given_weights(model: str, weights: Path | None, scratch: bool, average: bool) -> Foreign | None:
-    """What a file or a directory of transformers holds, where one is named; None for timm's own weights."""
-    if weights is not None and (scratch or weight_file(model)):
-        raise CheckpointError("two sources of weights are given.", "Leave out --weights, or the other one.")
-    if weights is None and model not in ALIASES and not average:
-        directory = directory_of(model)
-        if directory is not None:
-            return read_transformers(directory)
-    file = weights or weight_file(model)
-    if file:
-        return read_foreign(file, average)
-    if average:
-        raise CheckpointError(
-            f"{model} is no file, so there is no moving average to take.", "Name the file: --weights FILE"
-        )
-    return None
-
-
-def weight_file(model: str) -> Path | None:
-    """The file of weights that MODEL names, where it does."""
-    path = None if model.startswith("local-dir:") else path_of(model)
-    return path if path and path.is_file() else None
+    return Record(
+        trained,
+        order=about.get("order"),
+        provenance={"model": called, "weights": weights_of},
+        new_head=trained and (about.get("new_head", False) or new_head),
+    )
 
 
 def open_family(
-    foreign: Foreign, file: str, points: Sequence[Point] | None, changes: Changes, layout: Layout
-) -> tuple[SlimmableViT, Record]:
+    source: Source, file: str, points: Sequence[Point] | None, changes: Changes, layout: Layout
+) -> Opened:
     """A checkpoint of the Scala authors' release, which is a trained family of widths already."""
     if changes.given() or layout == "fused":
         raise CheckpointError(
             f"{file} is a family of widths by Scala's authors; it is converted as it is.",
             "Leave out --num-classes, --img-size, --patch-size and --layout.",
         )
-    net = open_theirs(foreign, file)
+    net, original = open_theirs(source, file)
+    refuse_broken(original, file)
     for point in points or ():
         find_point(point, net.points)
-    origin = {"model": foreign.named, "weights": Path(file).name}
-    return net.with_points(points or net.points).eval(), Record(
-        method="scala", order="none", provenance=origin
-    )
+    origin = {"model": source.config.architecture, "weights": Path(file).name}
+    record = Record(method="scala", order="none", provenance=origin)
+    return Opened(net.with_points(points or net.points).eval(), record, original)
 
 
-def open_slimmable(name: str, ratios: str | None, scratch: bool = False) -> tuple[SlimmableViT, Record]:
+@torch.inference_mode()
+def distance(net: SlimmableViT, original: VisionTransformer) -> float:
+    """The largest difference of logits between `net`, as timm builds its checkpoint, and the original.
+
+    Raises CheckpointError where it is more than rounding.
+    """
+    probe = random_images(net.spec, 2)
+    expected = original(probe)
+    found = net.spec.build_with(net.vit.state_dict())(probe)
+    difference = (found - expected).abs().max().item()
+    if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
+        raise CheckpointError(
+            f"the checkpoint would not compute what the model does that it is made from: its logits differ "
+            f"by {difference:.2g}; nothing was written.",
+            "Please report this with the output of: scala env",
+        )
+    return difference
+
+
+def open_slimmable(
+    name: str, ratios: str | None, scratch: bool = False, watch: Watcher = QUIET
+) -> tuple[SlimmableViT, Record]:
     """A slimmable checkpoint as it is, or with other widths; any other MODEL converted on the fly.
 
     Args:
@@ -165,7 +234,7 @@ def open_slimmable(name: str, ratios: str | None, scratch: bool = False) -> tupl
     if is_checkpoint(name):
         net, record = load_with_record(resolve(name))
         return (net.with_points(parse_points(ratios)) if ratios else net), record
-    return open_model(name, parse_points(ratios) if ratios else None, scratch=scratch)
+    return open_model(name, parse_points(ratios) if ratios else None, scratch=scratch, watch=watch)
 
 
 def is_checkpoint(name: str) -> bool:
@@ -179,111 +248,8 @@ def about_of(name: str) -> dict[str, Any]:
     if name in ALIASES:
         return {}
     try:
-        hub = name.startswith("hf-hub:")
-        directory = fetch(name.removeprefix("hf-hub:"), [CONFIG]) if hub else resolve(name)
-        about = read_config(directory).get("scala")
+        directory = directory_of(name) if name.startswith(HUB) else resolve(name)
+        about = read_config(directory).get("scala") if directory else None
     except CheckpointError:
         return {}
     return about if isinstance(about, dict) else {}
-
-
-def locate(model: str) -> tuple[str, dict[str, Any]]:
-    """timm's name for MODEL, and the arguments stored with it. Raises CheckpointError if timm has none."""
-    if not model:
-        raise CheckpointError(
-            "the weight file does not say which architecture it holds.",
-            "Name it: scala convert deit_s --weights FILE",
-        )
-    if model not in ALIASES and (Path(model).expanduser() / CONFIG).is_file():
-        model = f"local-dir:{model}"
-    if model.startswith("local-dir:"):
-        directory = Path(model.removeprefix("local-dir:")).expanduser()
-        if not (directory / CONFIG).is_file():
-            raise no_model(directory)
-        return f"local-dir:{directory}", args_of(directory)
-    if model.startswith("hf-hub:"):
-        return model, args_of(fetch(model.removeprefix("hf-hub:"), [CONFIG]))
-    path = Path(model).expanduser()
-    if model not in ALIASES and ("/" in model or path.is_dir() or path.suffix in WEIGHT_FILES):
-        raise no_model(path)
-    name = ALIASES.get(model, model)
-    if not timm.is_model(name.partition(".")[0]):
-        close = timm.list_models(f"*{name.partition('.')[0]}*")[:3]
-        raise CheckpointError(
-            f"there is no model {model!r}.",
-            f"Did you mean {', '.join(close)}?"
-            if close
-            else f"Try one of {', '.join(ALIASES)}, or a timm name.",
-        )
-    return name, {}
-
-
-def args_of(directory: Path) -> dict[str, Any]:
-    """The arguments timm stored with a model; none where it needed none."""
-    return dict(read_config(directory).get("model_args") or {})
-
-
-def no_model(path: Path) -> CheckpointError:
-    """The error for a path at which no model lies."""
-    if (path / STATE).is_file():
-        return CheckpointError(
-            f"{path} is a training run.",
-            f"Go on with it: scala finetune --resume {path}; cut it: scala slice {path}",
-        )
-    if path.is_dir():
-        return CheckpointError(f"{path} has no config.json.", "Name a directory in timm's format.")
-    if path.exists():
-        return CheckpointError(f"{path} is a file, not a directory.", "Name it without local-dir:")
-    return CheckpointError(
-        f"{path} does not exist.", "Check the path; what lies on the Hub is hf-hub:org/name."
-    )
-
-
-def check_patches(spec: Spec) -> None:
-    """Raises CheckpointError where the image is no multiple of the patch."""
-    _, height, width = spec.input_size
-    patch = spec.model_args["patch_size"]
-    if isinstance(patch, int) and (height % patch or width % patch):
-        raise CheckpointError(
-            f"image size {height} is not a multiple of patch size {patch}.",
-            f"Try --img-size {max(height // patch, 1) * patch}, or another --patch-size.",
-        )
-
-
-def create(
-    name: str, args: Mapping[str, Any], foreign: Foreign | None = None, pretrained: bool = False
-) -> VisionTransformer:
-    """timm's model: on somebody's state dict, with the pretrained weights of its name, or random.
-
-    timm resamples position and patch embeddings that differ. Somebody's weights must fit in all else, then
-    their head gives way to one of the wanted number of classes.
-    """
-    kwargs: dict[str, Any] = dict(args)
-    if foreign is not None:
-        classes = len(foreign.state.get("head.weight", ()))  # features alone have none
-        # else timm reads its own weights
-        about: dict[str, Any] = {"num_classes": classes, "license": None, "source": ""}
-        about |= {"label_names": foreign.cfg.get("label_names"), "state_dict": dict(foreign.state)}
-        kwargs["pretrained_cfg_overlay"] = {**foreign.cfg, **about}
-        kwargs["num_classes"] = classes  # else timm would let anything pass that differs
-    elif pretrained and name.startswith("local-dir:"):
-        read_weights(Path(name.removeprefix("local-dir:")) / WEIGHTS)
-    elif pretrained and not name.startswith("hf-hub:"):
-        if not timm.is_model_pretrained(name):
-            raise CheckpointError(f"timm has no pretrained weights for {name}.", NO_WEIGHTS)
-        fail_fast_offline()
-    try:
-        vit = refuse_unless_plain(timm.create_model(name, pretrained=pretrained, **kwargs))
-        wanted = args.get("num_classes", vit.num_classes)
-        if wanted != vit.num_classes:
-            vit.reset_classifier(wanted)
-        return vit
-    except (OSError, TRANSPORT) as error:
-        raise unreachable(name, error) from None
-    except (RuntimeError, LookupError, AssertionError, AttributeError, TypeError, ValueError) as error:
-        key = re.search(r'(?:Missing|Unexpected) key[^"]*"[^"]+"|size mismatch for [^.]+[^,]+', str(error))
-        reason = key[0] if key else " ".join(str(error).split())
-        raise CheckpointError(
-            f"cannot build {name}: {reason}.",
-            "Name the architecture and sizes the weights were trained with.",
-        ) from None

@@ -118,10 +118,16 @@ def with_eps(state: Mapping[str, Tensor], spec: Spec, eps: float) -> dict[str, T
     """
     theirs, probe = spec.build_with(state), random_images(spec, 2)
     ours = theirs(probe)
-    norms = [module for module in theirs.modules() if isinstance(module, nn.LayerNorm)]
-    scale = math.sqrt(norms[0].eps / eps)
-    for norm in norms:
-        norm.eps = eps
-    if (theirs(probe) - ours).abs().max() <= NEGLIGIBLE:
+    own = next(module.eps for module in theirs.modules() if isinstance(module, nn.LayerNorm))
+    scale = math.sqrt(own / eps)
+    if (norms_with_eps(theirs, eps)(probe) - ours).abs().max() <= NEGLIGIBLE:
         return dict(state)
     return {name: tensor * scale if WRITERS.fullmatch(name) else tensor for name, tensor in state.items()}
+
+
+def norms_with_eps(vit: VisionTransformer, eps: float) -> VisionTransformer:
+    """The same model, changed in place, with `eps` in every norm."""
+    for module in vit.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = eps
+    return vit

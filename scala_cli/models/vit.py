@@ -18,7 +18,7 @@ from timm.models import (
 from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import Tensor, nn
 
-from scala_cli.errors import CheckpointError, naming_failure
+from scala_cli.errors import CheckpointError
 from scala_cli.models.block import SlimBlock
 from scala_cli.slicing.rule import kept_count
 
@@ -184,26 +184,6 @@ def describe(model: nn.Module, args: Mapping[str, Any] | None = None) -> Spec:
 def width_of(vit: Any) -> int:
     """The channels of the residual stream; `embed_dim` is not what is left of a model that was pruned."""
     return vit.patch_embed.proj.out_channels
-
-
-def spec_of(config: Mapping[str, Any]) -> Spec:
-    """The Spec of timm's config.json. Raises CheckpointError, also for an architecture timm lacks."""
-    hint = "Convert or download it again."
-    for key in ("architecture", "model_args", "pretrained_cfg"):
-        if key not in config:
-            raise CheckpointError(f"config.json lacks {key!r}.", hint)
-    name, args = config["architecture"], config["model_args"]
-    with naming_failure(f"config.json is damaged: timm cannot build {name}", hint, CheckpointError):
-        cfg = {**config["pretrained_cfg"], "architecture": name}
-        if config.get("label_names"):
-            cfg["label_names"] = config["label_names"]
-        if not timm.is_model(name):
-            raise CheckpointError(
-                f"this timm ({timm.__version__}) has no architecture {name!r}.",
-                "Upgrade: pip install -U timm",
-            )
-        spec = describe(skeleton(name, pretrained_cfg=cfg, **args), args)
-        return replace(spec, features=config.get("scala", {}).get("features", False))
 
 
 def refuse_unless_plain(model: nn.Module) -> VisionTransformer:

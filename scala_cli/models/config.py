@@ -1,0 +1,115 @@
+"""timm's config.json. Anybody may have written it: it says what is built, never where weights come from."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import timm
+from timm.models import PretrainedCfg, VisionTransformer, get_pretrained_cfg
+
+from scala_cli.errors import CheckpointError, naming_failure
+from scala_cli.models.vit import Spec, describe, skeleton
+
+SOURCES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"}
+"""Of timm's `pretrained_cfg`: where it takes weights from, and how it reads them."""
+RUNTIME = {"device", "dtype"}
+ARGS = inspect.signature(VisionTransformer).parameters.keys() - RUNTIME
+"""Arguments that make up a ViT."""
+FACTORY = {*inspect.signature(timm.create_model).parameters, *RUNTIME, "pretrained_strict", "out_indices"}
+"""Arguments that timm takes beside those: for weights to read, a place to put them, and the like."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What timm builds.
+
+    Args:
+        architecture: timm's name, with a tag where its own weights are meant.
+        model_args: for timm's constructor, JSON-able.
+        pretrained_cfg: timm's settings of input and labels; none for those of the name itself.
+    """
+
+    architecture: str
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_args(self, **args: Any) -> "Config":
+        return replace(self, model_args={**self.model_args, **args})
+
+    def create(self, **more: Any) -> Any:
+        """timm's model, of whatever class, with random weights unless `more` says otherwise."""
+        more["pretrained_cfg"] = {**self.pretrained_cfg, **more.pop("pretrained_cfg", {})}
+        return timm.create_model(self.architecture, **{**self.model_args, **more})
+
+    def skeleton(self) -> Any:
+        """The same on the meta device, without weights."""
+        return skeleton(self.architecture, pretrained_cfg=dict(self.pretrained_cfg), **self.model_args)
+
+
+def read_settings(config: Mapping[str, Any]) -> Config:
+    """The model that a config.json of timm describes.
+
+    Every config.json passes here before timm sees any of it. What would make timm download or open
+    something is left out.
+
+    Raises CheckpointError where a key is missing, or where it has timm build something other than a ViT's
+    own constructor does.
+    """
+    hint = "Convert or download it again."
+    if "architecture" not in config:
+        raise CheckpointError("config.json lacks 'architecture'.", hint)
+    name, args = config["architecture"], config.get("model_args") or {}
+    cfg = config.get("pretrained_cfg", single_object(config))
+    if not (isinstance(name, str) and isinstance(args, dict) and isinstance(cfg, dict)):
+        raise CheckpointError("config.json is damaged: a name, or an object, is something else.", hint)
+    odd = [key for key, value in args.items() if key not in ARGS | FACTORY and value not in (None, False)]
+    if odd:
+        raise CheckpointError(
+            f"config.json is damaged: it builds {name} with {odd[0]!r}, which no VisionTransformer takes.",
+            "DeiT, DeiT-III and plain vit_* models of timm can be cut.",
+        )
+    told = {key: config[key] for key in ("num_classes", "label_names", "label_descriptions") if key in config}
+    cfg = {key: value for key, value in {**cfg, **told}.items() if key not in SOURCES}
+    return Config(
+        name,
+        {key: value for key, value in args.items() if key in ARGS},
+        {**cfg, "architecture": name.partition(".")[0]},
+    )
+
+
+def single_object(config: Mapping[str, Any]) -> dict[str, Any]:
+    """timm's settings where they are not apart, as it wrote them once."""
+    names = {"label_names": config["labels"]} if "labels" in config else {}
+    return {**{key: value for key, value in config.items() if key in vars(PretrainedCfg())}, **names}
+
+
+def settings_for(architecture: str, told: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """timm's settings of an architecture, for weights of which it knows neither license nor labels."""
+    known = asdict(get_pretrained_cfg(architecture) or PretrainedCfg())
+    not_theirs = {*SOURCES, "license", "label_names", "label_descriptions"}
+    ours = {key: value for key, value in known.items() if key not in not_theirs}
+    return {**ours, "architecture": architecture.partition(".")[0], **(told or {})}
+
+
+def spec_of(config: Mapping[str, Any]) -> Spec:
+    """The Spec of timm's config.json. Raises CheckpointError, also for an architecture timm lacks."""
+    for key in ("model_args", "pretrained_cfg"):
+        if key not in config:
+            raise CheckpointError(f"config.json lacks {key!r}.", "Convert or download it again.")
+    about = config.get("scala")
+    features = isinstance(about, dict) and about.get("features") is True
+    return replace(spec_for(read_settings(config)), features=features)
+
+
+def spec_for(config: Config) -> Spec:
+    """The Spec of what timm builds. Raises CheckpointError, also for an architecture timm lacks."""
+    name = config.architecture
+    damaged = f"config.json is damaged: timm cannot build {name}"
+    with naming_failure(damaged, "Convert or download it again.", CheckpointError):
+        if not timm.is_model(name):
+            raise CheckpointError(
+                f"this timm ({timm.__version__}) has no architecture {name!r}.",
+                "Upgrade: pip install -U timm",
+            )
+        return describe(config.skeleton(), config.model_args)

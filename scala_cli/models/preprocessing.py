@@ -1,0 +1,88 @@
+"""How transformers prepares a picture (preprocessor_config.json), in timm's settings."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from scala_cli.errors import CheckpointError
+
+INTERPOLATION = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+"""timm's names of Pillow's filters, by Pillow's numbers."""
+HALF = [0.5, 0.5, 0.5]
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "ViT": {"resample": 2, "size": 224, "do_center_crop": False},
+    "DeiT": {"resample": 3, "size": 256, "do_center_crop": True, "crop_size": 224},
+}
+"""What transformers does where the file does not say, by the beginning of the processor's name."""
+
+Size = tuple[int, int]
+"""(height, width)"""
+
+
+def timm_settings(told: Mapping[str, Any], image: Size, origin: object) -> tuple[dict[str, Any], list[str]]:
+    """timm's mean, std, interpolation, crop_pct and crop_mode, and notes on what timm does otherwise.
+
+    Args:
+        told: the content of preprocessor_config.json.
+        image: pixels that the model takes.
+        origin: the file, for messages.
+
+    Raises CheckpointError where a setting is not of its kind.
+    """
+    kind = told.get("image_processor_type", told.get("feature_extractor_type", "ViT"))
+    of_kind = DEFAULTS["DeiT" if str(kind).startswith("DeiT") else "ViT"]
+    seen = {"image_mean": HALF, "image_std": HALF, "rescale_factor": 1 / 255, **of_kind, **told}
+    try:
+        settings = {**pixels(seen), "interpolation": INTERPOLATION[int(seen["resample"])]}
+        geometry, notes = crop(seen, image)
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise CheckpointError(f"{origin} cannot be read: {error!r}.", "Leave that file out.") from None
+    return settings | geometry, [f"{origin}: {note}" for note in notes]
+
+
+def pixels(seen: Mapping[str, Any]) -> dict[str, Any]:
+    """Mean and deviation of pixels between 0 and 1, which is timm's scale and need not be transformers'."""
+    scale = 255 * seen["rescale_factor"] if seen.get("do_rescale", True) else 255
+    mean, std = (
+        (seen["image_mean"], seen["image_std"]) if seen.get("do_normalize", True) else ([0.0] * 3, [1.0] * 3)
+    )
+    exact = math.isclose(scale, 1)
+    mean, std = ([float(value) if exact else value / scale for value in values] for values in (mean, std))
+    return {"mean": mean, "std": std}
+
+
+def crop(seen: Mapping[str, Any], image: Size) -> tuple[dict[str, Any], list[str]]:
+    """How a picture comes to its size. Where an odd number of pixels is cut off, timm may be one aside."""
+    if not seen.get("do_resize", True):
+        return {}, ["pictures are not resized there, but are here; give them the model's size"]
+    mode, height, width = resized(seen["size"])
+    notes = []
+    cut = resized(seen["crop_size"])[1:] if seen.get("do_center_crop") else (height, width)
+    if cut != image:
+        notes.append(
+            f"pictures of {cut[0]} x {cut[1]} pixels are made there, the model takes {image[0]} x {image[1]}"
+        )
+    if mode == "center" and not seen.get("do_center_crop"):
+        notes.append("pictures keep their shape there; here what is longer is cut off")
+    shares = [kept(cut[0], height), kept(cut[1], width)]
+    if [math.floor(c / shares[0]) for c in cut] != [height, width]:
+        notes.append(
+            f"{height} x {width} pixels are cut to {cut[0]} x {cut[1]} there, which timm does not do alike"
+        )
+    return {"crop_mode": mode, "crop_pct": shares[0]}, notes
+
+
+def resized(size: Any) -> tuple[str, int, int]:
+    """(timm's crop mode, height, width) of a size: 224, {"height", "width"} or {"shortest_edge"}."""
+    if isinstance(size, Mapping) and "shortest_edge" in size:
+        return "center", int(size["shortest_edge"]), int(size["shortest_edge"])
+    if isinstance(size, Mapping):
+        return "squash", int(size["height"]), int(size["width"])
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return "squash", int(height), int(width)
+
+
+def kept(cut: int, whole: int) -> float:
+    """The share of which timm's floor(cut / share) is the whole again."""
+    share = cut / whole
+    return share if math.floor(cut / share) == whole else cut / (whole + 0.5)

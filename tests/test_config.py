@@ -1,0 +1,124 @@
+"""A config.json that somebody else wrote says what is built, and nothing else."""
+
+import json
+
+import pytest
+import timm
+import torch
+from conftest import build, slimmable, write_timm_directory
+
+from scala_cli.bench.subject import other
+from scala_cli.deploy.slice import slice_model
+from scala_cli.errors import CheckpointError
+from scala_cli.models.checkpoint import Record, load, save
+from scala_cli.models.source import open_model
+
+WEIGHTS = "http://evil.invalid/weights.pth"
+HOSTILE = {
+    "a download": ({"pretrained": True}, {"url": WEIGHTS}),
+    "a download of another name": (
+        {"pretrained": True, "pretrained_cfg": {"url": [WEIGHTS, "any name"], "num_classes": 5}},
+        {},
+    ),
+    "settings laid over": ({"pretrained": True, "pretrained_cfg_overlay": {"url": WEIGHTS}}, {}),
+    "a loader of its own": ({"pretrained": True}, {"url": WEIGHTS, "custom_load": True}),
+    "a file here": ({"checkpoint_path": "secret.pth"}, {}),
+    "a file in its settings": ({"pretrained": True}, {"file": "secret.pth"}),
+    "a repository": ({"pretrained": True}, {"hf_hub_id": "evil/net", "hf_hub_filename": "any.bin"}),
+    "a repository that tells how to read it": (
+        {"pretrained": True, "cache_dir": "cache"},
+        {"source": "hf-hub", "hf_hub_id": "evil/net", "hf_hub_filename": "x", "custom_load": "hf"},
+    ),
+    "a directory": ({"pretrained": True}, {"source": "local-dir", "file": "secret"}),
+    "tensors": ({"pretrained": True}, {"state_dict": {"head.weight": [1]}}),
+}
+READERS = {
+    "timm.models._builder": (
+        "load_state_dict",
+        "load_state_dict_from_url",
+        "load_state_dict_from_hf",
+        "load_custom_from_hf",
+        "download_cached_file",
+    ),
+    "timm.models._factory": ("load_checkpoint",),
+    "torch.hub": ("load_state_dict_from_url", "download_url_to_file"),
+    "socket.socket": ("connect",),
+    "socket": ("getaddrinfo",),
+}
+"""Everything through which timm reads weights; a state dict in memory passes none of it."""
+
+
+@pytest.fixture
+def touched(monkeypatch) -> list[str]:
+    """What was read, though nothing should have been."""
+    found: list[str] = []
+
+    def trap(name):
+        def read(*_args, **_kwargs):
+            found.append(name)
+            raise OSError(f"{name} was called")
+
+        return read
+
+    for module, names in READERS.items():
+        for name in names:
+            monkeypatch.setattr(f"{module}.{name}", trap(f"{module}.{name}"))
+    return found
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_somebody_elses_config_reads_nothing(kind, touched, elsewhere, images):
+    save(slimmable(), Record(), elsewhere / "net")
+    vit = write_timm_directory(elsewhere / "plain")
+    (elsewhere / "secret.pth").write_bytes(b"no weights")
+    args, cfg = HOSTILE[kind]
+    for folder in ("net", "plain"):
+        file = elsewhere / folder / "config.json"
+        config = json.loads(file.read_text())
+        config["model_args"] |= args
+        config["pretrained_cfg"] |= cfg
+        file.write_text(json.dumps(config))
+    before = {*elsewhere.iterdir()}
+    with torch.no_grad():
+        assert torch.equal(load("net")(images), vit(images))
+        assert torch.equal(open_model("plain", None)[0](images), vit(images))
+    open_model("plain", None, scratch=True)
+    slice_model("net", 0.5, "half")
+    other("plain").build(False)
+    assert touched == []
+    assert {*elsewhere.iterdir()} - before == {elsewhere / "half"}
+    kept = (elsewhere / "half/config.json").read_text()  # plain timm may read what we write
+    assert not any(word in kept for word in ("evil", "secret", "cache_dir", "checkpoint_path"))
+
+
+@pytest.mark.parametrize("name", ["hf-hub:evil/net", "local-dir:secret", "../secret", "resnet18", 7])
+def test_an_architecture_is_a_name_of_timms(name, touched, elsewhere):
+    write_timm_directory(elsewhere / "plain")
+    file = elsewhere / "plain/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architecture": name}))
+    with pytest.raises(CheckpointError):
+        open_model("plain", None)
+    assert touched == []
+
+
+def test_what_no_vit_takes_is_refused(elsewhere):
+    write_timm_directory(elsewhere / "plain")
+    file = elsewhere / "plain/config.json"
+    config = json.loads(file.read_text())
+    config["model_args"]["features_only"] = True
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="'features_only', which no VisionTransformer takes"):
+        open_model("plain", None)
+
+
+@torch.no_grad()
+def test_an_older_config_is_one_object(elsewhere, images):
+    """As timm wrote them before it kept `pretrained_cfg` apart."""
+    vit, args = build("deit")
+    timm.models.save_for_hf(vit, str(elsewhere / "old"), model_args=args, safe_serialization=True)
+    file = elsewhere / "old/config.json"
+    config = json.loads(file.read_text())
+    older = {"architecture": config["architecture"], "model_args": config["model_args"], "num_classes": 5}
+    file.write_text(json.dumps(older | config["pretrained_cfg"] | {"labels": list("abcde")}))
+    net, _ = open_model("old", None)
+    assert torch.equal(net(images), vit(images)) and net.spec.label_names == tuple("abcde")
