@@ -109,7 +109,7 @@ def begin_peak() -> int | None:
     """Makes this process's peak of memory begin anew: the bytes held now. None but on Linux with glibc."""
     try:
         ctypes.CDLL(None).malloc_trim(0)  # gives back what is free, or it would count as held before
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except (OSError, AttributeError):
         return None
     return resident("VmRSS")
@@ -117,7 +117,7 @@ def begin_peak() -> int | None:
 
 def resident(field: str) -> int:
     """Bytes of memory that this process holds (VmRSS) or has held at most (VmHWM)."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition(f"{field}:")[2].split()[0]) * 1024
 
 
@@ -127,7 +127,7 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
         with suppress(OSError):
-            for line in Path("/proc/cpuinfo").read_text().splitlines():
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
                 if line.startswith("model name"):
                     return line.partition(":")[2].strip()
         return platform.processor() or platform.machine()

@@ -47,7 +47,7 @@ def cell(column: str, value: Any) -> str:
 
 def write_csv(file: Path, rows: Rows) -> None:
     """Rows as CSV, with every column that any of them has."""
-    with file.open("w", newline="") as handle:
+    with file.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, list(dict.fromkeys(column for row in rows for column in row)))
         writer.writeheader()
         writer.writerows(rows)
@@ -72,4 +72,4 @@ def write_page(file: Path, title: str, conditions: Mapping[str, Any], rows: Rows
         picture=svg,
     )
     with whole_file(file) as target:
-        target.write_text(page)
+        target.write_text(page, encoding="utf-8")

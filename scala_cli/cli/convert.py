@@ -113,7 +113,7 @@ def convert(
 def read_labels(file: Path, count: int) -> list[str]:
     """The lines of a file. Raises ScalaError unless it names so many classes, each once."""
     try:
-        names = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError:
         raise ScalaError(f"{file} is no text file.", "Write one name a line.") from None
     if len(names) != count:

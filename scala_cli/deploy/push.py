@@ -62,7 +62,7 @@ def write_repository(
         card = model_card(
             repo, spec, record, rows, family=ratio is None, repository=True, picture=PICTURE if drawn else ""
         )
-        (fresh / CARD).write_text(card)
+        (fresh / CARD).write_text(card, encoding="utf-8")
 
 
 def upload(folder: Path, repo: str, private: bool) -> str:

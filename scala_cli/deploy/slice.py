@@ -74,7 +74,8 @@ def slice_model(
         piece = spec.build_with(rule.slice_state(weights, point, copy=True))
         write_timm(piece, spec, about, fresh)
         del piece
-        (fresh / CARD).write_text(model_card(target.name, spec, record, [result], family=False))
+        card = model_card(target.name, spec, record, [result], family=False)
+        (fresh / CARD).write_text(card, encoding="utf-8")
         again = timm.create_model(f"local-dir:{fresh}", pretrained=True).eval()
         difference = (again(probe) - expected).abs().max().item()
         if not difference <= TOLERANCE:

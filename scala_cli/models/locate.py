@@ -71,7 +71,7 @@ def read_config(directory: Path, name: str = CONFIG) -> dict[str, Any]:
     """A directory's settings, as timm reads them. Raises CheckpointError where they are not JSON."""
     file = directory / name
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{file} is not JSON: {error}.", "Download it again.") from None
     if not isinstance(config, dict):

@@ -23,10 +23,11 @@ class GradientLog:
 
     def __init__(self, parameters: Iterable[nn.Parameter], file: Path, first: int = 0) -> None:
         self.parameters, self.file = list(parameters), file
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
         whole = takewhile(lambda line: line.endswith("\n"), lines)
+        kept = [line for line in whole if json.loads(line)["step"] < first]
         with whole_file(file) as target:  # without what a run that is resumed had logged of its next epoch
-            target.write_text("".join(line for line in whole if json.loads(line)["step"] < first))
+            target.write_text("".join(kept), encoding="utf-8")
         self.so_far: Tensor | None = None
         self.passes: dict[str, Tensor] = {}
 
@@ -46,6 +47,6 @@ class GradientLog:
             f"{one},{other}": torch.cosine_similarity(self.passes[one], self.passes[other], dim=0).item()
             for one, other in combinations(self.passes, 2)
         }
-        with self.file.open("a") as file:
+        with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "norm": norms, "cosine": cosines}) + "\n")
         self.passes, self.so_far = {}, None

@@ -62,7 +62,7 @@ def price_of_run(net: SlimmableViT, record: Record, checkpoint: Path) -> dict[st
     if record.method in (None, "separate") or not files:
         return None
     try:
-        rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
         minutes = sum(row["minutes"] for row in rows)
     except (ValueError, KeyError, TypeError):  # of another tool
         return None
