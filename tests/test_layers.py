@@ -8,7 +8,8 @@ import scala_cli
 ROOT = Path(scala_cli.__file__).parent
 LAYERS = [
     {"errors", "__init__"},
-    {"settings", "watch", "files"},
+    {"settings", "watch", "swap", "lock"},
+    {"files"},
     {"slicing"},
     {"models"},
     {"device", "world"},

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -11,6 +12,7 @@ from typing import Any, Literal
 from scala_cli.data.split import refuse_unknown
 from scala_cli.errors import TrainingError
 from scala_cli.files import whole_file
+from scala_cli.lock import LOCK, locked
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.locate import STATE
 from scala_cli.models.slimmable import SlimmableViT
@@ -19,12 +21,13 @@ from scala_cli.settings import MethodSettings, Settings
 from scala_cli.slicing.point import Point
 from scala_cli.slicing.rule import AttnScale
 from scala_cli.slicing.table import Layout
+from scala_cli.swap import remove, target_of
 from scala_cli.training.finetune import can_be_ordered, finetune, go_on, open_splits, unlearnt
 from scala_cli.training.price import gmacs_of, training_gmacs
 from scala_cli.training.run import METRICS, Run
 from scala_cli.watch import Watcher
 
-RESULT, ELSEWHERE = "compare.json", "Give another place: --output DIR"
+RESULT, TABLE, ELSEWHERE = "compare.json", "compare.csv", "Give another place: --output DIR"
 Start = tuple[SlimmableViT, Record]
 
 
@@ -151,29 +154,29 @@ def compare(
         "amp": settings.device.amp,
         "settings": settings.words(),
     }
-    claim(folder, what)
     gmacs = gmacs_of(net)
     first = training_gmacs(gmacs, arms[0].method, record.trained)
-    rows = []
-    for arm in arms:
-        spent = training_gmacs(gmacs, arm.method, record.trained)
-        epochs = settings.optimizer.epochs * (first / spent if equal == "macs" else 1)
-        runs = []
-        for number in range(seeds):
-            seed = settings.run.seed + number
-            watch.note(f"{arm.name}, seed {seed} ({number + 1} of {seeds})")
-            chosen = replace(
-                settings,
-                method=arm.method,
-                optimizer=replace(settings.optimizer, epochs=epochs),
-                run=replace(settings.run, seed=seed),
+    with claimed(folder, what):
+        rows = []
+        for arm in arms:
+            spent = training_gmacs(gmacs, arm.method, record.trained)
+            epochs = settings.optimizer.epochs * (first / spent if equal == "macs" else 1)
+            runs = []
+            for number in range(seeds):
+                seed = settings.run.seed + number
+                watch.note(f"{arm.name}, seed {seed} ({number + 1} of {seeds})")
+                chosen = replace(
+                    settings,
+                    method=arm.method,
+                    optimizer=replace(settings.optimizer, epochs=epochs),
+                    run=replace(settings.run, seed=seed),
+                )
+                runs.append(train(arm, open_start, net.points, chosen, folder / arm.name / str(seed), watch))
+            rows.append(
+                {"arm": arm.name, "epochs": round(epochs, 4), "gmacs_per_image": spent} | summary(runs, gmacs)
             )
-            runs.append(train(arm, open_start, net.points, chosen, folder / arm.name / str(seed), watch))
-        rows.append(
-            {"arm": arm.name, "epochs": round(epochs, 4), "gmacs_per_image": spent} | summary(runs, gmacs)
-        )
-        write(folder, what, rows)
-    return rows
+            write(folder, what, rows)
+        return rows
 
 
 def refuse_unfit(net: SlimmableViT, record: Record, arms: Sequence[Arm], settings: Settings) -> None:
@@ -219,7 +222,8 @@ def train(
         else:
             net, record = arm.of(open_start())
             finetune(net.with_points(widths), record, settings, run, watch, force=True)
-        *earlier, last = [json.loads(line) for line in (run.path / METRICS).read_text().splitlines()]
+        lines = (run.path / METRICS).read_text(encoding="utf-8").splitlines()
+        *earlier, last = map(json.loads, lines)
         rows += [{**row, "points": []} for row in earlier] + [last]
     return rows
 
@@ -247,25 +251,35 @@ def summary(runs: Sequence[Sequence[dict[str, Any]]], gmacs: Mapping[Point, floa
     }
 
 
-def claim(folder: Path, what: dict[str, Any]) -> None:
-    """Takes a folder for a comparison, or goes on with the same one. Raises TrainingError for another's."""
+@contextmanager
+def claimed(folder: Path, what: dict[str, Any]) -> Iterator[None]:
+    """Holds a folder for a comparison, a new one or the same one that goes on.
+
+    Raises TrainingError where it holds something else, and where another process trains in it.
+    """
     try:
-        held = json.loads((folder / RESULT).read_text())["of"]
+        held = json.loads((folder / RESULT).read_text(encoding="utf-8"))["of"]
     except (OSError, ValueError, KeyError, TypeError):
         held = None
-    if held is None and folder.exists() and any(folder.iterdir()):
+    inside = {path.name: path for path in folder.iterdir()} if folder.exists() else {}
+    begun = {name for name in inside if target_of(name) in (RESULT, TABLE)}
+    if held is None and inside.keys() - begun - {LOCK}:
         raise TrainingError(f"{folder} holds files that are not of a comparison.", ELSEWHERE)
     if held != what and any(folder.rglob(STATE)):
         raise TrainingError(f"{folder} holds another comparison.", ELSEWHERE)
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder, what, [])
+    with locked(folder):
+        for name in begun:  # by a process that was killed
+            remove(inside[name])
+        write(folder, what, [])
+        yield
 
 
 def write(folder: Path, what: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     """The rows so far, as JSON and as CSV."""
     with whole_file(folder / RESULT) as file:
-        file.write_text(json.dumps({"of": what, "arms": rows}, indent=2) + "\n")
-    with whole_file(folder / "compare.csv") as file:
+        file.write_text(json.dumps({"of": what, "arms": rows}, indent=2) + "\n", encoding="utf-8")
+    with whole_file(folder / TABLE) as file:
         write_csv(file, [columns(row) for row in rows])
 
 
