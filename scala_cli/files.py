@@ -187,12 +187,12 @@ def refuse_occupied(
         in_place: whether files are written to the directory, instead of a new one taking its name.
     """
     restore(target)
+    if not in_place:
+        refuse_fixed(target)
     if source is not None and target.exists() and source.resolve().is_relative_to(target.resolve()):
         raise ScalaError(f"{target} holds what is read; it is not replaced.", "Choose another one: -o DIR")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ScalaError(f"{target} is not a directory.", "Choose another one: -o DIR")
-    if not in_place:
-        refuse_fixed(target)
     refuse_long(target)
     refuse_forbidden(target if in_place else target.parent)
     held = [*walk(target, ours)] if target.exists() else []

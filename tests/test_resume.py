@@ -170,7 +170,7 @@ def trained_elsewhere(run: str):
     """Another process holds the run."""
     words = [sys.executable, "-c", HOLDS, run]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
+        assert process.stdout.readline() == b"\n"
         yield
 
 
