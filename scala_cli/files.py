@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from scala_cli.errors import ScalaError
+from scala_cli.lock import LOCK
 from scala_cli.swap import LONGEST, remove, restore, swap, target_of, temporary
 
 DISK = {
@@ -196,7 +197,8 @@ def refuse_occupied(
     refuse_long(target)
     refuse_forbidden(target if in_place else target.parent)
     held = [*walk(target, ours)] if target.exists() else []
-    if not force and any(target_of(path.relative_to(target).parts[0]) is None for path, _ in held):
+    names = {path.relative_to(target).parts[0] for path, _ in held} - {LOCK}
+    if not force and not all(map(target_of, names)):  # what a killed process had begun occupies nothing
         raise ScalaError(f"{target} is not empty.", "Choose another one with -o DIR, or replace it: --force")
     strange = next((path.relative_to(target) for path, is_ours in held if not is_ours), None)
     if strange is not None:
