@@ -27,6 +27,7 @@ from scala_cli.methods.scala import Scala
 from scala_cli.models.checkpoint import Record
 from scala_cli.settings import AugmentSettings, MethodSettings, ReadSettings
 from scala_cli.swap import temporary
+from scala_cli.training.compare import claimed
 from scala_cli.training.finetune import finetune, go_on
 from scala_cli.training.run import FILES, Run
 from scala_cli.training.step import Step
@@ -193,6 +194,24 @@ def test_two_processes_do_not_train_one_run(photos):
     with trained_elsewhere("new"), pytest.raises(TrainingError, match="another process"):
         finetune(start(), Record(), settings(photos), Run(Path("new")), Listener())
     go_on(Run(Path("cut")), Listener())
+
+
+def test_two_processes_do_not_train_one_comparison():
+    folder, what = Path("side-by-side"), {"model": "tiny"}
+    with claimed(folder, what):
+        assert json.loads((folder / "compare.json").read_text()) == {"of": what, "arms": []}
+    elsewhere, refused = trained_elsewhere(str(folder)), pytest.raises(TrainingError, match="another process")
+    with elsewhere, refused, claimed(folder, what):
+        pytest.fail("two train one comparison")
+    for name in ("compare.json", "compare.csv"):
+        (folder / name).rename(temporary(folder / name))  # all that a process that was killed has come to
+    with claimed(folder, what):
+        assert {path.name for path in folder.iterdir()} == {"compare.json", "compare.csv", LOCK}
+    Path("mine").mkdir()
+    Path("mine/thesis.tex").write_text("")
+    with pytest.raises(TrainingError, match="not of a comparison"), claimed(Path("mine"), what):
+        pytest.fail("it holds other files")
+    assert [path.name for path in Path("mine").iterdir()] == ["thesis.tex"]
 
 
 def test_both_parts_of_a_run_with_a_new_head_are_held(photos):
