@@ -1,15 +1,16 @@
-"""Writing that either happens wholly or not at all."""
+"""Writing that either happens wholly or not at all, and that replaces nothing but what is ours."""
 
 import errno
 import os
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import stat
+from collections.abc import Iterator, Set
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
 
 from scala_cli.errors import ScalaError
+from scala_cli.lock import LOCK
+from scala_cli.swap import LONGEST, remove, restore, swap, target_of, temporary
 
 DISK = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
@@ -22,37 +23,29 @@ DISK = {
 def whole_directory(target: Path) -> Iterator[Path]:
     """A fresh directory to fill, which takes `target`'s place once the block ends without an error.
 
-    Its files are flushed to disk before the rename; a former `target` stays whole until then. Whatever
-    goes wrong inside, no trace is left.
+    Its files are flushed to disk before that. Readers find a former `target` until then, and never none.
+    Whatever goes wrong inside, no trace is left.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    restore(target)
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
+    with fresh_directory(target) as fresh:
         with naming_a_full_disk(target):
             yield fresh
-        fresh.chmod(0o755)
-        for path in fresh.iterdir():
-            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes for the owner alone
-            flush(path)
-        flush(fresh)
-        former = fresh.with_name(f"{fresh.name}.former")
-        try:
-            if target.exists():
-                target.rename(former)
+        settle(fresh)
+        if os.path.lexists(target):
+            swap(fresh, target)
+        else:
             fresh.rename(target)
-        finally:
-            if former.exists() and not target.exists():
-                former.rename(target)
         flush(target.parent)
-        shutil.rmtree(former, ignore_errors=True)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """A path to write, which takes `target`'s place once the block ends without an error."""
-    fresh = target.with_name(f".{target.name}.{os.getpid()}")
+    """An empty file to fill, which takes `target`'s place once the block ends without an error."""
+    fresh = temporary(target)
+    fresh.touch(exist_ok=False)
     try:
         with naming_a_full_disk(target):
             yield fresh
@@ -69,16 +62,66 @@ def whole_files(target: Path, force: bool) -> Iterator[Path]:
 
     Raises ScalaError where, without `force`, one of them would replace another file.
     """
-    with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as name:
-        fresh = Path(name)
+    with fresh_directory(target) as fresh:
         with naming_a_full_disk(target):
             yield fresh
-        for file in fresh.iterdir():
+        settle(fresh)
+        files = sorted(fresh.iterdir(), key=lambda file: file.name == target.name)  # the target comes last
+        for file in files:
             refuse_existing(target.parent / file.name, force)
-        for file in sorted(fresh.iterdir(), key=lambda file: file.name == target.name):  # it comes last
-            flush(file)
+        for file in files:
             file.replace(target.parent / file.name)
         flush(target.parent)
+
+
+@contextmanager
+def fresh_directory(target: Path) -> Iterator[Path]:
+    """An empty directory beside `target`. Removes what lies under its name at the end."""
+    fresh = temporary(target)
+    fresh.mkdir()
+    try:
+        yield fresh
+    finally:
+        with suppress(OSError):
+            remove(fresh)
+
+
+@contextmanager
+def new_directory(wanted: Path) -> Iterator[Path]:
+    """A directory that is new: `wanted`, or wanted-2, wanted-3, ... where others have taken that name.
+
+    Removes it, and a parent made for it, where nothing has been written to it at the end.
+    """
+    made = [] if wanted.parent.is_dir() else [wanted.parent]
+    number, path = 1, wanted
+    while True:
+        try:
+            path.mkdir(parents=True)
+            break
+        except FileExistsError:
+            number += 1
+            path = wanted.with_name(f"{wanted.name}-{number}")
+    try:
+        yield path
+    finally:
+        with suppress(OSError):
+            for empty in (path, *made):
+                empty.rmdir()
+
+
+def settle(directory: Path) -> None:
+    """Flushes all that a new directory holds, with the modes that the user's umask leaves to new files.
+
+    Libraries choose modes of their own: safetensors writes for the owner alone.
+    """
+    mode = stat.S_IMODE(directory.stat().st_mode)
+    for place, folders, files in os.walk(directory, topdown=False):
+        for name in folders:
+            Path(place, name).chmod(mode)
+        for name in files:
+            Path(place, name).chmod(mode & 0o666)
+            flush(Path(place, name))
+        flush(Path(place))
 
 
 @contextmanager
@@ -115,37 +158,111 @@ def flush(path: Path) -> None:
 
 
 def refuse_unwritable(file: Path) -> None:
-    """Raises ScalaError unless a file can lie there."""
+    """Raises ScalaError, or OSError, unless a file can be written there."""
     if file.is_dir():
         raise ScalaError(f"{file} is a directory.", "Name a file.")
     if not file.parent.is_dir():
         raise ScalaError(f"there is no directory {file.parent}.", "Make it, or name another place.")
+    refuse_long(file)
+    refuse_forbidden(file.parent)
 
 
 def refuse_existing(file: Path, force: bool) -> None:
-    """Raises ScalaError where, without `force`, a file would be replaced."""
-    if file.exists() and not force:
+    """Raises ScalaError where, without `force`, a file would be replaced; a directory never is."""
+    if file.is_dir():
+        raise ScalaError(f"{file} is a directory.", "Choose another name: -o FILE")
+    if os.path.lexists(file) and not force:
         raise ScalaError(f"{file} exists.", "Choose another name with -o FILE, or replace it: --force")
 
 
-def refuse_occupied(target: Path, force: bool, ours: set[str], source: Path | None = None) -> None:
-    """Raises ScalaError unless `target` is free to write to.
+def refuse_occupied(
+    target: Path, force: bool, ours: Set[str], source: Path | None = None, in_place: bool = False
+) -> None:
+    """Raises ScalaError, or OSError, unless `target` is a directory that a command may write.
 
-    With `force` a directory may be replaced, but only one that holds nothing but `ours`: the names that
-    the command itself writes; and never one that is, or holds, the `source` that the command reads.
+    With `force` a directory may be replaced, but only one that holds nothing but `ours`, and never one that
+    is, or holds, the `source` that the command reads.
+
+    Args:
+        ours: the files that the command itself writes, as paths in `target`: "last/config.json".
+        in_place: whether files are written to the directory, instead of a new one taking its name.
     """
+    restore(target)
+    if not in_place:
+        refuse_fixed(target)
     if source is not None and target.exists() and source.resolve().is_relative_to(target.resolve()):
         raise ScalaError(f"{target} holds what is read; it is not replaced.", "Choose another one: -o DIR")
-    if Path.cwd().is_relative_to(target.resolve()):
-        raise ScalaError(f"{target} is, or holds, the directory you are in.", "Choose another one: -o DIR")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ScalaError(f"{target} is not a directory.", "Choose another one: -o DIR")
-    held = {path.name for path in target.iterdir()} if target.exists() else set()
-    held -= {name for name in held if any(name.startswith(f".{own}.") for own in ours)}  # of a killed run
-    if held and not force:
+    refuse_long(target)
+    refuse_forbidden(target if in_place else target.parent)
+    held = [*walk(target, ours)] if target.exists() else []
+    names = {path.relative_to(target).parts[0] for path, _ in held} - {LOCK}
+    if not force and not all(map(target_of, names)):  # what a killed process had begun occupies nothing
         raise ScalaError(f"{target} is not empty.", "Choose another one with -o DIR, or replace it: --force")
-    if held - ours:
+    strange = next((path.relative_to(target) for path, is_ours in held if not is_ours), None)
+    if strange is not None:
         raise ScalaError(
-            f"{target} holds files that are not ours ({sorted(held - ours)[0]}); it is not replaced.",
+            f"{target} holds files that are not ours ({strange}); it is not replaced.",
             "Choose another one: -o DIR",
         )
+
+
+def refuse_fixed(directory: Path) -> None:
+    """Raises ScalaError where no other directory can take this one's name."""
+    place = directory.resolve()
+    if Path.cwd().is_relative_to(place):
+        why = "is the working directory, or holds it"
+    elif directory.name in ("", ".."):
+        why = "has no name of its own"
+    elif os.path.ismount(place):
+        why = "is where a disk is mounted"
+    else:
+        return
+    raise ScalaError(f"{directory} {why}; it is not replaced.", "Name a directory in it: -o DIR")
+
+
+def refuse_long(path: Path) -> None:
+    """Raises ScalaError where a name leaves no room for a temporary one."""
+    length = len(os.fsencode(path.name))
+    if length > LONGEST:
+        raise ScalaError(
+            f"the name {path.name[:20]}... has {length} bytes, more than {LONGEST}.", "Choose a shorter one."
+        )
+
+
+def refuse_forbidden(directory: Path) -> None:
+    """Raises OSError where this user may not write to a directory, nor make it."""
+    place = next(path for path in (directory, *directory.parents) if path.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+
+
+def walk(directory: Path, ours: Set[str]) -> Iterator[tuple[Path, bool]]:
+    """Yields every file, and every directory of an unknown name, with whether it is one of `ours`.
+
+    A link is neither followed nor strange where a directory of ours may lie; what a process that was killed
+    had begun to write of `ours` is ours too.
+    """
+    for path in sorted(directory.iterdir()):
+        name = target_of(path.name) or path.name
+        below = {file.removeprefix(f"{name}/") for file in ours if file.startswith(f"{name}/")}
+        if name != path.name or path.is_symlink():
+            yield path, name in ours or bool(below)
+        elif path.is_dir() and below:
+            yield from walk(path, below)
+        else:
+            yield path, name in ours and not path.is_dir()
+
+
+def clear(directory: Path, ours: Set[str]) -> None:
+    """Removes `ours` from a directory, and the directories in it that are empty then; nothing else."""
+    for path, is_ours in [*walk(directory, ours)]:
+        if is_ours:
+            remove(path)
+    folders = {parent for file in ours for parent in Path(file).parents if parent != Path()}
+    for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
+        with suppress(OSError):
+            (directory / folder).rmdir()

@@ -1,8 +1,14 @@
 """How long work tells what it is doing, without knowing who looks."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+
+
+def is_first() -> bool:
+    """Whether this is the one of torchrun's processes that tells what is going on, and writes it."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class Stopped(KeyboardInterrupt):

@@ -13,8 +13,7 @@ import torch
 from conftest import KINDS, slimmable
 
 from scala_cli.deploy.slice import slice_model
-from scala_cli.errors import CheckpointError, ScalaError
-from scala_cli.files import refuse_occupied, whole_directory, whole_file
+from scala_cli.errors import CheckpointError
 from scala_cli.models.checkpoint import Record, TensorByTensor, load, load_with_record, save, write_timm
 from scala_cli.models.locate import resolve
 from scala_cli.models.slimmable import SlimmableViT
@@ -171,36 +170,6 @@ def test_names_of_a_checkpoint(tmp_path, monkeypatch):
             resolve(name)
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path):
-    target = tmp_path / "net"
-    with whole_directory(target) as fresh:
-        (fresh / "file").write_text("first")
-    with pytest.raises(OSError), whole_directory(target) as fresh:
-        (fresh / "file").write_text("second")
-        raise OSError(28, "No space left on device")
-    assert (target / "file").read_text() == "first"
-    with whole_directory(target) as fresh:
-        (fresh / "other").write_text("third")
-    assert [path.name for path in target.iterdir()] == ["other"]
-    with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "state") as fresh:
-        fresh.write_text("half")
-        raise KeyboardInterrupt
-    assert [path.name for path in tmp_path.iterdir()] == ["net"]
-
-
-def test_force_never_removes_what_is_not_ours(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ScalaError, match="not empty"):
-        refuse_occupied(tmp_path, False, {"config.json"})
-    (tmp_path / ".config.json.123").write_text("left by a killed process")
-    refuse_occupied(tmp_path, True, {"config.json"})
-    (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(ScalaError, match=r"thesis\.tex"):
-        refuse_occupied(tmp_path, True, {"config.json"})
-    with pytest.raises(ScalaError, match="not a directory"):
-        refuse_occupied(tmp_path / "thesis.tex", True, set())
-
-
 def test_a_cut_that_disagrees_with_the_family_is_not_left_behind(tmp_path, monkeypatch):
     """The comparison is with the family's own forward, so a wrong cut shows, not only a wrong file."""
     save(slimmable(), RECORD, tmp_path / "net")
@@ -252,24 +221,6 @@ def test_a_task_of_a_later_version_is_refused(scala, tmp_path):
     save(slimmable(), Record(task="later"), tmp_path / "net")
     answer = scala("info", tmp_path / "net")
     assert answer.code == 2 and "for the task 'later'" in answer.told and "Upgrade" in answer.told
-
-
-def test_an_interrupted_swap_leaves_the_former(tmp_path, monkeypatch):
-    target = tmp_path / "net"
-    with whole_directory(target) as fresh:
-        (fresh / "file").write_text("first")
-    rename = Path.rename
-
-    def interrupted(path, to):
-        if to == target and not path.name.endswith(".former"):
-            raise KeyboardInterrupt
-        return rename(path, to)
-
-    monkeypatch.setattr(Path, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt), whole_directory(target) as fresh:
-        (fresh / "file").write_text("second")
-    assert (target / "file").read_text() == "first"
-    assert [path.name for path in tmp_path.iterdir()] == ["net"]
 
 
 def test_ratios_without_an_end_in_decimals(tmp_path):

@@ -8,7 +8,8 @@ import scala_cli
 ROOT = Path(scala_cli.__file__).parent
 LAYERS = [
     {"errors", "__init__"},
-    {"settings", "watch", "files"},
+    {"settings", "watch", "swap", "lock"},
+    {"files"},
     {"slicing"},
     {"models"},
     {"device", "world", "memory", "cost"},
@@ -71,18 +72,6 @@ def test_only_the_console_prints():
     for file in FILES:
         calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
         assert not any(getattr(call.func, "id", "") == "print" for call in calls), file
-
-
-def test_text_files_are_utf8_whatever_the_locale():
-    for file in FILES:
-        if file.name == "run.py":
-            continue
-        for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):
-            name, first = getattr(call.func, "attr", ""), call.args[:1]
-            mode = first[0].value if first and isinstance(first[0], ast.Constant) else None
-            opens_text = name == "open" and ((isinstance(mode, str) and "b" not in mode) or not first)
-            if name in ("read_text", "write_text") or opens_text:
-                assert any(word.arg == "encoding" for word in call.keywords), f"{file}:{call.lineno}"
 
 
 def test_files_are_small():

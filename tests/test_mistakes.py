@@ -46,6 +46,14 @@ from runs import QUICK
         (["convert", "deit_s", "--ratios", "0.3"], "not a whole number"),
         (["convert", "deit_s"], "no network"),
         (["convert", "deit_s", "-o", "tiny"], "not empty"),
+        (["convert", "deit_s", "-o", "."], "is the working directory, or holds it"),
+        (["convert", "deit_s", "-o", "..", "--force"], "is the working directory, or holds it"),
+        (["slice", "tiny", "--ratio", "0.5", "-o", "/"], "is the working directory, or holds it"),
+        (["push", "tiny", "org/new", "--dry-run", "-o", "."], "is the working directory, or holds it"),
+        (["export", "tiny", "--all", "-o", ".", "--force"], "is the working directory, or holds it"),
+        (["export", "tiny", "--ratio", "0.5", "-o", "."], ". is a directory"),
+        (["convert", "deit_s", "-o", "x" * 230], "has 230 bytes, more than 200"),
+        (["convert", "deit_s", "-o", "tiny/config.json/x"], "tiny/config.json: Not a directory"),
         (["finetune", "tiny", "--data", "nowhere"], "no such folder"),
         (["finetune", "deit_s", "--data", "nowhere"], "no such folder"),
         (["finetune", "deit_s", "--data", "torch/cifar10"], "--data-dir"),
@@ -90,6 +98,22 @@ def test_one_class_teaches_nothing(scala, tiny, photos, tmp_path):
             shutil.rmtree(folder / part / name)
     answer = scala("finetune", tiny, "--data", folder, *QUICK)
     assert answer.code == 2 and "one class only, 'red'" in answer.stderr and not Path("runs").exists()
+
+
+def test_two_runs_that_begin_in_one_second(scala, tiny, photos, monkeypatch):
+    places = []
+
+    def stop(_net, _record, _settings, run, *_rest):
+        places.append(run.path)
+        assert run.path.is_dir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.strftime", lambda *_: "NOW")
+    monkeypatch.setattr("scala_cli.training.finetune.finetune", stop)
+    Path("runs/tiny-NOW").mkdir(parents=True)
+    assert scala("finetune", tiny, "--data", photos, *QUICK).code == 130
+    assert places == [Path("runs/tiny-NOW-2")]
+    assert [path.name for path in Path("runs").iterdir()] == ["tiny-NOW"], "nothing came of the second"
 
 
 def test_a_run_without_an_epoch_names_the_way_on(scala, tiny, photos, monkeypatch):

@@ -16,12 +16,12 @@ def test_outside_of_training_the_first_stops_at_once():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_in_training_the_first_waits_for_the_step_and_the_second_does_not(number, capsys):
+def test_in_training_the_first_waits_for_the_step_and_the_second_does_not(number, capfd):
     with pytest.raises(Stopped) as stopped, Output().progress() as live, live.between_steps():
         live.phase("epoch", 2)
         live.step(1)
         signal.raise_signal(number)
-        assert "after this step" in capsys.readouterr().err
+        assert "after this step" in capfd.readouterr().err
         live.step(1)
     assert stopped.value.args == (number,)
 
@@ -29,6 +29,40 @@ def test_in_training_the_first_waits_for_the_step_and_the_second_does_not(number
         signal.raise_signal(number)
         signal.raise_signal(number)
     assert not isinstance(stopped.value, Stopped)
+
+
+def test_a_signal_that_interrupts_a_line_being_printed(monkeypatch, capfd):
+    """Whoever holds a stream's lock, or writes to it, may be what the signal interrupts: it is not used."""
+
+    class Busy:
+        """Any use of it would wait for what cannot go on, or raise."""
+
+        def __getattr__(self, name):
+            pytest.fail(f"stderr.{name} is used by the handler")
+
+    with pytest.raises(Stopped), Output().progress() as live, live.between_steps():
+        live.phase("epoch", 1)
+        with monkeypatch.context() as patched:
+            patched.setattr("sys.stderr", Busy())
+            signal.raise_signal(signal.SIGINT)
+        live.step(1)
+    told = capfd.readouterr().err
+    assert told.startswith("stopping after this step") and told.endswith("\n") and "\x1b" not in told
+
+    with Output().progress() as live, live.between_steps(), monkeypatch.context() as patched:
+        patched.setattr("os.isatty", lambda _: True)
+        signal.raise_signal(signal.SIGINT)
+        assert capfd.readouterr().err.startswith("\r\x1b[2Kstopping"), "on a line of its own, for the bar's"
+
+    with Output().progress() as live, live.between_steps(), monkeypatch.context() as patched:
+        patched.setattr("os.write", lambda *_: (_ for _ in ()).throw(BrokenPipeError))
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_quiet_command_does_not_tell_of_a_signal(capfd):
+    with Output(quiet=True).progress() as live, live.between_steps():
+        signal.raise_signal(signal.SIGINT)
+    assert capfd.readouterr().err == ""
 
 
 def test_torchrun_repeats_what_the_terminal_has_sent(monkeypatch):
@@ -66,6 +100,22 @@ def test_one_more_while_the_process_is_ending_leaves_at_once(monkeypatch):
         except KeyboardInterrupt:
             signal.raise_signal(signal.SIGINT)
     assert left.value.code == 130
+
+
+def test_leaving_at_once_uses_no_stream(monkeypatch, capfd):
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr("os._exit", leave)
+    monkeypatch.setattr("os.isatty", lambda _: True)
+    with pytest.raises(SystemExit), Output().progress():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            with monkeypatch.context() as patched:
+                patched.setattr("sys.stderr", None)
+                signal.raise_signal(signal.SIGINT)
+    assert "\x1b[?25h" in capfd.readouterr().err
 
 
 def test_afterwards_signals_are_heard_as_before():

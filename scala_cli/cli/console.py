@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import signal
 import sys
 import traceback
@@ -22,12 +21,7 @@ from scala_cli.cli.signals import Stop
 from scala_cli.errors import LostProcess, ScalaError
 from scala_cli.settings import option
 from scala_cli.slicing.point import Point
-from scala_cli.watch import Stopped, Watcher
-
-
-def is_first() -> bool:
-    """Whether this is the one of torchrun's processes that tells what is going on."""
-    return os.environ.get("RANK", "0") == "0"
+from scala_cli.watch import Stopped, Watcher, is_first
 
 
 @dataclass(frozen=True)
@@ -81,7 +75,7 @@ class Output:
             transient=True,
             disable=not seen,
         )
-        stop = Stop(self.note)
+        stop = Stop(tells=not self.quiet and is_first())
         with stop.heard(), bar if seen else nullcontext():  # some rich end a disabled bar with a line
             yield Live(self, bar, stop)
 

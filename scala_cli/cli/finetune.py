@@ -1,5 +1,6 @@
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +9,7 @@ import typer
 from scala_cli.cli.console import Output
 from scala_cli.cli.options import DATA_HELP, Force, Ratios, place_of
 from scala_cli.errors import ScalaError
-from scala_cli.files import refuse_occupied
+from scala_cli.files import new_directory, refuse_occupied
 from scala_cli.models.locate import path_of, short_name
 from scala_cli.settings import (
     ON_RESUME,
@@ -73,15 +74,16 @@ def finetune(
     from scala_cli.training.finetune import finetune, go_on
     from scala_cli.training.run import FILES, Run
 
-    moment = time.strftime("%Y%m%d-%H%M%S")
-    run = Run(resume or output or Path("runs") / f"{short_name(model or '')}-{moment}", newest=True)
-    with out.progress() as live:
+    named, moment = resume or output, time.strftime("%Y%m%d-%H%M%S")
+    place = nullcontext(named) if named else new_directory(Path(f"runs/{short_name(model or '')}-{moment}"))
+    with out.progress() as live, place as path:
+        run = Run(path, newest=True)
         try:
             if resume is not None:
                 best = go_on(run, live, changes)
             else:
                 assert model is not None and data is not None
-                refuse_occupied(run.path, force, FILES, path_of(model))
+                refuse_occupied(run.path, force, FILES, path_of(model), in_place=True)
                 refuse_unknown(data, read.data_dir)  # before anything is downloaded
                 settings = Settings(place_of(data), method, optimizer, augment, read, device, drawn)
                 best = finetune(*open_slimmable(model, ratios, watch=live), settings, run, live, force)

@@ -3,14 +3,16 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
-
-from rich.console import Console
 
 AT_ONCE = 2.0
 """Seconds in which torchrun passes on to its processes what a terminal has sent to all of them itself."""
+STDERR = 2
+NOTE = b"stopping after this step, once its state is saved; again to stop at once.\n"
+FROM_LINE_START, SHOW_CURSOR = b"\r\x1b[2K", b"\x1b[?25h"
+"""A bar leaves its line unfinished, and hides the cursor."""
 
 
 class Stop:
@@ -19,31 +21,33 @@ class Stop:
     One more, while the process is ending, leaves it where it stands, temporary files and all.
 
     Args:
-        note: told once that the first was heard.
+        tells: whether the user is told that the first was heard.
     """
 
-    def __init__(self, note: Callable[[str], None]) -> None:
-        self.note = note
+    def __init__(self, tells: bool) -> None:
+        self.tells = tells
         self.waits = False
         self.asked: int | None = None
         self.moment = -AT_ONCE
         self.ending = False
 
     def hear(self, number: int, frame: FrameType | None) -> None:
+        """Takes no lock and writes to no stream: the code that a signal interrupts may hold either."""
         now = time.monotonic()
         if "TORCHELASTIC_RUN_ID" in os.environ and now - self.moment < AT_ONCE:
             return
         self.moment = now
         if self.ending:
             try:
-                Console(stderr=True).show_cursor()  # a bar hides it
-            finally:  # also where it was writing there when the signal came
+                write(SHOW_CURSOR, b"")
+            finally:  # also where one more signal comes here
                 os._exit(128 + number)
         if not self.waits or self.asked is not None:
             self.ending = True
             raise KeyboardInterrupt(number)
         self.asked = number
-        self.note("stopping after this step, once its state is saved; again to stop at once.")
+        if self.tells:
+            write(FROM_LINE_START, NOTE)
 
     @contextmanager
     def heard(self) -> Iterator[None]:
@@ -54,3 +58,9 @@ class Stop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def write(control: bytes, text: bytes) -> None:
+    """Writes to stderr at once, the control sequence to a terminal only."""
+    with suppress(OSError):
+        os.write(STDERR, control + text if os.isatty(STDERR) else text)

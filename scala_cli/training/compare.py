@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -12,6 +13,7 @@ from scala_cli.cost import gmacs
 from scala_cli.data.split import refuse_unknown
 from scala_cli.errors import TrainingError
 from scala_cli.files import whole_file
+from scala_cli.lock import LOCK, locked
 from scala_cli.methods import METHODS, ONE_POINT, method_named
 from scala_cli.methods.base import OFF, Method, Recipe
 from scala_cli.models.checkpoint import Record
@@ -21,6 +23,7 @@ from scala_cli.plot import arms_picture, can_draw, save
 from scala_cli.report import write_csv
 from scala_cli.settings import MethodSettings, Settings
 from scala_cli.slicing.point import Point
+from scala_cli.swap import remove, target_of
 from scala_cli.tasks import task_named
 from scala_cli.tasks.base import main_column
 from scala_cli.training.finetune import finetune, go_on
@@ -29,7 +32,7 @@ from scala_cli.training.run import METRICS, Run
 from scala_cli.training.start import can_be_ordered, unlearnt
 from scala_cli.watch import Watcher
 
-RESULT, ELSEWHERE = "compare.json", "Give another place: --output DIR"
+RESULT, TABLE, ELSEWHERE = "compare.json", "compare.csv", "Give another place: --output DIR"
 Start = tuple[SlimmableViT, Record]
 
 
@@ -130,30 +133,30 @@ def compare(
         "amp": settings.device.amp,
         "settings": settings.words(),
     }
-    claim(folder, what)
     macs, task = Macs.of(net), task_named(record.task)
     first = training_macs(macs, arms[0].method, record.task, record.trained)
-    rows = []
-    for arm in arms:
-        spent = training_macs(macs, arm.method, record.task, record.trained)
-        optimizer = settings.optimizer.for_share(first / spent if equal == "macs" else 1)
-        runs = []
-        for number in range(seeds):
-            seed = settings.run.seed + number
-            watch.note(f"{arm.name}, seed {seed} ({number + 1} of {seeds})")
-            chosen = replace(
-                settings,
-                method=arm.method,
-                optimizer=optimizer,
-                run=replace(settings.run, seed=seed),
-            )
-            runs.append(train(arm, open_start, net.points, chosen, folder / arm.name / str(seed), watch))
-        about = {"arm": arm.name, "epochs": round(optimizer.epochs, 4), "gmacs_per_image": gmacs(spent)}
-        rows.append(about | summary(runs, macs.points, main_column(task)))
-        write(folder, what, rows)
-    if can_draw():
-        save(arms_picture(rows, task), folder / "compare.svg")
-    return rows
+    with claimed(folder, what):
+        rows = []
+        for arm in arms:
+            spent = training_macs(macs, arm.method, record.task, record.trained)
+            optimizer = settings.optimizer.for_share(first / spent if equal == "macs" else 1)
+            runs = []
+            for number in range(seeds):
+                seed = settings.run.seed + number
+                watch.note(f"{arm.name}, seed {seed} ({number + 1} of {seeds})")
+                chosen = replace(
+                    settings,
+                    method=arm.method,
+                    optimizer=optimizer,
+                    run=replace(settings.run, seed=seed),
+                )
+                runs.append(train(arm, open_start, net.points, chosen, folder / arm.name / str(seed), watch))
+            about = {"arm": arm.name, "epochs": round(optimizer.epochs, 4), "gmacs_per_image": gmacs(spent)}
+            rows.append(about | summary(runs, macs.points, main_column(task)))
+            write(folder, what, rows)
+        if can_draw():
+            save(arms_picture(rows, task), folder / "compare.svg")
+        return rows
 
 
 def refuse_unfit(net: SlimmableViT, record: Record, arms: Sequence[Arm], settings: Settings) -> None:
@@ -199,9 +202,8 @@ def train(
         else:
             net, record = arm.of(open_start())
             finetune(net.with_points(widths), record, settings, run, watch, force=True)
-        *earlier, last = [
-            json.loads(line) for line in (run.path / METRICS).read_text(encoding="utf-8").splitlines()
-        ]
+        lines = (run.path / METRICS).read_text(encoding="utf-8").splitlines()
+        *earlier, last = map(json.loads, lines)
         rows += [{**row, "points": []} for row in earlier] + [last]
     return rows
 
@@ -233,25 +235,35 @@ def summary(
     }
 
 
-def claim(folder: Path, what: dict[str, Any]) -> None:
-    """Takes a folder for a comparison, or goes on with the same one. Raises TrainingError for another's."""
+@contextmanager
+def claimed(folder: Path, what: dict[str, Any]) -> Iterator[None]:
+    """Holds a folder for a comparison, a new one or the same one that goes on.
+
+    Raises TrainingError where it holds something else, and where another process trains in it.
+    """
     try:
         held = json.loads((folder / RESULT).read_text(encoding="utf-8"))["of"]
     except (OSError, ValueError, KeyError, TypeError):
         held = None
-    if held is None and folder.exists() and any(folder.iterdir()):
+    inside = {path.name: path for path in folder.iterdir()} if folder.exists() else {}
+    begun = {name for name in inside if target_of(name) in (RESULT, TABLE)}
+    if held is None and inside.keys() - begun - {LOCK}:
         raise TrainingError(f"{folder} holds files that are not of a comparison.", ELSEWHERE)
     if held != what and any(folder.rglob(STATE)):
         raise TrainingError(f"{folder} holds another comparison.", ELSEWHERE)
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder, what, [])
+    with locked(folder):
+        for name in begun:  # by a process that was killed
+            remove(inside[name])
+        write(folder, what, [])
+        yield
 
 
 def write(folder: Path, what: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     """The rows so far, as JSON and as CSV."""
     with whole_file(folder / RESULT) as file:
         file.write_text(json.dumps({"of": what, "arms": rows}, indent=2) + "\n", encoding="utf-8")
-    with whole_file(folder / "compare.csv") as file:
+    with whole_file(folder / TABLE) as file:
         write_csv(file, [columns(row) for row in rows])
 
 

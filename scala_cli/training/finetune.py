@@ -15,7 +15,7 @@ from scala_cli.settings import Settings
 from scala_cli.slicing.point import Point, ratios_of
 from scala_cli.tasks import task_named
 from scala_cli.training.loop import Trainer
-from scala_cli.training.run import Reader, Row, Run
+from scala_cli.training.run import Row, Run
 from scala_cli.training.start import prepare, trained_by, unlearnt, with_new_head
 from scala_cli.watch import Watcher
 from scala_cli.world import World
@@ -40,7 +40,6 @@ def finetune(
     device = choose_device(settings.device)
     note_emulation(device, settings.device, watch)
     world = World.join(device)
-    run = run if world.rank == 0 else Reader(run.path)
     task = task_named(record.task)
     splits = task.open(settings, start.spec.label_names, watch, world)
     classes = splits[0].classes
@@ -54,17 +53,15 @@ def finetune(
         start = with_new_head(start, classes, settings.run.seed)
         if taught and start.points != (FULL,):
             watch.note(f"{misfit}: the head is new, so the full width learns alone first, then it teaches.")
-            learn_classes(start, record, settings, splits, run, watch, force)
-            world.wait()
-            return widen(run, settings, start.points, splits, watch)
+            return learn_classes_first(start, record, settings, splits, run, watch, force)
         watch.note(f"{misfit}: the head is new, and there is no teacher.")
         taught = False
     else:
         start = SlimmableViT(start.vit, start.spec.naming(classes), start.rule, start.extra)
     start, record = prepare(start, record, settings, splits[0], watch)
     trainer = Trainer(start, task, taught, settings, splits)
-    run.claim(settings, force)
-    return begin(trainer, start, record, run, watch)
+    with run.claimed(settings, force):
+        return begin(trainer, start, record, run, watch)
 
 
 def go_on(run: Run, watch: Watcher, changes: Mapping[str, Any] | None = None) -> Row:
@@ -73,13 +70,18 @@ def go_on(run: Run, watch: Watcher, changes: Mapping[str, Any] | None = None) ->
     Args:
         changes: other values of `settings.ON_RESUME`, by name.
 
-    Raises TrainingError where the directory holds no run, DataError where the images or classes are others.
+    Raises TrainingError where the directory holds no run, or one that another process trains, DataError where
+    the images or classes are others.
     """
-    state = run.read_state()
+    with run.held():
+        return go_on_from(run.read_state(), run, watch, changes)
+
+
+def go_on_from(state: dict[str, Any], run: Run, watch: Watcher, changes: Mapping[str, Any] | None) -> Row:
+    """Trains from a state that was saved, as `go_on`, in a run that this process holds."""
     settings = Settings.of(state["settings"], changes)
     device = choose_device(settings.device)
     world = World.join(device)
-    run = run if world.rank == 0 else Reader(run.path)
     share, rest = divmod(state["images_per_step"], world.size)
     if rest:
         raise TrainingError(
@@ -111,12 +113,11 @@ def go_on(run: Run, watch: Watcher, changes: Mapping[str, Any] | None = None) ->
 def begin(trainer: Trainer, start: SlimmableViT, record: Record, run: Run, watch: Watcher) -> Row:
     """Trains in a directory that has been claimed."""
     taught = trainer.step.frozen is not None
-    with run.free_if_nothing_comes_of_it():
-        run.begin(start, record, trainer.state())
-        return trainer.train(run, trained_by(record, start.points, trainer.settings, taught), watch)
+    run.begin(start, record, trainer.state())
+    return trainer.train(run, trained_by(record, start.points, trainer.settings, taught), watch)
 
 
-def learn_classes(
+def learn_classes_first(
     start: SlimmableViT,
     record: Record,
     settings: Settings,
@@ -124,8 +125,8 @@ def learn_classes(
     run: Run,
     watch: Watcher,
     force: bool,
-) -> None:
-    """Trains the full width alone, in `run.teacher`, on classes that are new to it."""
+) -> Row:
+    """Trains the full width alone, in `run.teacher`, on classes that are new to it; then every width."""
     learning = replace(
         settings,
         method=replace(settings.method, method=ONE_POINT, order="none"),
@@ -133,13 +134,15 @@ def learn_classes(
     )
     alone = start.with_rule(replace(start.rule, ratios=(FULL.ratio,)))
     trainer = Trainer(alone, task_named(record.task), False, learning, splits)
-    run.claim(settings, force)
     points = [str(point) for point in start.points]
-    run.teacher.claim(learning, force)
-    with run.free_if_nothing_comes_of_it():
-        run.teacher.begin(alone, record, trainer.state())
-        run.write_state({**trainer.terms(), "settings": asdict(settings), "learning": True, "points": points})
-        trainer.train(run.teacher, trained_by(record, alone.points, learning, taught=False), watch)
+    with run.claimed(settings, force):
+        with run.teacher.claimed(learning, force):
+            run.teacher.begin(alone, record, trainer.state())
+            state = {**trainer.terms(), "settings": asdict(settings), "learning": True, "points": points}
+            run.write_state(state)
+            trainer.train(run.teacher, trained_by(record, alone.points, learning, taught=False), watch)
+        trainer.world.wait()
+        return widen(run, settings, start.points, splits, watch)
 
 
 def widen(

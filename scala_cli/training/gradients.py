@@ -25,9 +25,9 @@ class GradientLog:
         self.parameters, self.file = list(parameters), file
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
         whole = takewhile(lambda line: line.endswith("\n"), lines)
+        kept = [line for line in whole if json.loads(line)["step"] < first]
         with whole_file(file) as target:  # without what a run that is resumed had logged of its next epoch
-            kept = "".join(line for line in whole if json.loads(line)["step"] < first)
-            target.write_text(kept, encoding="utf-8")
+            target.write_text("".join(kept), encoding="utf-8")
         self.so_far: Tensor | None = None
         self.passes: dict[str, Tensor] = {}
 

@@ -191,7 +191,6 @@ class Trainer:
             raise
         for loader in (self.training, self.validation):
             loader.tell_skipped(watch)
-        run.sweep()
         return max(self.rows, key=self.task.score)
 
     def train_epoch(self, run: Run, watch: Watcher) -> Row:

@@ -2,10 +2,9 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,30 @@ import torch
 from huggingface_hub.utils import yaml_dump
 
 from scala_cli.errors import ScalaError, TrainingError
-from scala_cli.files import refuse_occupied, whole_file
+from scala_cli.files import clear, refuse_occupied, whole_file
+from scala_cli.lock import LOCK, locked
 from scala_cli.models.checkpoint import Record, save
-from scala_cli.models.locate import LAST_RUN, STATE
+from scala_cli.models.locate import CARD, LAST_RUN, STATE
+from scala_cli.models.locate import FILES as OF_CHECKPOINT
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.report import write_csv
 from scala_cli.settings import Settings
 from scala_cli.slicing.point import Point
+from scala_cli.swap import remove, restore, target_of, temporary
 from scala_cli.tasks.base import Task
+from scala_cli.watch import is_first
 
 Row = dict[str, Any]
 """One epoch: {"epoch", "lr", "images_per_sec", "minutes", "loss": {name: mean},
 "points": [{"ratio", "top1", ...}]}; the minutes are those of training, without evaluation."""
 
 METRICS, GRADIENTS, FORMAT = "metrics.jsonl", "grads.jsonl", 4
-FILES = {"teacher", "start", "last", "best", STATE, METRICS, GRADIENTS, "summary.csv", "args.yaml"}
+CHECKPOINTS = ("start", "last", "best")
+OF_RUN = {STATE, METRICS, GRADIENTS, "summary.csv", "args.yaml", LOCK}
+OF_RUN |= {f"{name}/{file}" for name in CHECKPOINTS for file in OF_CHECKPOINT - {CARD}}
+FILES = OF_RUN | {f"teacher/{file}" for file in OF_RUN}
+"""All that a run writes, as paths in its directory."""
+NAMES = {Path(file).parts[0] for file in FILES}
 
 
 @dataclass(frozen=True)
@@ -40,69 +48,84 @@ class Run:
 
     Args:
         newest: whether runs/last is to point here once there is something to see.
+        writes: whether this process writes the run; of torchrun's processes the others only read it.
     """
 
     path: Path
     newest: bool = False
+    writes: bool = field(default_factory=is_first)
 
     @property
     def teacher(self) -> "Run":
         """The run in which the full width alone learnt classes that are new to it."""
-        return type(self)(self.path / "teacher")
+        return Run(self.path / "teacher", writes=self.writes)
 
     @property
     def weights(self) -> Path:
         """The checkpoint to go on from where the run itself cannot: the last epoch's, else the first."""
         return self.path / ("last" if (self.path / "last").is_dir() else "start")
 
-    def claim(self, settings: Settings, force: bool) -> None:
-        """Takes the directory, with `force` from a former run of which nothing is kept.
+    @contextmanager
+    def claimed(self, settings: Settings, force: bool) -> Iterator[None]:
+        """Holds the directory for a new run; with `force` nothing is kept of a former run in it.
 
-        Raises ScalaError where it is occupied.
+        Raises ScalaError where it is occupied, or another process trains in it.
         """
-        refuse_occupied(self.path, force, FILES)
-        self.discard()
+        if not self.writes:
+            yield
+            return
+        refuse_occupied(self.path, force, FILES, in_place=True)
         self.path.mkdir(parents=True, exist_ok=True)
-        with whole_file(self.path / "args.yaml") as file:
-            file.write_text(yaml_dump(json.loads(json.dumps(asdict(settings)))))
+        with locked(self.path):
+            try:
+                clear(self.path, FILES - {LOCK})
+                with whole_file(self.path / "args.yaml") as file:
+                    text = yaml_dump(json.loads(json.dumps(asdict(settings))))
+                    file.write_text(text, encoding="utf-8")
+                yield
+            except (ScalaError, OSError):
+                self.discard_if_no_step_was_saved()
+                raise
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Holds a run that goes on, if there is one, less what a process that was killed left half written.
+
+        Raises TrainingError where another process trains it.
+        """
+        if not self.writes or not self.holds_state():
+            yield
+            return
+        with locked(self.path):
+            for name in CHECKPOINTS:
+                restore(self.path / name)
+            for path in [*self.path.iterdir()]:
+                if target_of(path.name) in NAMES:
+                    remove(path)
+            yield
 
     def begin(self, start: SlimmableViT, record: Record, state: Mapping[str, Any]) -> None:
         """Saves what training starts with, so that from here on it can be resumed."""
-        save(start, record, self.path / "start")
-        self.write_state(state)
+        if self.writes:
+            save(start, record, self.path / "start")
+            self.write_state(state)
 
     def make_newest(self) -> None:
         """Points runs/last here, where the working directory can be written to."""
         with suppress(OSError):
             LAST_RUN.parent.mkdir(exist_ok=True)
             if LAST_RUN.is_symlink() or not LAST_RUN.exists():
-                with whole_file(LAST_RUN) as link:
-                    link.symlink_to(os.path.relpath(self.path.resolve(), LAST_RUN.parent.resolve()))
+                link = temporary(LAST_RUN)
+                link.symlink_to(os.path.relpath(self.path.resolve(), LAST_RUN.parent.resolve()))
+                link.replace(LAST_RUN)
 
-    @contextmanager
-    def free_if_nothing_comes_of_it(self) -> Iterator[None]:
-        """Leaves the claimed directory free again where what is done within fails before it saves a step."""
-        try:
-            yield
-        except (ScalaError, OSError):
-            parts = [part for part in (self, self.teacher) if part.holds_state()]
-            if not any(part.read_state().get("step") for part in parts):  # to learn classes is no step yet
-                self.discard()
-            raise
-
-    def discard(self) -> None:
-        """Removes all that a run writes."""
-        self.sweep()
-        for name in FILES:
-            remove(self.path / name)
-        with suppress(OSError):
-            self.path.rmdir()
-
-    def sweep(self) -> None:
-        """Removes what a process that was killed had begun to write."""
-        for name in FILES:
-            for path in self.path.glob(f".{name}.*"):
-                remove(path)
+    def discard_if_no_step_was_saved(self) -> None:
+        """Leaves the directory free again, unless there is something in it to resume."""
+        parts = [part for part in (self, self.teacher) if part.holds_state()]
+        if not any(part.read_state().get("step") for part in parts):  # to learn classes is no step yet
+            clear(self.path, FILES)
+            with suppress(OSError):
+                self.path.rmdir()
 
     def save_epoch(
         self,
@@ -113,6 +136,8 @@ class Run:
         state: Mapping[str, Any],
     ) -> None:
         """Saves the model, its metrics, and last of all the state to resume from."""
+        if not self.writes:
+            return
         newest = rows[-1]
         record = replace(record, metrics=newest["points"])
         save(net, record, self.path / "last")
@@ -125,13 +150,14 @@ class Run:
 
     def write_metrics(self, rows: Sequence[Row], task: Task) -> None:
         with whole_file(self.path / METRICS) as file:
-            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         with whole_file(self.path / "summary.csv") as file:
             write_csv(file, [flat(row, task) for row in rows])
 
     def write_state(self, state: Mapping[str, Any]) -> None:
-        with whole_file(self.path / STATE) as file, file.open("wb") as handle:
-            torch.save({**state, "format": FORMAT}, handle)
+        if self.writes:
+            with whole_file(self.path / STATE) as file, file.open("wb") as handle:
+                torch.save({**state, "format": FORMAT}, handle)
 
     def holds_state(self) -> bool:
         return (self.path / STATE).is_file()
@@ -158,43 +184,6 @@ class Run:
                 f"Go on from its weights: scala finetune {self.weights} --data DIR",
             )
         return state
-
-
-class Reader(Run):
-    """A run that another process writes."""
-
-    def claim(self, settings: Settings, force: bool) -> None:
-        pass
-
-    def begin(self, start: SlimmableViT, record: Record, state: Mapping[str, Any]) -> None:
-        pass
-
-    @contextmanager
-    def free_if_nothing_comes_of_it(self) -> Iterator[None]:
-        yield
-
-    def discard(self) -> None:
-        pass
-
-    def sweep(self) -> None:
-        pass
-
-    def save_epoch(
-        self,
-        net: SlimmableViT,
-        record: Record,
-        task: Task,
-        rows: Sequence[Row],
-        state: Mapping[str, Any],
-    ) -> None:
-        pass
-
-    def write_state(self, state: Mapping[str, Any]) -> None:
-        pass
-
-
-def remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def flat(row: Row, task: Task) -> dict[str, Any]:

@@ -1,0 +1,32 @@
+"""A directory in which one process at a time trains."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from scala_cli.errors import TrainingError
+
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Holds a directory for this process; the system releases it when the process ends, however it ends.
+
+    The processes that a process forks do not hold it. A file system without locks is written to unlocked.
+    Raises TrainingError where another process holds the directory.
+    """
+    handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise TrainingError(
+                    f"another process is training {directory}.", "Wait until it ends, or stop it first."
+                ) from None
+        yield
+    finally:
+        os.close(handle)
