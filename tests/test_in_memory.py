@@ -13,7 +13,7 @@ from scala_cli.models.in_memory import slimmable
 from scala_cli.models.order import put_first_what_matters
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.vit import choose_attention, describe
-from scala_cli.slicing.point import parse_points
+from scala_cli.slicing.point import parse_points, ratios_of
 from scala_cli.slicing.rule import Rule
 
 RATES = {
@@ -119,7 +119,11 @@ def test_the_callers_model_is_left_alone(classes, images, tmp_path):
 def test_saving_leaves_a_models_settings_alone(tmp_path):
     vit, args = build()
     spec, settings = describe(vit, args).naming(["ant", "bee", "cow", "doe", "eel"]), vit.pretrained_cfg
-    save(SlimmableViT(vit, spec, Rule(parse_points("0.5,1"), spec.num_heads)), Record(), tmp_path / "net")
+    save(
+        SlimmableViT(vit, spec, Rule(ratios_of(parse_points("0.5,1")), spec.num_heads)),
+        Record(),
+        tmp_path / "net",
+    )
     assert vit.pretrained_cfg is settings and load(tmp_path / "net").spec.label_names == spec.label_names
 
 
