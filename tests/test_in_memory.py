@@ -11,7 +11,10 @@ from scala_cli.errors import CheckpointError, PointError
 from scala_cli.models.checkpoint import Record, load, save
 from scala_cli.models.in_memory import slimmable
 from scala_cli.models.order import put_first_what_matters
-from scala_cli.models.vit import choose_attention
+from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.models.vit import choose_attention, describe
+from scala_cli.slicing.point import parse_points, ratios_of
+from scala_cli.slicing.rule import Rule
 
 RATES = {
     "drop_rate": 0.1,
@@ -111,6 +114,17 @@ def test_the_callers_model_is_left_alone(classes, images, tmp_path):
     after = everything(vit)
     after["random"] = before["random"]  # a new head is a draw
     assert after == before
+
+
+def test_saving_leaves_a_models_settings_alone(tmp_path):
+    vit, args = build()
+    spec, settings = describe(vit, args).naming(["ant", "bee", "cow", "doe", "eel"]), vit.pretrained_cfg
+    save(
+        SlimmableViT(vit, spec, Rule(ratios_of(parse_points("0.5,1")), spec.num_heads)),
+        Record(),
+        tmp_path / "net",
+    )
+    assert vit.pretrained_cfg is settings and load(tmp_path / "net").spec.label_names == spec.label_names
 
 
 def test_making_a_model_slimmable_draws_nothing():

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from conftest import KINDS, build, slimmable
+from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block, ResPostBlock
 
 from scala_cli.errors import CheckpointError, PointError
@@ -102,6 +103,16 @@ def test_a_slice_owns_its_weights(images):
         before = piece(images)
         net.vit.blocks[0].mlp.fc1.weight.zero_()
         assert torch.equal(piece(images), before)
+
+
+def test_skeletons_are_not_initialised_and_nothing_tells_of_it(tmp_path, monkeypatch):
+    net = slimmable()
+    monkeypatch.delattr(VisionTransformer, "init_weights")
+    assert net.spec.build().blocks[0].mlp.fc1.weight.is_meta
+    timm.models.save_for_hf(net.slice(0.5), str(tmp_path / "timm"))
+    save(net, Record(), tmp_path / "net")
+    for name in ("timm", "net"):
+        assert "weight_init" not in (tmp_path / name / "config.json").read_text()
 
 
 CHANGES = {

@@ -58,7 +58,7 @@ class Spec:
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
-        names = self.pretrained_cfg.get("label_names")
+        names = None if self.features else self.pretrained_cfg.get("label_names")
         return tuple(names) if names else None
 
     @property
@@ -87,8 +87,8 @@ class Spec:
         args = {**self.model_args, "num_classes": len(classes)}
         return replace(self, model_args=args, pretrained_cfg=cfg, features=False)
 
-    def build(self, device: str = "meta", slim: bool = False) -> VisionTransformer:
-        """The model in evaluation mode; on the meta device a skeleton, without weights.
+    def build(self, slim: bool = False) -> VisionTransformer:
+        """The model's skeleton, in evaluation mode: on the meta device, without weights.
 
         Args:
             slim: with SlimBlocks in place of timm's plain Blocks.
@@ -96,12 +96,7 @@ class Spec:
         args: dict[str, Any] = {**self.model_args, "pretrained_cfg": dict(self.pretrained_cfg)}
         if slim and self.block is Block:
             args["block_fn"] = SlimBlock
-        if device == "meta":
-            model = skeleton(self.architecture, **args)
-        else:
-            with torch.device(device):
-                model = timm.create_model(self.architecture, **args)
-        return refuse_unless_plain(model).eval()
+        return refuse_unless_plain(skeleton(self.architecture, **args)).eval()
 
     def build_with(self, state: Mapping[str, Tensor], origin: object = "the state") -> VisionTransformer:
         """The model on the given tensors, not copied.
