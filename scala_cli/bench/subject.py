@@ -13,6 +13,7 @@ from scala_cli.errors import CheckpointError, ScalaError, naming_failure
 from scala_cli.formats import FORMATS, format_named
 from scala_cli.measure import cost_of
 from scala_cli.models.locate import short_name
+from scala_cli.models.skeleton import without_weights
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.source import locate
 from scala_cli.slicing.point import Point
@@ -61,7 +62,7 @@ def other(asked: str) -> Subject:
         return timm.create_model(name, **args).eval()
 
     with naming_failure(f"{asked} cannot be compared with", "Name another.", CheckpointError):
-        with torch.device("meta"):
+        with without_weights():
             skeleton = build(False)
         size = tuple(skeleton.pretrained_cfg["input_size"])
         costs = cost_of(skeleton, size)

@@ -3,9 +3,9 @@
 from typing import Any
 
 import timm
-import torch
 
 from scala_cli.errors import ScalaError
+from scala_cli.models.skeleton import without_weights
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.source import create
 from scala_cli.models.vit import describe, refuse_misfit
@@ -37,7 +37,7 @@ def obstacle(name: str) -> str:
     """
     args = {"depth": 1}
     try:
-        with torch.device("meta"):
+        with without_weights():
             vit = create(name, args)
         spec, points = describe(vit, args), parse_points("0.5,1")
         net = SlimmableViT(vit, spec, Rule(points, spec.num_heads))

@@ -13,10 +13,10 @@ from fractions import Fraction
 from typing import Any
 
 import timm
-import torch
 
 from scala_cli.errors import CheckpointError
 from scala_cli.models.foreign import Foreign
+from scala_cli.models.skeleton import without_weights
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.stream import with_eps
 from scala_cli.models.vit import Spec, describe, refuse_misfit
@@ -58,7 +58,7 @@ def spec_of(content: Foreign) -> Spec:
     args: dict[str, Any] = {"embed_dim": 96, "num_heads": 3} if size == "so_tiny" else {}
     if "head.bias" in content.state:
         args["num_classes"] = len(content.state["head.bias"])
-    with torch.device("meta"):
+    with without_weights():
         vit = timm.create_model(f"deit_{size.removeprefix('so_')}{distilled}_patch16_224", **args)
     return describe(vit, args)
 

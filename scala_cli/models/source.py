@@ -18,6 +18,7 @@ from scala_cli.models.foreign import Foreign, read_foreign
 from scala_cli.models.hub import NO_WEIGHTS, TRANSPORT, fail_fast_offline, fetch, unreachable
 from scala_cli.models.huggingface import directory_of, read_transformers
 from scala_cli.models.locate import ALIASES, CONFIG, STATE, WEIGHTS, path_of, read_config, resolve, short_name
+from scala_cli.models.skeleton import without_weights
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.vit import Spec, describe, random_images, read_off, refuse_unless_plain
 from scala_cli.settings import DEFAULT_RATIOS
@@ -85,7 +86,7 @@ def open_model(
         args.pop("num_classes", None)
         args |= foreign.args
     args |= (changes or Changes()).given()
-    with torch.device("meta"):  # what cannot be sliced is refused before any download
+    with without_weights():  # what cannot be sliced is refused before any download
         skeleton_spec = describe(create(name, args))
     check_patches(skeleton_spec)
     points = points or parse_points(DEFAULT_RATIOS)

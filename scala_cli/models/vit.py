@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scala_cli.errors import CheckpointError, naming_failure
+from scala_cli.models.skeleton import without_weights
 from scala_cli.slicing.point import Point
 from scala_cli.slicing.rule import kept_count
 
@@ -72,9 +73,9 @@ class Spec:
         cfg = {**self.pretrained_cfg, "num_classes": len(classes), "label_names": list(classes)}
         return replace(self, model_args={**self.model_args, "num_classes": len(classes)}, pretrained_cfg=cfg)
 
-    def build(self, device: str = "meta") -> VisionTransformer:
-        """The model in evaluation mode; on the meta device a skeleton, without weights."""
-        with torch.device(device):
+    def build(self) -> VisionTransformer:
+        """A skeleton of the model, without weights, in evaluation mode."""
+        with without_weights():
             model = timm.create_model(
                 self.architecture, pretrained_cfg=dict(self.pretrained_cfg), **self.model_args
             )
@@ -193,7 +194,7 @@ def spec_of(config: Mapping[str, Any]) -> Spec:
                 f"this timm ({timm.__version__}) has no architecture {name!r}.",
                 "Upgrade: pip install -U timm",
             )
-        with torch.device("meta"):
+        with without_weights():
             return describe(timm.create_model(name, pretrained_cfg=cfg, **args), args)
 
 
