@@ -1,6 +1,8 @@
 import json
 import os
+import shutil
 from collections.abc import Callable
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,16 +139,26 @@ def elsewhere(tmp_path, monkeypatch) -> Path:
 def scala(elsewhere) -> Callable[..., Answer]:
     """Runs a command as a user would, in an empty directory."""
 
-    def run(*words: object) -> Answer:
-        result = CliRunner().invoke(app, [str(word) for word in words])
-        return Answer(result.exit_code, result.stdout, result.stderr)
+    return command
 
-    return run
+
+def command(*words: object) -> Answer:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    return Answer(result.exit_code, result.stdout, result.stderr)
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory) -> Path:
+    """Where `tiny` lies once for all tests, beside the directory it was converted from."""
+    root = tmp_path_factory.mktemp("converted")
+    write_timm_directory(root / "tiny-timm", num_classes=3)
+    with chdir(root):
+        assert command("convert", "tiny-timm", "-o", "tiny").code == 0
+    return root
 
 
 @pytest.fixture
-def tiny(scala, tmp_path) -> Path:
-    """A converted checkpoint with random weights for the three classes of `photos`."""
-    write_timm_directory(tmp_path / "tiny-timm", num_classes=3)
-    assert scala("convert", "tiny-timm", "-o", "tiny").code == 0
-    return tmp_path / "tiny"
+def tiny(converted, elsewhere) -> Path:
+    """A converted checkpoint with random weights for the three classes of `photos`, the test's own."""
+    shutil.copytree(converted, elsewhere, dirs_exist_ok=True)
+    return elsewhere / "tiny"
