@@ -1,7 +1,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from forks import Forks
 from PIL import Image
 from timm.layers import set_fused_attn
 from timm.models import VisionTransformer
@@ -145,6 +146,20 @@ def scala(elsewhere) -> Callable[..., Answer]:
 def command(*words: object) -> Answer:
     result = CliRunner().invoke(app, [str(word) for word in words])
     return Answer(result.exit_code, result.stdout, result.stderr)
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[Forks]:
+    server = Forks()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def forks(fork_server, elsewhere) -> Iterator[Forks]:
+    """Runs a command in a process of its own, in an empty directory."""
+    yield fork_server
+    fork_server.end()
 
 
 @pytest.fixture(scope="session")
