@@ -1,3 +1,4 @@
+import ctypes
 import json
 import os
 import shutil
@@ -146,6 +147,20 @@ def scala(elsewhere) -> Callable[..., Answer]:
 def command(*words: object) -> Answer:
     result = CliRunner().invoke(app, [str(word) for word in words])
     return Answer(result.exit_code, result.stdout, result.stderr)
+
+
+@pytest.fixture
+def as_a_user() -> Iterator[None]:
+    """Takes from root, should root run the tests, its right to read and write everywhere (capset(2))."""
+    if os.geteuid() != 0:
+        yield
+        return
+    libc, header, held = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, held) == 0
+    fewer = (ctypes.c_uint32 * 6)(held[0] & ~0b110, *held[1:])
+    assert libc.capset(header, fewer) == 0
+    yield
+    assert libc.capset(header, held) == 0
 
 
 @pytest.fixture(scope="session")

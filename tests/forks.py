@@ -1,7 +1,7 @@
 """Commands in processes that are forked from one in which other people's packages are loaded already.
 
-A new interpreter imports torch and timm for three seconds and more. What is ours each process imports by itself,
-and all else is as if it were a new one: its arguments, environment, directory, streams, signals and exit code.
+A new interpreter imports torch and timm for three seconds and more. What is ours each process imports by
+itself, and all else is as in a new one: arguments, environment, directory, streams, signals and exit code.
 """
 
 import json
@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from struct import Struct
 from tempfile import TemporaryFile
 from typing import IO, Any, NoReturn
@@ -34,12 +35,12 @@ class Fork:
         stdout: IO[str] | int | None = None,
         stderr: IO[str] | int | None = None,
         start_new_session: bool = False,
-        cwd: str = ".",
+        cwd: str | None = None,
     ) -> None:
         self.args, self.returncode = args, None
         self.pid = os.fork()
         if not self.pid:
-            run_as_new(args, env, (stdout, stderr), start_new_session, cwd)
+            run_as_new(args, env, (stdout, stderr), start_new_session, cwd or os.curdir)
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -79,7 +80,7 @@ def run_as_new(
         os.chdir(cwd)
         random.seed()
         module = args.index("-m") + 1
-        sys.path[0], sys.argv = os.getcwd(), [*args[module:]]
+        sys.path[0], sys.argv = cwd, [*args[module:]]
         runpy.run_module(args[module], run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as done:
@@ -122,6 +123,10 @@ class Child:
         os.kill(self.pid, number)
 
 
+def unnamed_file() -> IO[str]:
+    return TemporaryFile("w+")
+
+
 def read(stream: IO[str]) -> str:
     stream.seek(0)
     return stream.read()
@@ -132,17 +137,12 @@ class Forks:
 
     def __init__(self) -> None:
         self.channel, other = socket.socketpair()
-        command = [sys.executable, __file__, str(other.fileno())]
-        environment = {
-            **os.environ,
-            "OPENBLAS_NUM_THREADS": "1",
-        }  # a process with threads is not to be forked
         self.server = subprocess.Popen(
-            command,
-            env=environment,
+            [sys.executable, __file__, str(other.fileno())],
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # a process with threads is not to be forked
             stdin=subprocess.DEVNULL,
             pass_fds=[other.fileno()],
-            start_new_session=True,
+            start_new_session=True,  # so that Ctrl-C at a terminal leaves it to the tests
         )
         other.close()
         self.child: Child | None = None
@@ -152,11 +152,11 @@ class Forks:
         self.end()
         self.child = Child(
             self.channel,
-            stdout or TemporaryFile("w+"),
-            TemporaryFile("w+"),
+            stdout or unnamed_file(),
+            unnamed_file(),
             args=["python", "-m", module, *map(str, words)],
             env={**os.environ},
-            cwd=os.getcwd(),
+            cwd=str(Path.cwd()),
             **options,
         )
         return self.child
@@ -199,3 +199,4 @@ def serve(channel: socket.socket) -> None:
 
 if __name__ == "__main__":
     serve(socket.socket(fileno=int(sys.argv[1])))
+    os._exit(0)  # torch would take a second to unload itself
