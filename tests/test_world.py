@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +67,15 @@ def test_two_processes_with_half_the_batch_each_are_one_with_all_of_it(
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5)
     for a, b in zip(rows("one"), rows("two"), strict=True):
         assert a["points"] == b["points"] and all(point["images"] == 6 for point in a["points"])
+
+
+def test_torchrun_starts_interpreters_of_its_own(photos):
+    words = ["finetune", "model", "--data", str(photos), "--epochs", "1", "-b", "2", "-o", "run", "--json"]
+    several = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "scala_cli"]
+    command = [sys.executable, "-m", *several, *words, *COMMON]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["run"] == "run" and len(rows("run")) == 1
 
 
 def test_a_process_that_dies_ends_the_run_which_another_number_resumes(forks, torchrun, photos):
