@@ -1,13 +1,16 @@
+import ctypes
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from forks import Forks
 from PIL import Image
 from timm.layers import set_fused_attn
 from timm.models import VisionTransformer
@@ -144,16 +147,54 @@ def elsewhere(tmp_path, monkeypatch) -> Path:
 def scala(elsewhere) -> Callable[..., Answer]:
     """Runs a command as a user would, in an empty directory."""
 
-    def run(*words: object) -> Answer:
-        result = CliRunner().invoke(app, [str(word) for word in words])
-        return Answer(result.exit_code, result.stdout, result.stderr)
+    return command
 
-    return run
+
+def command(*words: object) -> Answer:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    return Answer(result.exit_code, result.stdout, result.stderr)
 
 
 @pytest.fixture
-def tiny(scala, tmp_path) -> Path:
-    """A converted checkpoint with random weights for the three classes of `photos`."""
-    write_timm_directory(tmp_path / "tiny-timm", num_classes=3)
-    assert scala("convert", "tiny-timm", "-o", "tiny").code == 0
-    return tmp_path / "tiny"
+def as_a_user() -> Iterator[None]:
+    """Takes from root, should root run the tests, its right to read and write everywhere (capset(2))."""
+    if os.geteuid() != 0:
+        yield
+        return
+    libc, header, held = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, held) == 0
+    fewer = (ctypes.c_uint32 * 6)(held[0] & ~0b110, *held[1:])
+    assert libc.capset(header, fewer) == 0
+    yield
+    assert libc.capset(header, held) == 0
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[Forks]:
+    server = Forks()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def forks(fork_server, elsewhere) -> Iterator[Forks]:
+    """Runs a command in a process of its own, in an empty directory."""
+    yield fork_server
+    fork_server.end()
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory) -> Path:
+    """Where `tiny` lies once for all tests, beside the directory it was converted from."""
+    root = tmp_path_factory.mktemp("converted")
+    write_timm_directory(root / "tiny-timm", num_classes=3)
+    with chdir(root):
+        assert command("convert", "tiny-timm", "-o", "tiny").code == 0
+    return root
+
+
+@pytest.fixture
+def tiny(converted, elsewhere) -> Path:
+    """A converted checkpoint with random weights for the three classes of `photos`, the test's own."""
+    shutil.copytree(converted, elsewhere, dirs_exist_ok=True)
+    return elsewhere / "tiny"

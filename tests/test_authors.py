@@ -80,7 +80,7 @@ def by_hand(state, images, ratio: Fraction, first: bool, heads=3) -> torch.Tenso
 
 @pytest.fixture
 def photos224():
-    return torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(3))
+    return torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize("average", [False, True])

@@ -122,13 +122,13 @@ class Page(HTMLParser):
 
 def test_runtimes_and_other_models_in_one_run(scala, tiny, photos):
     words = ("bench", tiny, "--ratio", "0.5", "--ratio", "1", "--runtime", "torch,onnx", "--int8")
-    words += ("--compare", "test_vit3", "--data", photos, "-j", 0, "--runs", 3, "-b", 2)
+    words += ("--compare", "tiny-timm", "--data", photos, "-j", 0, "--runs", 3, "-b", 2)
     told = scala(*words, "--csv", "b.csv", "--html", "b.html", "--plot", "b.png", "--json").json
     rows = told["points"]
     assert [(row["ratio"], row["runtime"]) for row in rows] == [
         (ratio, runtime) for runtime in ("torch", "onnx", "onnx-int8") for ratio in (0.5, 1, None)
     ]
-    assert all(row["model"] == "test_vit3" for row in rows[2::3])
+    assert all(row["model"] == "tiny-timm" for row in rows[2::3])
     assert all((row["top1"] is None) == (row["ratio"] is None) for row in rows)
     for row in rows:
         assert 0 < row["latency_ms"] <= row["latency_ms_p95"] and row["batch"] == 2
@@ -143,6 +143,12 @@ def test_runtimes_and_other_models_in_one_run(scala, tiny, photos):
     assert not page.fetched, "the page must stand alone"
     assert Path("b.png").read_bytes().startswith(b"\x89PNG")
     assert len(Path("b.csv").read_text().splitlines()) == 10
+
+
+def test_another_model_by_its_name(scala, tiny):
+    words = ("bench", tiny, "--ratio", "0.5", "--compare", "test_vit", "--runs", 1, "-b", 1)
+    ours, other = scala(*words, "--json").json["points"]
+    assert other["model"] == "test_vit" and other["params"] > ours["params"]
 
 
 def test_the_best_batch_is_searched_for(scala, tiny):

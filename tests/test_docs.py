@@ -62,8 +62,20 @@ def test_commands_in_the_documentation_exist(line):
     assert given <= flags | {"-h"}
 
 
-def test_what_docs_say_of_deploying_runs_without_us(tmp_path):
-    """Every example of docs/deploy.md, on the files that its commands write."""
+DEPLOYING = {
+    re.search(r"half\.\w+", example)[0]: example
+    for example in re.findall(r"```python\n(.*?)```", (ROOT / "docs/deploy.md").read_text(), re.S)
+}
+"""The examples of docs/deploy.md by the files that they run."""
+
+
+def test_docs_say_how_each_format_is_run():
+    assert {Path(file).suffix for file in DEPLOYING} == {form.suffix for form in FORMATS.values()}
+
+
+@pytest.mark.parametrize("file", DEPLOYING)
+def test_what_docs_say_of_deploying_runs_without_us(file, tmp_path):
+    """Every example of docs/deploy.md, on the file that its command writes."""
     vit, args = build("deit", img_size=224, patch_size=32)
     spec = describe(vit, args).naming(["ant", "bee", "cow", "doe", "eel"])
     net = SlimmableViT(vit, spec, Rule(ratios_of(parse_points("0.5,1")), spec.num_heads)).eval()
@@ -77,17 +89,11 @@ def test_what_docs_say_of_deploying_runs_without_us(tmp_path):
     with torch.no_grad():
         told, *wrong = (spec.label_names[model(each).argmax()] for each in (pixels, squashed, misread))
     assert told not in wrong, "the image must tell whether an example reads and cuts it right"
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs/deploy.md").read_text(), re.S)
-    assert len(examples) == 4
-    for example in examples:
-        (file,) = set(re.findall(r"half\.\w+", example))
-        (kind,) = [name for name, form in FORMATS.items() if form.suffix == Path(file).suffix][:1]
-        export(net, 0.5, kind, tmp_path / file, random_images(spec, 2), pixels=True)
-        script = (
-            example + "\nimport sys\nassert 'scala_cli' not in sys.modules and 'timm' not in sys.modules\n"
-        )
-        done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
-        assert done.stdout.strip() == told, (kind, done.stdout, done.stderr)
+    kind = next(name for name, form in FORMATS.items() if form.suffix == Path(file).suffix)
+    export(net, 0.5, kind, tmp_path / file, random_images(spec, 2), pixels=True)
+    script = f"{DEPLOYING[file]}\nimport sys\nassert not {{'scala_cli', 'timm'}} & set(sys.modules)\n"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == told, (done.stdout, done.stderr)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

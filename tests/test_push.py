@@ -2,10 +2,8 @@
 
 import base64
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -13,11 +11,12 @@ from threading import Thread
 import pytest
 import timm
 import torch
-from conftest import slimmable
-from huggingface_hub import ModelCard
+from conftest import Answer, slimmable
+from huggingface_hub import ModelCard, constants
 
 from scala_cli.models.checkpoint import Record, load, save
 
+RESOLVE = socket.getaddrinfo  # before the tests' own takes its place
 METRICS = [{"ratio": r, "top1": 50 + 40 * r, "top5": 99.0} for r in (0.25, 0.5, 0.75, 1.0)]
 
 
@@ -76,7 +75,7 @@ class Server(ThreadingHTTPServer):
 @pytest.fixture
 def hub() -> Iterator[Server]:
     server = Server()
-    Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
@@ -89,19 +88,25 @@ def net(elsewhere) -> Path:
     return elsewhere / "net"
 
 
-def push(server: Server | str, *words: str, token: str | None = "right") -> subprocess.CompletedProcess[str]:
-    url = server if isinstance(server, str) else server.url
-    environment = {**os.environ, "HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": "cache"}
-    environment.pop("HF_TOKEN", None)
-    environment |= {"HF_TOKEN": token} if token else {}
-    command = [sys.executable, "-m", "scala_cli", "push", *words]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+@pytest.fixture
+def push(scala, monkeypatch) -> Callable[..., Answer]:
+    """Runs `scala push` against a server, given by itself or by its address, where no other is."""
+
+    def run(server: Server | str, *words: str, token: str | None = "right") -> Answer:
+        monkeypatch.setattr("socket.getaddrinfo", RESOLVE)
+        chosen = {"ENDPOINT": server if isinstance(server, str) else server.url, "HF_TOKEN_PATH": "none"}
+        for name, value in {**chosen, "HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False}.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", token or "")
+        return scala("push", *words)
+
+    return run
 
 
-def test_a_family_with_its_card(hub, net, images):
+def test_a_family_with_its_card(push, hub, net, images):
     done = push(hub, "net", "org/net", "--private", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"repository": "org/net", "url": f"{hub.url}/org/net"}
+    assert done.code == 0, done.stderr
+    assert done.json == {"repository": "org/net", "url": f"{hub.url}/org/net"}
     (created,) = hub.created
     assert created["name"] == "net" and created["organization"] == "org"
     assert created.get("private") or created.get("visibility") == "private"
@@ -120,32 +125,32 @@ def test_a_family_with_its_card(hub, net, images):
         assert told in card.text
 
 
-def test_the_card_of_a_family_without_its_full_width(elsewhere):
+def test_the_card_of_a_family_without_its_full_width(push):
     net = slimmable(ratios="0.25,0.5")
     save(net, Record(method="scala"), Path("narrow"))
     done = push("http://127.0.0.1:9", "narrow", "org/narrow", "--dry-run", "-o", "out", token=None)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     card = ModelCard.load("out/README.md").text
     assert 'scala_cli.load("hf-hub:org/narrow")' in card and "net.slice('0.25')" in card
     assert "timm.create_model" not in card and "timm loads" not in card
 
 
-def test_what_is_to_be_private_is_not_put_where_everybody_sees_it(hub, net):
+def test_what_is_to_be_private_is_not_put_where_everybody_sees_it(push, hub, net):
     hub.open = True
     done = push(hub, "net", "org/net", "--private")
-    assert done.returncode == 2 and "everybody sees it" in done.stderr and not hub.files
+    assert done.code == 2 and "everybody sees it" in done.stderr and not hub.files
 
 
-def test_one_width_is_looked_at_first(net, images):
+def test_one_width_is_looked_at_first(push, net, images):
     done = push("http://127.0.0.1:9", "net", "org/half", "--ratio", "0.5", "--dry-run", token=None)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
     assert {path.name for path in Path("half").iterdir()} == {"config.json", "model.safetensors", "README.md"}
     model = timm.create_model("local-dir:half", pretrained=True).eval()
     with torch.no_grad():
         assert (model(images) - slimmable()(images, 0.5)).abs().max() <= 1e-5
     assert len(ModelCard.load("half/README.md").data.eval_results) == 1
     again = push("http://127.0.0.1:9", "net", "org/half", "--dry-run")
-    assert again.returncode == 2 and "not empty" in again.stderr
+    assert again.code == 2 and "not empty" in again.stderr
 
 
 @pytest.mark.parametrize(
@@ -162,12 +167,12 @@ def test_one_width_is_looked_at_first(net, images):
         (("net", "org/net", "-o", "x"), "right", "go with --dry-run"),
     ],
 )
-def test_what_is_refused(hub, net, words, token, message):
+def test_what_is_refused(push, hub, net, words, token, message):
     done = push(hub, *words, token=token)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
-    assert not hub.files and {path.name for path in Path().iterdir()} <= {"net", "cache"}
+    assert done.code == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert not hub.files and {path.name for path in Path().iterdir()} == {"net"}
 
 
-def test_without_a_server(net):
+def test_without_a_server(push, net):
     done = push("http://127.0.0.1:9", "net", "org/net")
-    assert done.returncode == 2 and "cannot be reached" in done.stderr and "--dry-run" in done.stderr
+    assert done.code == 2 and "cannot be reached" in done.stderr and "--dry-run" in done.stderr

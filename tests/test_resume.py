@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -71,6 +71,21 @@ def test_resuming_gives_the_run_that_was_never_stopped(photos, epochs, every, ki
     assert same_runs("whole", "cut")
 
 
+LONG = ("--epochs", 15, "-b", 4, "--no-amp", "--device", "cpu", "--threads", 1, "--ratios", "0.5,1", "-q")
+LONG += ("--save-every-steps", 3)
+
+
+@pytest.fixture(scope="module")
+def never_stopped(fork_server, photos, tmp_path_factory) -> Path:
+    """A model, and in whole/ the run that it begins."""
+    root = tmp_path_factory.mktemp("runs")
+    write_timm_directory(root / "model", num_classes=3)
+    with chdir(root):
+        words = ("finetune", "model", "--data", photos, *LONG, "-j", 0, "-o", "whole")
+        assert fork_server.run(*words).returncode == 0
+    return root
+
+
 @pytest.mark.parametrize(
     ("number", "code", "workers", "send"),
     [
@@ -81,38 +96,20 @@ def test_resuming_gives_the_run_that_was_never_stopped(photos, epochs, every, ki
         (signal.SIGINT, 130, 2, os.killpg),
     ],
 )
-def test_resuming_a_process_that_was_stopped(photos, tmp_path, number, code, workers, send):
+def test_resuming_a_process_that_was_stopped(forks, photos, never_stopped, number, code, workers, send):
     """Some time after the first epoch; a terminal and a scheduler also stop what reads the images."""
-    write_timm_directory(tmp_path / "model", num_classes=3)
-    words = [
-        "finetune",
-        "model",
-        "--data",
-        str(photos),
-        "--epochs",
-        "15",
-        "-b",
-        "4",
-        "--no-amp",
-        "--device",
-        "cpu",
-    ]
-    words += ["--save-every-steps", "3", "--threads", "1", "-j", str(workers), "--ratios", "0.5,1", "-q"]
-    scala = [sys.executable, "-m", "scala_cli"]
-    subprocess.run([*scala, *words, "-o", "whole"], check=True, capture_output=True)
-    process = subprocess.Popen(
-        [*scala, *words, "-o", "cut"], stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    shutil.copytree(never_stopped, ".", dirs_exist_ok=True)
+    words = ("finetune", "model", "--data", photos, *LONG, "-j", workers, "-o", "cut")
+    process = forks.start(*words, start_new_session=True)
     while not Path("cut/metrics.jsonl").exists():
         time.sleep(0.01)
         assert process.poll() is None
     time.sleep(0.3)
     send(process.pid, number)
-    told = process.communicate()[1]
-    assert process.returncode == code
-    assert "Traceback" not in told and (code < 0 or "interrupted" in told)
+    assert process.wait() == code
+    assert "Traceback" not in process.stderr and (code < 0 or "interrupted" in process.stderr)
     assert len(Path("cut/metrics.jsonl").read_text().splitlines()) < 15
-    subprocess.run([*scala, "finetune", "--resume", "cut", "-q"], check=True, capture_output=True)
+    assert forks.run("finetune", "--resume", "cut", "-j", 0, "-q").returncode == 0
     assert same_runs("whole", "cut")
 
 

@@ -58,19 +58,19 @@ def test_what_a_run_leaves_behind(photos):
 
 
 def test_training_learns_real_digits():
-    """From random weights, 6 epochs at .5 and 1: chance is 10 %."""
+    """From random weights, 3 epochs at .5 and 1: chance is 10 %."""
     net, record = open_model(
         "test_vit", parse_points("0.5,1"), Changes(num_classes=10, img_size=8, patch_size=4), scratch=True
     )
     chosen = Settings(
         "digits",
-        optimizer=OptimizerSettings(epochs=6, batch_size=64, lr=3e-3),
+        optimizer=OptimizerSettings(epochs=3, batch_size=64, lr=3e-3),
         augment=AugmentSettings(hflip=0, scale=(0.9, 1.0)),
         read=ReadSettings(workers=0),
         device=FULL,
     )
     best = finetune(net, record, chosen, Run(Path("digits")), Listener())
-    assert all(point["top1"] > 60 for point in best["points"])
+    assert all(point["top1"] > 50 for point in best["points"])
 
 
 @pytest.mark.parametrize("epochs, steps, rows", [(1.7, 5, 2), (0.5, 2, 1), (0.01, 1, 1)])

@@ -1,15 +1,18 @@
 """Several processes that train together, on the CPU."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import write_timm_directory
+from forks import Child
 from safetensors.torch import load_file
 
 from scala_cli.data.batches import Batches
@@ -19,9 +22,15 @@ from scala_cli.world import World
 COMMON = ["-j", "0", "--threads", "1", "--no-amp", "--device", "cpu", "--ratios", "0.5,1", "-q"]
 
 
-def torchrun(*words: object, processes: int = 2) -> list[str]:
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [*run, "-m", "scala_cli", *map(str, words)]
+@pytest.fixture
+def torchrun(forks) -> Callable[..., Child]:
+    """Starts torchrun in a process of its own, which forks its processes."""
+
+    def start(*words: object, processes: int = 2) -> Child:
+        several = ("--standalone", f"--nproc-per-node={processes}", "-m", "scala_cli")
+        return forks.start(*several, *words, module="torch.distributed.run")
+
+    return start
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +44,9 @@ def rows(run: str) -> list[dict]:
 
 
 @pytest.mark.parametrize(("classes", "more"), [(3, []), (5, ["--order", "none"])])
-def test_two_processes_with_half_the_batch_each_are_one_with_all_of_it(photos, classes, more):
+def test_two_processes_with_half_the_batch_each_are_one_with_all_of_it(
+    forks, torchrun, photos, classes, more
+):
     """21 steps of 4 images; with other classes the teacher's 7 first.
 
     These are followed without order: the basis of what hardly varies turns on the last bit of the teacher.
@@ -45,11 +56,9 @@ def test_two_processes_with_half_the_batch_each_are_one_with_all_of_it(photos, c
     """
     write_timm_directory(Path("model"), num_classes=classes)
     words = ["finetune", "model", "--data", photos, "--epochs", 7, *more, *COMMON]
-    alone = [sys.executable, "-m", "scala_cli", *map(str, words), "-b", "4", "-o", "one"]
-    subprocess.run(alone, check=True, capture_output=True)
-    together = subprocess.run(
-        torchrun(*words, "-b", 2, "-o", "two", "--json"), check=True, capture_output=True, text=True
-    )
+    assert forks.run(*words, "-b", 4, "-o", "one").returncode == 0
+    together = torchrun(*words, "-b", 2, "-o", "two", "--json")
+    assert together.wait() == 0
     assert json.loads(together.stdout)["run"] == "two"  # and the second process is silent
     one, two = (load_file(f"{run}/last/model.safetensors") for run in ("one", "two"))
     for name, tensor in one.items():
@@ -60,42 +69,50 @@ def test_two_processes_with_half_the_batch_each_are_one_with_all_of_it(photos, c
         assert a["points"] == b["points"] and all(point["images"] == 6 for point in a["points"])
 
 
-def test_a_process_that_dies_ends_the_run_which_another_number_resumes(photos):
+def test_torchrun_starts_interpreters_of_its_own(photos):
+    words = ["finetune", "model", "--data", str(photos), "--epochs", "1", "-b", "2", "-o", "run", "--json"]
+    several = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "scala_cli"]
+    command = [sys.executable, "-m", *several, *words, *COMMON]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["run"] == "run" and len(rows("run")) == 1
+
+
+def test_a_process_that_dies_ends_the_run_which_another_number_resumes(forks, torchrun, photos):
     words = ["finetune", "model", "--data", photos, "--epochs", 25, "-b", 2, "-o", "run", *COMMON]
-    run = subprocess.Popen(torchrun(*words), stderr=subprocess.PIPE, text=True)
+    run = torchrun(*words)
     while not Path("run/metrics.jsonl").exists():
         time.sleep(0.05)
         assert run.poll() is None
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    subprocess.run(["kill", "-9", children[-1]], check=True)
-    run.communicate()
-    assert run.returncode != 0
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert run.wait() != 0
     done = len(rows("run"))
     assert done < 25
-    resume = [sys.executable, "-m", "scala_cli", "finetune", "--resume", "run"]
-    subprocess.run(resume, check=True, capture_output=True)
+    assert forks.run("finetune", "--resume", "run").returncode == 0
     assert [row["epoch"] for row in rows("run")] == list(range(1, 26))
-    odd = subprocess.run(torchrun("finetune", "--resume", "run", processes=3), capture_output=True, text=True)
-    assert odd.returncode != 0 and "3 processes cannot share the 4 images" in odd.stderr
+    odd = torchrun("finetune", "--resume", "run", processes=3)
+    assert odd.wait() != 0 and "3 processes cannot share the 4 images" in odd.stderr
 
 
 @pytest.mark.parametrize("how", ["stopped", "killed"])
-def test_no_step_is_lost_where_several_processes_are_stopped_or_one_is_killed(how):
+def test_no_step_is_lost_where_several_processes_are_stopped_or_one_is_killed(torchrun, how):
     """In the first epoch, long before a state is saved by itself."""
     write_timm_directory(Path("model"), num_classes=10)
     words = ["finetune", "model", "--data", "digits", "-b", 2, "--epochs", 1, "-o", "run", "--log-grads"]
-    run = subprocess.Popen(torchrun(*words, *COMMON), stderr=subprocess.PIPE, text=True)
+    run = torchrun(*words, *COMMON)
     log = Path("run/grads.jsonl")
     while not log.exists() or len(log.read_text().splitlines()) < 5:
         time.sleep(0.05)
-        assert run.poll() is None, run.stderr.read()
+        assert run.poll() is None, run.stderr
     if how == "stopped":
         run.send_signal(signal.SIGTERM)
     else:
         children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-        subprocess.run(["kill", "-9", children[-1]], check=True)
-    told = run.communicate()[1]
-    assert run.returncode != 0 and "bug of scala" not in told
+        os.kill(int(children[-1]), signal.SIGKILL)
+    assert run.wait() != 0
+    told = run.stderr
+    assert "bug of scala" not in told
     if how == "stopped":
         assert "another process" not in told
     assert Run(Path("run")).read_state()["step"] >= len(log.read_text().splitlines()) - 1 >= 4

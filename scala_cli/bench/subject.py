@@ -56,8 +56,7 @@ def other(asked: str) -> Subject:
         return config.create().eval()
 
     with naming_failure(f"{asked} cannot be compared with", "Name another.", CheckpointError):
-        with torch.device("meta"):
-            skeleton = build(False)
+        skeleton = config.skeleton()
         size = tuple(skeleton.pretrained_cfg["input_size"])
         costs = params_of(skeleton), macs_of(skeleton, size)
     return Subject(short_name(asked), None, size, *costs, build)
