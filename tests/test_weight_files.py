@@ -230,4 +230,4 @@ def test_the_directory_one_is_in_is_not_replaced(scala, elsewhere, monkeypatch):
     (elsewhere / "empty").mkdir()
     monkeypatch.chdir(elsewhere / "empty")
     answer = scala("convert", "../plain", "-o", ".")
-    assert answer.code == 2 and "the directory you are in" in answer.told
+    assert answer.code == 2 and "is the working directory" in answer.told
