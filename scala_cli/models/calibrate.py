@@ -1,0 +1,323 @@
+"""One slice, fitted to the full model in closed form on a few hundred images without labels.
+
+A slice keeps the first channels of a model in order (`order.py`), so it computes something else than the full
+model, and more so with every block. Here its layers are fitted by ridge regression, from the first to the
+last: from what the layer reads in the slice so far, onto what the full model has at that place. So each layer
+makes good what those before it did wrong. A slice stands alone: nothing has to nest.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from scala_cli.errors import DataError
+from scala_cli.models.slimmable import Ratio, SlimmableViT
+from scala_cli.slicing.point import Point, find_point
+from scala_cli.slicing.ridge import Moments, ridge
+from scala_cli.slicing.rule import Rule, kept_end, slice_tensor
+from scala_cli.slicing.table import axes_of
+from scala_cli.watch import QUIET, Watcher
+
+STRENGTH = 1e-3
+"""Of the pull towards the weights in order, as a share of the inputs' mean square."""
+HELD_OUT = 8
+"""One of so many images is kept from the fit, to judge it."""
+PRE_NORM = (("norm1", "attn", "ls1"), ("norm2", "mlp", "ls2"))
+"""The two branches of timm's Block, as the parts that tokens pass in turn; each is added to the stream."""
+POST_NORM = (("attn", "norm1"), ("mlp", "norm2"))
+"""Likewise of timm's ResPostBlock."""
+HEAD = ("norm", "attn_pool", "fc_norm", "head", "head_dist")
+
+Stream = list[Tensor]
+"""Tokens (B, N, C) at one place of one model, batch by batch."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well the fitted slice does on images it was not fitted to.
+
+    Each figure is R^2 = 1 - (squared errors) / (squared deviations from the mean), summed over all channels
+    and tokens: 1 is the full model itself, 0 is its mean. None where there is no such image or token.
+
+    Args:
+        images: how many the slice was fitted to.
+        held_out: how many it was judged on.
+        class_token: of the full model's final normed class token, from the best linear map of the slice's.
+        patches: likewise of the patch tokens.
+        output: of what the full model returns, from what the slice returns.
+    """
+
+    images: int
+    held_out: int
+    class_token: float | None
+    patches: float | None
+    output: float | None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Part of a ViT whose layers are fitted one by one, while the streams before it stand still.
+
+    Args:
+        parts: names of its modules.
+        run: (model, tokens) -> tokens behind it.
+        residual: whether `run` adds what its last layer writes to the tokens it was given.
+    """
+
+    parts: tuple[str, ...]
+    run: Callable[[Any, Tensor], Tensor]
+    residual: bool = False
+
+    def layers(self, vit: VisionTransformer) -> dict[str, nn.Module]:
+        """Its linear layers and norms, by name."""
+        modules = dict(vit.named_modules())
+        inside = tuple(f"{part}." for part in self.parts)
+        return {
+            name: module
+            for name, module in modules.items()
+            if (name in self.parts or name.startswith(inside))
+            and isinstance(getattr(module, "weight", None), Tensor)
+        }
+
+
+@torch.no_grad()
+def calibrate(
+    net: SlimmableViT,
+    ratio: Ratio,
+    batches: Iterable[Tensor],
+    strength: float = STRENGTH,
+    every_token: bool = False,
+    watch: Watcher = QUIET,
+) -> tuple[VisionTransformer, Fit]:
+    """A plain timm model of one width, fitted to the full one, in evaluation mode.
+
+    What the embedding writes (patches, class token, registers, positions) is the full model's already and
+    stays. Every linear layer and norm behind it is fitted: the one that ends a branch onto the full model's
+    stream less what the slice's stream has so far, all others onto the full model's own values. A layer
+    without a bias is fitted without one. In memory are the two streams, and the targets of half a block.
+
+    Args:
+        net: its channels in order (`put_first_what_matters`).
+        batches: images (B, C, H, W), normalised; read once. One in eight is held out to judge the fit.
+        strength: of the pull towards the weights in order, as a share of the inputs' mean square.
+        every_token: whether the head reads every token, not only the pooled one: where features are the task.
+        watch: told of every half block.
+
+    Raises:
+        PointError: where the model has no such width.
+        DataError: where there is no image to fit to.
+    """
+    point = find_point(ratio, net.points)
+    full, rule = net.vit.eval(), replace(net.rule, attn_scale="fixed")
+    narrow = net.spec.at(point).build_with(rule.slice_state(full.state_dict(), point, copy=True))
+    absorb_layer_scale(narrow)
+    wanted, own, held = embed(full, narrow, batches)
+    todo = stages(full, every_token)
+    watch.phase("calibrate", len(todo), "stages")
+    for stage in todo:
+        before = wanted, own
+        wanted, own = fit_stage(stage, full, narrow, rule, point, wanted, own, strength)
+        watch.step(1)
+    return narrow, judge(full, narrow, *before, held)
+
+
+def absorb_layer_scale(vit: VisionTransformer) -> None:
+    """Moves LayerScale, which may be next to nothing, into the layers before it."""
+    blocks: Any = vit.blocks
+    for block in blocks:
+        for scale, writer in (("ls1", block.attn.proj), ("ls2", block.mlp.fc2)):
+            gamma = getattr(getattr(block, scale, None), "gamma", None)
+            if gamma is not None:
+                writer.weight.mul_(gamma[:, None])
+                if writer.bias is not None:
+                    writer.bias.mul_(gamma)
+                gamma.fill_(1)
+
+
+def embed(
+    full: VisionTransformer, narrow: VisionTransformer, batches: Iterable[Tensor]
+) -> tuple[Stream, Stream, Stream]:
+    """Both models' tokens before the first block, and the images held out."""
+    device = next(full.parameters()).device
+    wanted: Stream = []
+    own: Stream = []
+    held: Stream = []
+    seen = 0
+    for images in batches:
+        images = images.to(device)
+        out = torch.arange(seen, seen + len(images)) % HELD_OUT == HELD_OUT - 1
+        seen += len(images)
+        if out.any():
+            held.append(images[out])
+        for vit, stream in ((full, wanted), (narrow, own)):
+            if not out.all():
+                stream.append(vit.patch_drop(vit._pos_embed(vit.patch_embed(images[~out]))))
+    if not own:
+        raise DataError("there are no images to fit the slice to.", "Give a folder of images as --data.")
+    return wanted, own, held
+
+
+def stages(vit: VisionTransformer, every_token: bool) -> list[Stage]:
+    """All behind the embedding, first to last."""
+    found = [Stage(("norm_pre",), lambda vit, tokens: vit.norm_pre(tokens))]
+    for number, block in enumerate(vit.blocks):
+        for branch in PRE_NORM if hasattr(block, "ls1") else POST_NORM:
+            parts = tuple(f"blocks.{number}.{part}" for part in branch)
+            found.append(Stage(parts, add_branch(parts), residual=True))
+    pooled = Stage(HEAD, lambda vit, tokens: vit.forward_head(vit.norm(tokens)))
+    dense = Stage(HEAD, lambda vit, tokens: vit.head(normed(vit, tokens)))
+    return [*found, dense if every_token else pooled]
+
+
+def add_branch(parts: tuple[str, ...]) -> Callable[[Any, Tensor], Tensor]:
+    """tokens -> tokens plus what these parts make of them in turn."""
+
+    def run(vit: VisionTransformer, tokens: Tensor) -> Tensor:
+        written = tokens
+        for part in parts:
+            written = vit.get_submodule(part)(written)
+        return tokens + written
+
+    return run
+
+
+def normed(vit: VisionTransformer, tokens: Tensor) -> Tensor:
+    """(B, N, C) tokens behind the last block -> through the final norm, before or after pooling as it is."""
+    return vit.fc_norm(vit.norm(tokens))
+
+
+def fit_stage(
+    stage: Stage,
+    full: VisionTransformer,
+    narrow: VisionTransformer,
+    rule: Rule,
+    point: Point,
+    wanted: Stream,
+    own: Stream,
+    strength: float,
+) -> tuple[Stream, Stream]:
+    """Fits the layers of a stage, in place, and takes both streams behind it.
+
+    Args:
+        wanted: the full model's stream before the stage, (B, N, C).
+        own: the slice's, (B, N, C_r).
+    """
+    targets: dict[str, Stream] = {}
+    end = kept_end(point, rule.span, rule.isolated)
+
+    def keep(name: str, values: Tensor) -> Tensor:
+        axis = axes_of(f"{name}.weight", rule.table)[0]
+        kept = slice_tensor(values, [None] * (values.ndim - 1) + [axis], point, end).clone()
+        queries_of(full, name, kept).mul_(math.sqrt(point.ratio))
+        return kept
+
+    def record(name: str) -> Callable[..., None]:
+        return lambda _, read, wrote: targets.setdefault(name, []).append(keep(name, wrote))
+
+    layers = stage.layers(full)
+    with hooked(layers[name].register_forward_hook(record(name)) for name in layers):
+        behind = [stage.run(full, tokens) for tokens in wanted]
+    if stage.residual:
+        writer = list(targets)[-1]
+        targets[writer] = [keep(writer, after) - tokens for after, tokens in zip(behind, own, strict=True)]
+    for name, values in targets.items():
+        layer: Any = narrow.get_submodule(name)
+        fit_layer(layer, (read_by(layer, stage, narrow, tokens) for tokens in own), values, strength)
+    return behind, [stage.run(narrow, tokens) for tokens in own]
+
+
+def queries_of(vit: VisionTransformer, name: str, written: Tensor) -> Tensor:
+    """What of a layer's kept output scales the logits, which timm divides by the root of fewer channels."""
+    if name.endswith(("attn.q_norm", "attn_pool.q")):
+        return written
+    if name.endswith("attn.qkv") and isinstance(vit.get_submodule(name[:-3] + "q_norm"), nn.Identity):
+        return written[..., : written.shape[-1] // 3]
+    return written[..., :0]
+
+
+def fit_layer(layer: Any, inputs: Iterable[Tensor], targets: Iterable[Tensor], strength: float) -> None:
+    """Fits a linear layer, or the scale and shift of a norm, in place."""
+    is_norm = layer.weight.ndim == 1
+    seen = Moments(diagonal=is_norm)
+    for read, target in zip(inputs, targets, strict=True):
+        seen.add(layer(read) if is_norm else read, target)
+    start = torch.ones_like(layer.weight) if is_norm else layer.weight
+    shift = getattr(layer, "bias", None)  # RMSNorm has none
+    weight, bias = ridge(seen, start, strength, shift is not None)
+    if is_norm:  # fitted to what the norm gave, whose scale and shift it follows
+        bias = None if bias is None or shift is None else bias + weight * shift.to(weight)
+        weight = weight * layer.weight.to(weight)
+    layer.weight.copy_(weight)
+    if shift is not None:
+        shift.copy_(bias)
+
+
+class Reached(Exception):
+    """A forward came to the layer it was for."""
+
+    def __init__(self, read: Tensor) -> None:
+        self.read = read
+
+
+def read_by(layer: nn.Module, stage: Stage, vit: VisionTransformer, tokens: Tensor) -> Tensor:
+    """What a layer of the stage reads, given the tokens before the stage. What follows is not computed."""
+
+    def stop(_: nn.Module, read: tuple[Tensor, ...]) -> None:
+        raise Reached(read[0])
+
+    with hooked([layer.register_forward_pre_hook(stop)]):
+        try:
+            stage.run(vit, tokens)
+        except Reached as reached:
+            return reached.read
+    raise AssertionError("the full model has this layer, the slice does not run it")
+
+
+@contextmanager
+def hooked(hooks: Iterable[Any]) -> Iterator[None]:
+    """The hooks are gone afterwards."""
+    placed = list(hooks)
+    try:
+        yield
+    finally:
+        for hook in placed:
+            hook.remove()
+
+
+def judge(
+    full: VisionTransformer, narrow: VisionTransformer, wanted: Stream, own: Stream, held: list[Tensor]
+) -> Fit:
+    """Measures the fit on the images held out.
+
+    Args:
+        wanted, own: the streams behind the last block, on the images of the fit.
+    """
+    seen = Moments()
+    for target, tokens in zip(wanted, own, strict=True):
+        seen.add(normed(narrow, tokens), normed(full, target))
+    weight, bias = ridge(seen, torch.zeros_like(seen.products_tx), 1e-6, bias=True)
+    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {"class_token": [], "patches": [], "output": []}
+    for images in held:
+        tokens, target = (vit.fc_norm(vit.forward_features(images)) for vit in (narrow, full))
+        guess = tokens.to(weight) @ weight.mT + bias
+        if full.cls_token is not None:
+            pairs["class_token"].append((guess[:, 0], target[:, 0]))
+        first = full.num_prefix_tokens
+        pairs["patches"].append((guess[:, first:].flatten(0, 1), target[:, first:].flatten(0, 1)))
+        pairs["output"].append((narrow(images), full(images)))
+    count = sum(map(len, held))
+    return Fit(sum(map(len, own)), count, **{name: explained(parts) for name, parts in pairs.items()})
+
+
+def explained(pairs: list[tuple[Tensor, Tensor]]) -> float | None:
+    """R^2 of (prediction, truth), each (n, channels)."""
+    if sum(len(truth) for _, truth in pairs) < 2:
+        return None
+    guess, truth = (torch.cat([pair[side].cpu().double() for pair in pairs]) for side in (0, 1))
+    return 1 - ((guess - truth).square().sum() / (truth - truth.mean(0)).square().sum()).item()
