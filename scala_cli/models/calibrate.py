@@ -7,7 +7,7 @@ makes good what those before it did wrong. A slice stands alone: nothing has to 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,23 +19,40 @@ from torch import Tensor, nn
 from scala_cli.errors import DataError
 from scala_cli.models.slimmable import Ratio, SlimmableViT
 from scala_cli.slicing.point import Point, find_point
-from scala_cli.slicing.ridge import Moments, ridge
+from scala_cli.slicing.ridge import Moments, best_ridge, in_double, ridge
 from scala_cli.slicing.rule import Rule, kept_end, slice_tensor
 from scala_cli.slicing.table import axes_of
 from scala_cli.watch import QUIET, Watcher
 
-STRENGTH = 1e-3
-"""Of the pull towards the weights in order, as a share of the inputs' mean square."""
+STRENGTHS = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+"""Of the pull towards the weights in order, as shares of the inputs' mean square; a layer takes its best."""
 HELD_OUT = 8
-"""One of so many images is kept from the fit, to judge it."""
+"""One of so many images is kept from the fit, to choose the strengths and to judge it."""
 PRE_NORM = (("norm1", "attn", "ls1"), ("norm2", "mlp", "ls2"))
 """The two branches of timm's Block, as the parts that tokens pass in turn; each is added to the stream."""
 POST_NORM = (("attn", "norm1"), ("mlp", "norm2"))
 """Likewise of timm's ResPostBlock."""
 HEAD = ("norm", "attn_pool", "fc_norm", "head", "head_dist")
 
-Stream = list[Tensor]
-"""Tokens (B, N, C) at one place of one model, batch by batch."""
+
+@dataclass(frozen=True)
+class Streams:
+    """Tokens at one place of both models, batch by batch.
+
+    Args:
+        wanted: of the full model, (B, N, C).
+        own: of the slice, (B, N, C_r).
+        held: (B,) which images are held out from the fit.
+    """
+
+    wanted: list[Tensor]
+    own: list[Tensor]
+    held: list[Tensor]
+
+    def of_images(self, held_out: bool) -> list[tuple[Tensor, Tensor]]:
+        """The slice's and the full model's tokens of the images that are held out, or of the others."""
+        batches = zip(self.own, self.wanted, self.held, strict=True)
+        return [(own[held == held_out], wanted[held == held_out]) for own, wanted, held in batches]
 
 
 @dataclass(frozen=True)
@@ -91,7 +108,7 @@ def calibrate(
     net: SlimmableViT,
     ratio: Ratio,
     batches: Iterable[Tensor],
-    strength: float = STRENGTH,
+    strengths: Sequence[float] = STRENGTHS,
     every_token: bool = False,
     watch: Watcher = QUIET,
 ) -> tuple[VisionTransformer, Fit]:
@@ -104,8 +121,9 @@ def calibrate(
 
     Args:
         net: its channels in order (`put_first_what_matters`).
-        batches: images (B, C, H, W), normalised; read once. One in eight is held out to judge the fit.
-        strength: of the pull towards the weights in order, as a share of the inputs' mean square.
+        batches: images (B, C, H, W), normalised; read once. One in eight is held out from the fit.
+        strengths: of the pull towards the weights in order, as a share of the inputs' mean square. Each layer
+            takes the one that does best on the images held out.
         every_token: whether the head reads every token, not only the pooled one: where features are the task.
         watch: told of every half block.
 
@@ -117,14 +135,13 @@ def calibrate(
     full, rule = net.vit.eval(), replace(net.rule, attn_scale="fixed")
     narrow = net.spec.at(point).build_with(rule.slice_state(full.state_dict(), point, copy=True))
     absorb_layer_scale(narrow)
-    wanted, own, held = embed(full, narrow, batches)
+    streams = embed(full, narrow, batches)
     todo = stages(full, every_token)
     watch.phase("calibrate", len(todo), "stages")
     for stage in todo:
-        before = wanted, own
-        wanted, own = fit_stage(stage, full, narrow, rule, point, wanted, own, strength)
+        before, streams = streams, fit_stage(stage, full, narrow, rule, point, streams, strengths)
         watch.step(1)
-    return narrow, judge(full, narrow, *before, held)
+    return narrow, judge(full, narrow, before, streams)
 
 
 def absorb_layer_scale(vit: VisionTransformer) -> None:
@@ -140,27 +157,19 @@ def absorb_layer_scale(vit: VisionTransformer) -> None:
                 gamma.fill_(1)
 
 
-def embed(
-    full: VisionTransformer, narrow: VisionTransformer, batches: Iterable[Tensor]
-) -> tuple[Stream, Stream, Stream]:
-    """Both models' tokens before the first block, and the images held out."""
+def embed(full: VisionTransformer, narrow: VisionTransformer, batches: Iterable[Tensor]) -> Streams:
+    """The tokens before the first block."""
     device = next(full.parameters()).device
-    wanted: Stream = []
-    own: Stream = []
-    held: Stream = []
-    seen = 0
+    streams, seen = Streams([], [], []), 0
     for images in batches:
-        images = images.to(device)
-        out = torch.arange(seen, seen + len(images)) % HELD_OUT == HELD_OUT - 1
+        numbers = torch.arange(seen, seen + len(images), device=device)
+        streams.held.append(numbers % HELD_OUT == HELD_OUT - 1)
+        for vit, stream in ((full, streams.wanted), (narrow, streams.own)):
+            stream.append(vit.patch_drop(vit._pos_embed(vit.patch_embed(images.to(device)))))
         seen += len(images)
-        if out.any():
-            held.append(images[out])
-        for vit, stream in ((full, wanted), (narrow, own)):
-            if not out.all():
-                stream.append(vit.patch_drop(vit._pos_embed(vit.patch_embed(images[~out]))))
-    if not own:
+    if not seen:
         raise DataError("there are no images to fit the slice to.", "Give a folder of images as --data.")
-    return wanted, own, held
+    return streams
 
 
 def stages(vit: VisionTransformer, every_token: bool) -> list[Stage]:
@@ -198,17 +207,11 @@ def fit_stage(
     narrow: VisionTransformer,
     rule: Rule,
     point: Point,
-    wanted: Stream,
-    own: Stream,
-    strength: float,
-) -> tuple[Stream, Stream]:
-    """Fits the layers of a stage, in place, and takes both streams behind it.
-
-    Args:
-        wanted: the full model's stream before the stage, (B, N, C).
-        own: the slice's, (B, N, C_r).
-    """
-    targets: dict[str, Stream] = {}
+    streams: Streams,
+    strengths: Sequence[float],
+) -> Streams:
+    """Fits the slice's layers of a stage, in place. Returns the streams behind it."""
+    targets: dict[str, list[Tensor]] = {}
     end = kept_end(point, rule.span, rule.isolated)
 
     def keep(name: str, values: Tensor) -> Tensor:
@@ -222,14 +225,16 @@ def fit_stage(
 
     layers = stage.layers(full)
     with hooked(layers[name].register_forward_hook(record(name)) for name in layers):
-        behind = [stage.run(full, tokens) for tokens in wanted]
+        behind = [stage.run(full, tokens) for tokens in streams.wanted]
     if stage.residual:
         writer = list(targets)[-1]
-        targets[writer] = [keep(writer, after) - tokens for after, tokens in zip(behind, own, strict=True)]
+        pairs = zip(behind, streams.own, strict=True)
+        targets[writer] = [keep(writer, after) - tokens for after, tokens in pairs]
     for name, values in targets.items():
         layer: Any = narrow.get_submodule(name)
-        fit_layer(layer, (read_by(layer, stage, narrow, tokens) for tokens in own), values, strength)
-    return behind, [stage.run(narrow, tokens) for tokens in own]
+        read = (read_by(layer, stage, narrow, tokens) for tokens in streams.own)
+        fit_layer(layer, zip(read, values, streams.held, strict=True), strengths)
+    return Streams(behind, [stage.run(narrow, tokens) for tokens in streams.own], streams.held)
 
 
 def queries_of(vit: VisionTransformer, name: str, written: Tensor) -> Tensor:
@@ -241,15 +246,23 @@ def queries_of(vit: VisionTransformer, name: str, written: Tensor) -> Tensor:
     return written[..., :0]
 
 
-def fit_layer(layer: Any, inputs: Iterable[Tensor], targets: Iterable[Tensor], strength: float) -> None:
-    """Fits a linear layer, or the scale and shift of a norm, in place."""
+def fit_layer(
+    layer: Any, batches: Iterable[tuple[Tensor, Tensor, Tensor]], strengths: Sequence[float]
+) -> None:
+    """Fits a linear layer, or the scale and shift of a norm, in place.
+
+    Args:
+        batches: what it reads, what it should write, and which images are held out.
+    """
     is_norm = layer.weight.ndim == 1
-    seen = Moments(diagonal=is_norm)
-    for read, target in zip(inputs, targets, strict=True):
-        seen.add(layer(read) if is_norm else read, target)
+    seen, unseen = Moments(diagonal=is_norm), Moments(diagonal=is_norm)
+    for read, target, held in batches:
+        inputs = layer(read) if is_norm else read
+        seen.add(inputs[~held], target[~held])
+        unseen.add(inputs[held], target[held])
     start = torch.ones_like(layer.weight) if is_norm else layer.weight
     shift = getattr(layer, "bias", None)  # RMSNorm has none
-    weight, bias = ridge(seen, start, strength, shift is not None)
+    weight, bias = best_ridge(seen, unseen, start, strengths, shift is not None)
     if is_norm:  # fitted to what the norm gave, whose scale and shift it follows
         bias = None if bias is None or shift is None else bias + weight * shift.to(weight)
         weight = weight * layer.weight.to(weight)
@@ -290,34 +303,35 @@ def hooked(hooks: Iterable[Any]) -> Iterator[None]:
             hook.remove()
 
 
-def judge(
-    full: VisionTransformer, narrow: VisionTransformer, wanted: Stream, own: Stream, held: list[Tensor]
-) -> Fit:
+def judge(full: VisionTransformer, narrow: VisionTransformer, last: Streams, output: Streams) -> Fit:
     """Measures the fit on the images held out.
 
     Args:
-        wanted, own: the streams behind the last block, on the images of the fit.
+        last: behind the last block.
+        output: behind the head.
     """
     seen = Moments()
-    for target, tokens in zip(wanted, own, strict=True):
-        seen.add(normed(narrow, tokens), normed(full, target))
-    weight, bias = ridge(seen, torch.zeros_like(seen.products_tx), 1e-6, bias=True)
-    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {"class_token": [], "patches": [], "output": []}
-    for images in held:
-        tokens, target = (vit.fc_norm(vit.forward_features(images)) for vit in (narrow, full))
-        guess = tokens.to(weight) @ weight.mT + bias
-        if full.cls_token is not None:
-            pairs["class_token"].append((guess[:, 0], target[:, 0]))
-        first = full.num_prefix_tokens
-        pairs["patches"].append((guess[:, first:].flatten(0, 1), target[:, first:].flatten(0, 1)))
-        pairs["output"].append((narrow(images), full(images)))
-    count = sum(map(len, held))
-    return Fit(sum(map(len, own)), count, **{name: explained(parts) for name, parts in pairs.items()})
+    for own, wanted in last.of_images(held_out=False):
+        seen.add(normed(narrow, own), normed(full, wanted))
+    weight = ridge(seen, torch.zeros_like(seen.products_tx), [1e-6], bias=True)[0][0]
+    judged = last.of_images(held_out=True)
+    guess = torch.cat([in_double(normed(narrow, own)) - seen.mean_x for own, _ in judged]) @ weight.mT
+    guess += seen.mean_t
+    truth = torch.cat([normed(full, wanted) for _, wanted in judged])
+    own, wanted = (torch.cat(side) for side in zip(*output.of_images(held_out=True), strict=True))
+    classes, prefix = int(full.cls_token is not None), full.num_prefix_tokens
+    return Fit(
+        images=sum(map(len, last.own)) - len(own),
+        held_out=len(own),
+        class_token=explained(guess[:, :classes], truth[:, :classes]),
+        patches=explained(guess[:, prefix:], truth[:, prefix:]),
+        output=explained(own, wanted),
+    )
 
 
-def explained(pairs: list[tuple[Tensor, Tensor]]) -> float | None:
-    """R^2 of (prediction, truth), each (n, channels)."""
-    if sum(len(truth) for _, truth in pairs) < 2:
+def explained(guess: Tensor, truth: Tensor) -> float | None:
+    """R^2 of (..., channels)."""
+    guess, truth = in_double(guess).flatten(0, -2), in_double(truth).flatten(0, -2)
+    if len(truth) < 2:
         return None
-    guess, truth = (torch.cat([pair[side].cpu().double() for pair in pairs]) for side in (0, 1))
     return 1 - ((guess - truth).square().sum() / (truth - truth.mean(0)).square().sum()).item()

@@ -1,5 +1,6 @@
 """Linear regression in closed form, from moments that are counted batch by batch."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class Moments:
     def add(self, inputs: Tensor, targets: Tensor) -> None:
         """Counts (..., i) inputs and (..., o) targets in."""
         x, t = inputs.flatten(0, -2), targets.flatten(0, -2)
+        if not len(x):
+            return
         if self.count == 0:
             self.centre_x, self.centre_t = x.mean(0), t.mean(0)
         x, t = x - self.centre_x, t - self.centre_t
@@ -59,31 +62,65 @@ class Moments:
         return xx, tx
 
 
-def ridge(seen: Moments, weight: Tensor, strength: float, bias: bool) -> tuple[Tensor, Tensor | None]:
-    """The layer that maps the inputs onto the targets best and stays near what it was.
+def ridge(
+    seen: Moments, weight: Tensor, strengths: Sequence[float], bias: bool
+) -> list[tuple[Tensor, Tensor | None]]:
+    """For each strength the layer that maps the inputs onto the targets best and stays near what it was.
 
     W = W0 + (T - W0 X) X^T (X X^T + lambda I)^-1 and b = mean(t) - W mean(x), where X and T are inputs and
     targets about their means; about zero where the layer has no bias, as a shift cannot be fitted then.
 
     Args:
         weight: W0, (o, i), or where the moments are diagonal (i,).
-        strength: lambda as a share of the inputs' mean square about the mean (zero).
+        strengths: lambda, each as a share of the inputs' mean square about the mean (zero).
         bias: whether the layer has one.
 
     Returns:
         W as W0 in float64, and b (o,) or None.
     """
     start = in_double(weight)
-    origins = (seen.mean_x, seen.mean_t) if bias else (0 * seen.mean_x, 0 * seen.mean_t)
-    xx, tx = seen.about(*origins)
+    xx, tx = seen.about(*origins(seen, bias))
     energy = xx if seen.diagonal else xx.diagonal()
-    penalty = strength * energy.mean() + ROUNDING * (energy + seen.mean_x.square()).mean() + TINY
-    if seen.diagonal:
-        fitted = start + (tx - start * xx) / (xx + penalty)
-        return fitted, seen.mean_t - fitted * seen.mean_x if bias else None
-    gram = xx + penalty * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-    fitted = start + torch.linalg.solve(gram, tx - start @ xx, left=False)
-    return fitted, seen.mean_t - fitted @ seen.mean_x if bias else None
+    least = ROUNDING * (energy + seen.mean_x.square()).mean() + TINY
+    identity = 1 if seen.diagonal else torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+    left = tx - (start * xx if seen.diagonal else start @ xx)
+    fits: list[tuple[Tensor, Tensor | None]] = []
+    for strength in strengths:
+        gram = xx + (strength * energy.mean() + least) * identity
+        change = left / gram if seen.diagonal else torch.linalg.solve(gram, left, left=False)
+        fitted = start + change
+        mapped = fitted * seen.mean_x if seen.diagonal else fitted @ seen.mean_x
+        fits.append((fitted, seen.mean_t - mapped if bias else None))
+    return fits
+
+
+def best_ridge(
+    seen: Moments, held: Moments, weight: Tensor, strengths: Sequence[float], bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The one of `ridge`'s layers that errs least on what was held out.
+
+    A layer's inputs on images it was fitted to are better than on others, as the layers before it were fitted
+    to these too. So the pull that does best on others grows with depth, and no constant suits all layers.
+
+    Args:
+        held: moments of inputs and targets that are not in `seen`; of nothing, the middle strength is taken.
+    """
+    if not held.count:
+        strengths = strengths[len(strengths) // 2 :][:1]
+    fits = ridge(seen, weight, strengths, bias)
+    if len(fits) == 1:
+        return fits[0]
+    xx, tx = held.about(*origins(seen, bias))
+    errors = [
+        ((fitted * xx if held.diagonal else fitted @ xx) * fitted - 2 * tx * fitted).sum()
+        for fitted, _ in fits
+    ]
+    return fits[int(torch.stack(errors).argmin())]
+
+
+def origins(seen: Moments, bias: bool) -> tuple[Tensor, Tensor]:
+    """What inputs and targets are counted from: their means, or without a bias zero."""
+    return (seen.mean_x, seen.mean_t) if bias else (0 * seen.mean_x, 0 * seen.mean_t)
 
 
 ROUNDING = 1e-10
