@@ -7,8 +7,7 @@ makes good what those before it did wrong. A slice stands alone: nothing has to 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from scala_cli.errors import DataError
 from scala_cli.models.slimmable import Ratio, SlimmableViT
+from scala_cli.models.stages import Stage, embed, hooked, normed, read_by, stages
 from scala_cli.slicing.point import Point, find_point
 from scala_cli.slicing.ridge import Moments, best_ridge, in_double, ridge
 from scala_cli.slicing.rule import Rule, kept_end, slice_tensor
@@ -28,11 +28,6 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 """Of the pull towards the weights in order, as shares of the inputs' mean square; a layer takes its best."""
 HELD_OUT = 8
 """One of so many images is kept from the fit, to choose the strengths and to judge it."""
-PRE_NORM = (("norm1", "attn", "ls1"), ("norm2", "mlp", "ls2"))
-"""The two branches of timm's Block, as the parts that tokens pass in turn; each is added to the stream."""
-POST_NORM = (("attn", "norm1"), ("mlp", "norm2"))
-"""Likewise of timm's ResPostBlock."""
-HEAD = ("norm", "attn_pool", "fc_norm", "head", "head_dist")
 
 
 @dataclass(frozen=True)
@@ -78,29 +73,35 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Part of a ViT whose layers are fitted one by one, while the streams before it stand still.
+class Pair:
+    """The full model, and the slice that is being fitted to it."""
 
-    Args:
-        parts: names of its modules.
-        run: (model, tokens) -> tokens behind it.
-        residual: whether `run` adds what its last layer writes to the tokens it was given.
-    """
+    full: VisionTransformer
+    narrow: VisionTransformer
+    rule: Rule
+    point: Point
 
-    parts: tuple[str, ...]
-    run: Callable[[Any, Tensor], Tensor]
-    residual: bool = False
+    def embed(self, batches: Iterable[Tensor]) -> Streams:
+        """The tokens before the first block of images (B, C, H, W)."""
+        device = next(self.full.parameters()).device
+        streams, seen = Streams([], [], []), 0
+        for images in batches:
+            numbers = torch.arange(seen, seen + len(images), device=device)
+            streams.held.append(numbers % HELD_OUT == HELD_OUT - 1)
+            for vit, stream in ((self.full, streams.wanted), (self.narrow, streams.own)):
+                stream.append(embed(vit, images.to(device)))
+            seen += len(images)
+        if not seen:
+            raise DataError("there are no images to fit the slice to.", "Give a folder of images as --data.")
+        return streams
 
-    def layers(self, vit: VisionTransformer) -> dict[str, nn.Module]:
-        """Its linear layers and norms, by name."""
-        modules = dict(vit.named_modules())
-        inside = tuple(f"{part}." for part in self.parts)
-        return {
-            name: module
-            for name, module in modules.items()
-            if (name in self.parts or name.startswith(inside))
-            and isinstance(getattr(module, "weight", None), Tensor)
-        }
+    def keep(self, name: str, values: Tensor) -> Tensor:
+        """(..., channels) of the full layer of this name -> a copy of those that the slice has."""
+        axis = axes_of(f"{name}.weight", self.rule.table)[0]
+        end = kept_end(self.point, self.rule.span, self.rule.isolated)
+        kept = slice_tensor(values, [None] * (values.ndim - 1) + [axis], self.point, end).clone()
+        queries_of(self.full, name, kept).mul_(math.sqrt(self.point.ratio))
+        return kept
 
 
 @torch.no_grad()
@@ -132,16 +133,17 @@ def calibrate(
         DataError: where there is no image to fit to.
     """
     point = find_point(ratio, net.points)
-    full, rule = net.vit.eval(), replace(net.rule, attn_scale="fixed")
-    narrow = net.spec.at(point).build_with(rule.slice_state(full.state_dict(), point, copy=True))
+    rule = replace(net.rule, attn_scale="fixed")
+    narrow = net.spec.at(point).build_with(rule.slice_state(net.vit.state_dict(), point, copy=True))
     absorb_layer_scale(narrow)
-    streams = embed(full, narrow, batches)
-    todo = stages(full, every_token)
+    pair = Pair(net.vit.eval(), narrow, rule, point)
+    streams = pair.embed(batches)
+    todo = stages(pair.full, every_token)
     watch.phase("calibrate", len(todo), "stages")
     for stage in todo:
-        before, streams = streams, fit_stage(stage, full, narrow, rule, point, streams, strengths)
+        before, streams = streams, fit_stage(pair, stage, streams, strengths)
         watch.step(1)
-    return narrow, judge(full, narrow, before, streams)
+    return narrow, judge(pair, before, streams)
 
 
 def absorb_layer_scale(vit: VisionTransformer) -> None:
@@ -157,84 +159,25 @@ def absorb_layer_scale(vit: VisionTransformer) -> None:
                 gamma.fill_(1)
 
 
-def embed(full: VisionTransformer, narrow: VisionTransformer, batches: Iterable[Tensor]) -> Streams:
-    """The tokens before the first block."""
-    device = next(full.parameters()).device
-    streams, seen = Streams([], [], []), 0
-    for images in batches:
-        numbers = torch.arange(seen, seen + len(images), device=device)
-        streams.held.append(numbers % HELD_OUT == HELD_OUT - 1)
-        for vit, stream in ((full, streams.wanted), (narrow, streams.own)):
-            stream.append(vit.patch_drop(vit._pos_embed(vit.patch_embed(images.to(device)))))
-        seen += len(images)
-    if not seen:
-        raise DataError("there are no images to fit the slice to.", "Give a folder of images as --data.")
-    return streams
-
-
-def stages(vit: VisionTransformer, every_token: bool) -> list[Stage]:
-    """All behind the embedding, first to last."""
-    found = [Stage(("norm_pre",), lambda vit, tokens: vit.norm_pre(tokens))]
-    for number, block in enumerate(vit.blocks):
-        for branch in PRE_NORM if hasattr(block, "ls1") else POST_NORM:
-            parts = tuple(f"blocks.{number}.{part}" for part in branch)
-            found.append(Stage(parts, add_branch(parts), residual=True))
-    pooled = Stage(HEAD, lambda vit, tokens: vit.forward_head(vit.norm(tokens)))
-    dense = Stage(HEAD, lambda vit, tokens: vit.head(normed(vit, tokens)))
-    return [*found, dense if every_token else pooled]
-
-
-def add_branch(parts: tuple[str, ...]) -> Callable[[Any, Tensor], Tensor]:
-    """tokens -> tokens plus what these parts make of them in turn."""
-
-    def run(vit: VisionTransformer, tokens: Tensor) -> Tensor:
-        written = tokens
-        for part in parts:
-            written = vit.get_submodule(part)(written)
-        return tokens + written
-
-    return run
-
-
-def normed(vit: VisionTransformer, tokens: Tensor) -> Tensor:
-    """(B, N, C) tokens behind the last block -> through the final norm, before or after pooling as it is."""
-    return vit.fc_norm(vit.norm(tokens))
-
-
-def fit_stage(
-    stage: Stage,
-    full: VisionTransformer,
-    narrow: VisionTransformer,
-    rule: Rule,
-    point: Point,
-    streams: Streams,
-    strengths: Sequence[float],
-) -> Streams:
+def fit_stage(pair: Pair, stage: Stage, streams: Streams, strengths: Sequence[float]) -> Streams:
     """Fits the slice's layers of a stage, in place. Returns the streams behind it."""
     targets: dict[str, list[Tensor]] = {}
-    end = kept_end(point, rule.span, rule.isolated)
-
-    def keep(name: str, values: Tensor) -> Tensor:
-        axis = axes_of(f"{name}.weight", rule.table)[0]
-        kept = slice_tensor(values, [None] * (values.ndim - 1) + [axis], point, end).clone()
-        queries_of(full, name, kept).mul_(math.sqrt(point.ratio))
-        return kept
 
     def record(name: str) -> Callable[..., None]:
-        return lambda _, read, wrote: targets.setdefault(name, []).append(keep(name, wrote))
+        return lambda _, read, wrote: targets.setdefault(name, []).append(pair.keep(name, wrote))
 
-    layers = stage.layers(full)
+    layers = stage.layers(pair.full)
     with hooked(layers[name].register_forward_hook(record(name)) for name in layers):
-        behind = [stage.run(full, tokens) for tokens in streams.wanted]
+        wanted = [stage.run(pair.full, tokens) for tokens in streams.wanted]
     if stage.residual:
         writer = list(targets)[-1]
-        pairs = zip(behind, streams.own, strict=True)
-        targets[writer] = [keep(writer, after) - tokens for after, tokens in pairs]
+        steps = zip(wanted, streams.own, strict=True)
+        targets[writer] = [pair.keep(writer, after) - tokens for after, tokens in steps]
     for name, values in targets.items():
-        layer: Any = narrow.get_submodule(name)
-        read = (read_by(layer, stage, narrow, tokens) for tokens in streams.own)
+        layer: Any = pair.narrow.get_submodule(name)
+        read = (read_by(layer, stage, pair.narrow, tokens) for tokens in streams.own)
         fit_layer(layer, zip(read, values, streams.held, strict=True), strengths)
-    return Streams(behind, [stage.run(narrow, tokens) for tokens in streams.own], streams.held)
+    return Streams(wanted, [stage.run(pair.narrow, tokens) for tokens in streams.own], streams.held)
 
 
 def queries_of(vit: VisionTransformer, name: str, written: Tensor) -> Tensor:
@@ -271,46 +214,14 @@ def fit_layer(
         shift.copy_(bias)
 
 
-class Reached(Exception):
-    """A forward came to the layer it was for."""
-
-    def __init__(self, read: Tensor) -> None:
-        self.read = read
-
-
-def read_by(layer: nn.Module, stage: Stage, vit: VisionTransformer, tokens: Tensor) -> Tensor:
-    """What a layer of the stage reads, given the tokens before the stage. What follows is not computed."""
-
-    def stop(_: nn.Module, read: tuple[Tensor, ...]) -> None:
-        raise Reached(read[0])
-
-    with hooked([layer.register_forward_pre_hook(stop)]):
-        try:
-            stage.run(vit, tokens)
-        except Reached as reached:
-            return reached.read
-    raise AssertionError("the full model has this layer, the slice does not run it")
-
-
-@contextmanager
-def hooked(hooks: Iterable[Any]) -> Iterator[None]:
-    """The hooks are gone afterwards."""
-    placed = list(hooks)
-    try:
-        yield
-    finally:
-        for hook in placed:
-            hook.remove()
-
-
-def judge(full: VisionTransformer, narrow: VisionTransformer, last: Streams, output: Streams) -> Fit:
+def judge(pair: Pair, last: Streams, output: Streams) -> Fit:
     """Measures the fit on the images held out.
 
     Args:
         last: behind the last block.
         output: behind the head.
     """
-    seen = Moments()
+    full, narrow, seen = pair.full, pair.narrow, Moments()
     for own, wanted in last.of_images(held_out=False):
         seen.add(normed(narrow, own), normed(full, wanted))
     weight = ridge(seen, torch.zeros_like(seen.products_tx), [1e-6], bias=True)[0][0]
