@@ -1,0 +1,109 @@
+"""A ViT in stages: its forward cut at the residual stream, so that its layers can be worked on one by one."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+PRE_NORM = (("norm1", "attn", "ls1"), ("norm2", "mlp", "ls2"))
+"""The two branches of timm's Block, as the parts that tokens pass in turn; each is added to the stream."""
+POST_NORM = (("attn", "norm1"), ("mlp", "norm2"))
+"""Likewise of timm's ResPostBlock."""
+HEAD = ("norm", "attn_pool", "fc_norm", "head", "head_dist")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Args:
+        parts: names of its modules.
+        run: (model, tokens) -> tokens behind it.
+        residual: whether `run` adds what its last layer writes to the tokens it was given.
+    """
+
+    parts: tuple[str, ...]
+    run: Callable[[Any, Tensor], Tensor]
+    residual: bool = False
+
+    def layers(self, vit: VisionTransformer) -> dict[str, nn.Module]:
+        """Its linear layers and norms, by name."""
+        inside = tuple(f"{part}." for part in self.parts)
+        return {
+            name: module
+            for name, module in vit.named_modules()
+            if f"{name}.".startswith(inside) and isinstance(getattr(module, "weight", None), Tensor)
+        }
+
+
+def stages(vit: VisionTransformer, every_token: bool = False) -> list[Stage]:
+    """All behind the embedding, first to last: the halves of each block, and the head.
+
+    Args:
+        every_token: whether the head reads every token instead of the pooled one.
+    """
+    found = [Stage(("norm_pre",), lambda vit, tokens: vit.norm_pre(tokens))]
+    for number, block in enumerate(vit.blocks):
+        for branch in PRE_NORM if hasattr(block, "ls1") else POST_NORM:
+            parts = tuple(f"blocks.{number}.{part}" for part in branch)
+            found.append(Stage(parts, add_branch(parts), residual=True))
+    pooled = Stage(HEAD, lambda vit, tokens: vit.forward_head(vit.norm(tokens)))
+    dense = Stage(HEAD, lambda vit, tokens: vit.head(normed(vit, tokens)))
+    return [*found, dense if every_token else pooled]
+
+
+def add_branch(parts: tuple[str, ...]) -> Callable[[Any, Tensor], Tensor]:
+    """tokens -> tokens plus what these parts make of them in turn."""
+
+    def run(vit: VisionTransformer, tokens: Tensor) -> Tensor:
+        written = tokens
+        for part in parts:
+            written = vit.get_submodule(part)(written)
+        return tokens + written
+
+    return run
+
+
+def embed(vit: VisionTransformer, images: Tensor) -> Tensor:
+    """(B, C, H, W) images -> (B, N, C) tokens before the first stage."""
+    return vit.patch_drop(vit._pos_embed(vit.patch_embed(images)))
+
+
+def normed(vit: VisionTransformer, tokens: Tensor) -> Tensor:
+    """(B, N, C) tokens behind the last block, through the final norm, be it before or after pooling."""
+    return vit.fc_norm(vit.norm(tokens))
+
+
+class Reached(Exception):
+    """A forward came to the layer it was for."""
+
+    def __init__(self, read: Tensor) -> None:
+        self.read = read
+
+
+def read_by(layer: nn.Module, stage: Stage, vit: VisionTransformer, tokens: Tensor) -> Tensor:
+    """What a layer of the stage reads, given the tokens before the stage. What follows is not computed."""
+
+    def stop(_: nn.Module, read: tuple[Tensor, ...]) -> None:
+        raise Reached(read[0])
+
+    with hooked([layer.register_forward_pre_hook(stop)]):
+        try:
+            stage.run(vit, tokens)
+        except Reached as reached:
+            return reached.read
+    raise AssertionError("the stage does not run this layer")
+
+
+@contextmanager
+def hooked(hooks: Iterable[Any]) -> Iterator[None]:
+    """The hooks are gone afterwards."""
+    placed = list(hooks)
+    try:
+        yield
+    finally:
+        for hook in placed:
+            hook.remove()

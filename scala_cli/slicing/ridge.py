@@ -1,0 +1,134 @@
+"""Linear regression in closed form, from moments that are counted batch by batch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Moments:
+    """First and second moments of inputs x and targets t over tokens.
+
+    Products are computed in the precision of what comes in, about the means of the first batch, so that a
+    large mean costs no digits; their sums are kept in float64.
+
+    Args:
+        diagonal: each input has one target of its own, as in the affine part of a norm: of the second
+            moments only the diagonals are kept.
+    """
+
+    def __init__(self, diagonal: bool = False) -> None:
+        self.diagonal = diagonal
+        self.count = 0
+        self.centre_x: Any = None
+        self.centre_t: Any = None
+        self.sum_x: Any = 0.0
+        self.sum_t: Any = 0.0
+        self.products_xx: Any = 0.0
+        self.products_tx: Any = 0.0
+
+    def add(self, inputs: Tensor, targets: Tensor) -> None:
+        """Counts (..., i) inputs and (..., o) targets in."""
+        x, t = inputs.flatten(0, -2), targets.flatten(0, -2)
+        if not len(x):
+            return
+        if self.count == 0:
+            self.centre_x, self.centre_t = x.mean(0), t.mean(0)
+        x, t = x - self.centre_x, t - self.centre_t
+        self.count += len(x)
+        self.sum_x = self.sum_x + in_double(x.sum(0))
+        self.sum_t = self.sum_t + in_double(t.sum(0))
+        self.products_xx = self.products_xx + in_double((x * x).sum(0) if self.diagonal else x.mT @ x)
+        self.products_tx = self.products_tx + in_double((t * x).sum(0) if self.diagonal else t.mT @ x)
+
+    @property
+    def mean_x(self) -> Tensor:
+        """(i,)"""
+        return self.sum_x / self.count + in_double(self.centre_x)
+
+    @property
+    def mean_t(self) -> Tensor:
+        """(o,)"""
+        return self.sum_t / self.count + in_double(self.centre_t)
+
+    def about(self, origin_x: Tensor, origin_t: Tensor) -> tuple[Tensor, Tensor]:
+        """E[(x - a)(x - a)^T] (i, i) and E[(t - b)(x - a)^T] (o, i); where diagonal (i,) and (i,)."""
+        x, t = self.sum_x / self.count, self.sum_t / self.count
+        a, b = origin_x - in_double(self.centre_x), origin_t - in_double(self.centre_t)
+        times = torch.mul if self.diagonal else torch.outer
+        xx = self.products_xx / self.count - times(x, a) - times(a, x) + times(a, a)
+        tx = self.products_tx / self.count - times(t, a) - times(b, x) + times(b, a)
+        return xx, tx
+
+
+def ridge(
+    seen: Moments, weight: Tensor, strengths: Sequence[float], bias: bool
+) -> list[tuple[Tensor, Tensor | None]]:
+    """For each strength the layer that maps the inputs onto the targets best and stays near what it was.
+
+    W = W0 + (T - W0 X) X^T (X X^T + lambda I)^-1 and b = mean(t) - W mean(x), where X and T are inputs and
+    targets about their means; about zero where the layer has no bias, as a shift cannot be fitted then.
+
+    Args:
+        weight: W0, (o, i), or where the moments are diagonal (i,).
+        strengths: lambda, each as a share of the inputs' mean square about the mean (zero).
+        bias: whether the layer has one.
+
+    Returns:
+        W as W0 in float64, and b (o,) or None.
+    """
+    start = in_double(weight)
+    xx, tx = seen.about(*origins(seen, bias))
+    energy = xx if seen.diagonal else xx.diagonal()
+    least = ROUNDING * (energy + seen.mean_x.square()).mean() + TINY
+    identity = 1 if seen.diagonal else torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+    left = tx - (start * xx if seen.diagonal else start @ xx)
+    fits: list[tuple[Tensor, Tensor | None]] = []
+    for strength in strengths:
+        gram = xx + (strength * energy.mean() + least) * identity
+        change = left / gram if seen.diagonal else torch.linalg.solve(gram, left, left=False)
+        fitted = start + change
+        mapped = fitted * seen.mean_x if seen.diagonal else fitted @ seen.mean_x
+        fits.append((fitted, seen.mean_t - mapped if bias else None))
+    return fits
+
+
+def best_ridge(
+    seen: Moments, held: Moments, weight: Tensor, strengths: Sequence[float], bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The one of `ridge`'s layers that errs least on what was held out.
+
+    A layer's inputs on images it was fitted to are better than on others, as the layers before it were fitted
+    to these too. So the pull that does best on others grows with depth, and no constant suits all layers.
+
+    Args:
+        held: moments of inputs and targets that are not in `seen`; of nothing, the middle strength is taken.
+    """
+    if not held.count:
+        strengths = strengths[len(strengths) // 2 :][:1]
+    fits = ridge(seen, weight, strengths, bias)
+    if len(fits) == 1:
+        return fits[0]
+    xx, tx = held.about(*origins(seen, bias))
+    errors = [
+        ((fitted * xx if held.diagonal else fitted @ xx) * fitted - 2 * tx * fitted).sum()
+        for fitted, _ in fits
+    ]
+    return fits[int(torch.stack(errors).argmin())]
+
+
+def origins(seen: Moments, bias: bool) -> tuple[Tensor, Tensor]:
+    """What inputs and targets are counted from: their means, or without a bias zero."""
+    return (seen.mean_x, seen.mean_t) if bias else (0 * seen.mean_x, 0 * seen.mean_t)
+
+
+ROUNDING = 1e-10
+"""What float32 can tell of a variance, as a share of the mean square: inputs that vary less are constant."""
+TINY = 1e-30
+"""Keeps from a division by zero where all inputs are zero."""
+
+
+def in_double(tensor: Tensor) -> Tensor:
+    """The tensor in float64, on the CPU where its device has none (Apple's GPUs)."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
