@@ -8,12 +8,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from scala_cli.cascade import Cascade
     from scala_cli.deploy.slice import slice_model
+    from scala_cli.models.calibrate import calibrate
     from scala_cli.models.checkpoint import load
     from scala_cli.models.in_memory import slimmable
     from scala_cli.models.slimmable import SlimmableViT
     from scala_cli.slicing.point import Point
 
-__all__ = ["Cascade", "Point", "SlimmableViT", "__version__", "load", "slice_model", "slimmable"]
+__all__ = ["Cascade", "Point", "SlimmableViT", "__version__", "calibrate", "load", "slice_model", "slimmable"]
 
 _HOMES = {
     "load": "scala_cli.models.checkpoint",
@@ -21,6 +22,7 @@ _HOMES = {
     "Point": "scala_cli.slicing.point",
     "slice_model": "scala_cli.deploy.slice",
     "Cascade": "scala_cli.cascade",
+    "calibrate": "scala_cli.models.calibrate",
     "slimmable": "scala_cli.models.in_memory",
 }
 

@@ -137,6 +137,18 @@ class EvalSettings:
 
 
 @dataclass(frozen=True)
+class CalibrationSettings:
+    """How slices are fitted to the full model."""
+
+    calibrate: bool | None = option(
+        None,
+        "Fit each slice to the full model on images of --data, without their labels. "
+        "Default: in scala slice, where its width has not been trained.",
+    )
+    calibration_images: int = option(512, "About how many images to look at.", min=8)
+
+
+@dataclass(frozen=True)
 class BenchSettings:
     """How it is timed."""
 

@@ -13,7 +13,7 @@ from scala_cli.models.calibrate import HELD_OUT, calibrate
 from scala_cli.models.order import put_first_what_matters
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.vit import describe
-from scala_cli.slicing.point import parse_points
+from scala_cli.slicing.point import parse_points, ratios_of
 from scala_cli.slicing.ridge import Moments, best_ridge, ridge
 from scala_cli.slicing.rule import Rule
 from scala_cli.watch import Watcher
@@ -40,7 +40,7 @@ def rare(kind: str) -> SlimmableViT:
         for parameter in vit.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     spec = describe(vit, args)
-    return SlimmableViT(vit, spec, Rule(parse_points("0.5,1"), heads)).eval()
+    return SlimmableViT(vit, spec, Rule(ratios_of(parse_points("0.5,1")), heads)).eval()
 
 
 def ordered(kind: str, images: Tensor) -> SlimmableViT:

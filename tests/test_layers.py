@@ -18,7 +18,7 @@ LAYERS = [
     {"tasks"},
     {"methods"},
     {"report", "plot", "cascade"},
-    {"evaluate", "formats"},
+    {"evaluate", "formats", "calibration"},
     {"bench", "training"},
     {"deploy"},
     {"cli", "__main__"},

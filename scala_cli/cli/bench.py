@@ -9,6 +9,7 @@ from scala_cli.cli.options import Widths, find_checkpoint
 from scala_cli.files import refuse_unwritable
 from scala_cli.settings import (
     BenchSettings,
+    CalibrationSettings,
     DeviceSettings,
     EvalSettings,
     OptimizerSettings,
@@ -58,6 +59,7 @@ def bench(
     ] = False,
     *,
     settings: BenchSettings,
+    calibration: CalibrationSettings,
     read: ReadSettings,
     device: DeviceSettings,
     out: Output,
@@ -74,11 +76,14 @@ def bench(
     elsewhere = (data, compare, plot, html, settings.int8, settings.runtime != "torch")
     if train and any(elsewhere):
         raise typer.BadParameter("--train times torch on random images: leave out what is for predictions.")
+    if calibration.calibrate and (train or data is None):
+        raise typer.BadParameter("--calibrate goes with --data, not with --train.")
     for name, given in (("--grad-checkpointing", grad_checkpointing), ("--torchcompile", torchcompile)):
         if given and not train:
             raise typer.BadParameter(f"{name} goes with --train.")
 
     from scala_cli.bench.run import bench as bench_predictions
+    from scala_cli.calibration import cut_without_training
     from scala_cli.evaluate import validation_loader
     from scala_cli.plot import as_svg, bench_picture, refuse_picture, save
     from scala_cli.report import write_csv, write_page
@@ -106,6 +111,9 @@ def bench(
             )
             if images:
                 images.split.tell(live)
+            if calibration.calibrate:
+                assert data is not None
+                net, _ = cut_without_training(net, record, points, data, calibration, read, device, live)
             document = bench_predictions(net, record, points, compare or (), settings, device, live, images)
             if images:
                 images.tell_skipped(live)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import typer
 
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import Force, Ratios, Target
+from scala_cli.cli.options import Force, ImgSize, PatchSize, Ratios, Target, Weights
 from scala_cli.errors import ScalaError
 from scala_cli.files import refuse_occupied
 from scala_cli.models.locate import FILES, path_of, short_name
@@ -23,9 +23,7 @@ def convert(
     ],
     output: Target = None,
     ratios: Ratios = None,
-    weights: Annotated[
-        Path | None, typer.Option("--weights", help="Read this file instead of downloading.")
-    ] = None,
+    weights: Weights = None,
     ema: Annotated[
         bool,
         typer.Option(
@@ -44,8 +42,8 @@ def convert(
         ),
     ] = None,
     num_classes: Annotated[int | None, typer.Option(min=1, help="A new head with so many classes.")] = None,
-    img_size: Annotated[int | None, typer.Option(min=1, help="Pixels a side.")] = None,
-    patch_size: Annotated[int | None, typer.Option(min=1, help="Pixels a side of a patch.")] = None,
+    img_size: ImgSize = None,
+    patch_size: PatchSize = None,
     layout: Annotated[
         Literal["aligned", "fused"],
         typer.Option(help="Cut every head of q, k and v alike, or qkv as one block (only for comparison)."),

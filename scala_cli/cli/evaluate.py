@@ -5,7 +5,7 @@ import typer
 
 from scala_cli.cli.console import Output
 from scala_cli.cli.options import Checkpoint, Data, Widths, find_checkpoint
-from scala_cli.settings import DeviceSettings, EvalSettings, ReadSettings
+from scala_cli.settings import CalibrationSettings, DeviceSettings, EvalSettings, ReadSettings
 from scala_cli.slicing.point import choose_points
 
 THRESHOLDS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -29,6 +29,7 @@ def evaluate(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw the cascade at every threshold: .svg, .png or .pdf.")
     ] = None,
+    calibration: CalibrationSettings,
     settings: EvalSettings,
     read: ReadSettings,
     device: DeviceSettings,
@@ -45,6 +46,7 @@ def evaluate(
     threshold = 0.8 if threshold is None else threshold
     directory = find_checkpoint(checkpoint, out)
 
+    from scala_cli.calibration import cut_without_training
     from scala_cli.cascade import Cascade
     from scala_cli.device import choose_device
     from scala_cli.evaluate import evaluate, evaluate_cascade, validation_loader
@@ -59,11 +61,14 @@ def evaluate(
     place = choose_device(device)
     net, record = load_with_record(directory)
     task = task_named(record.task)
-    net.to(place)
-    choose_attention(net.vit, place, uses_bfloat16(place, device))
+    points = choose_points(ratio, net.points)
     loader = validation_loader(net, data, settings.batch_size, read)
     document: dict[str, Any]
     with out.progress() as live:
+        if calibration.calibrate:
+            net, _ = cut_without_training(net, record, net.points, data, calibration, read, device, live)
+        net.to(place)
+        choose_attention(net.vit, place, uses_bfloat16(place, device))
         note_emulation(place, device, live)
         loader.split.tell(live)
         if cascade:
@@ -73,7 +78,7 @@ def evaluate(
             document = next({**row} for row in sweep if row["threshold"] == threshold)
             document |= {"cascade": [str(point) for point in asked.points], "points": rows, "sweep": sweep}
         else:
-            rows = evaluate(net, task, loader, choose_points(ratio, net.points), device, live)
+            rows = evaluate(net, task, loader, points, device, live)
             document = {"points": rows}
         loader.tell_skipped(live)
     if cascade and plot:

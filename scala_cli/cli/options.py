@@ -37,6 +37,9 @@ Widths = Annotated[
     list[str] | None,
     typer.Option("--ratio", help="One of the trained widths; repeat for more. Default: all."),
 ]
+Weights = Annotated[Path | None, typer.Option("--weights", help="Read this file instead of downloading.")]
+ImgSize = Annotated[int | None, typer.Option("--img-size", min=1, help="Pixels a side.")]
+PatchSize = Annotated[int | None, typer.Option("--patch-size", min=1, help="Pixels a side of a patch.")]
 Target = Annotated[Path | None, typer.Option("--output", "-o", help="Directory to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what the output directory holds.")]
 

@@ -1,52 +1,116 @@
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import Checkpoint, Force, Target, find_checkpoint
+from scala_cli.cli.options import Force, ImgSize, PatchSize, Target, Weights, find_checkpoint
 from scala_cli.files import refuse_occupied
-from scala_cli.models.locate import FILES
-from scala_cli.settings import Budget, DeviceSettings
+from scala_cli.models.locate import FILES, path_of, short_name
+from scala_cli.settings import Budget, CalibrationSettings, DeviceSettings, EvalSettings, ReadSettings
 from scala_cli.slicing.point import Point
 
 
 def slice(
-    checkpoint: Checkpoint = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[CKPT|MODEL]",
+            help="A checkpoint, or with --data a model as in scala convert. Default: the newest run.",
+        ),
+    ] = None,
     *,
-    ratio: Annotated[str | None, typer.Option("--ratio", help="One of the trained widths.")] = None,
+    ratio: Annotated[str | None, typer.Option("--ratio", help="One of its widths; of a MODEL any.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="Images to fit the slice on: any folder of them, labels are not needed."),
+    ] = None,
     output: Target = None,
     force: Force = False,
+    weights: Weights = None,
+    img_size: ImgSize = None,
+    patch_size: PatchSize = None,
+    calibration: CalibrationSettings,
     budget: Budget,
+    read: ReadSettings,
     device: DeviceSettings,
     out: Output,
 ) -> None:
     """Write one width as standalone safetensors that timm loads by itself.
 
-    The one named, or the widest that fits a budget. It is read back through timm and compared before it
-    takes its place.
+    The one named, or the widest that fits a budget. A width that has not been trained is fitted to the full
+    model first, on images without labels, in closed form. The file is read back through timm and compared
+    before it takes its place.
 
-    Example: scala slice --ratio 0.5 -o small; and: scala slice --max-latency-ms 8 --threads 1
+    Example: scala slice deit_s --ratio 0.5 --data PHOTOS -o half; and: scala slice --max-latency-ms 8
     """
     limited = any(limit is not None for limit in asdict(budget).values())
     if (ratio is not None) is limited:
         raise typer.BadParameter("Give either a width, --ratio 0.5, or what it must fit, --max-latency-ms 8.")
+    if calibration.calibrate and data is None:
+        raise typer.BadParameter("--calibrate needs images, without labels: --data DIR")
     point = Point.of(ratio) if ratio is not None else None
-    directory = find_checkpoint(checkpoint, out)
+    source = path_of(checkpoint) if checkpoint else None
     if output is not None:
-        refuse_occupied(output, force, FILES, source=directory)  # before anything is measured
+        refuse_occupied(output, force, FILES, source=source)  # before anything is measured
 
+    from scala_cli.calibration import cut_without_training
+    from scala_cli.data.split import open_images
     from scala_cli.deploy.budget import candidates, choose, is_measured
-    from scala_cli.deploy.slice import default_target, slice_model
+    from scala_cli.deploy.slice import default_target, slice_family, slice_model, tell_untrained
+    from scala_cli.evaluate import evaluate, validation_loader
+    from scala_cli.models.checkpoint import load_with_record
+    from scala_cli.models.source import Changes, is_checkpoint, open_model
+    from scala_cli.tasks import task_named
 
-    if device != DeviceSettings() and not is_measured(budget):
+    if device != DeviceSettings() and not is_measured(budget) and data is None:
         raise typer.BadParameter("--device, --amp and --threads go with what is measured: --max-latency-ms.")
+    changes = Changes(None, img_size, patch_size)
+    named_model = checkpoint is not None and not is_checkpoint(checkpoint)
+    if (weights or changes.given()) and not named_model:
+        raise typer.BadParameter("--weights, --img-size and --patch-size go with a MODEL.")
+    if data is not None:
+        open_images(data, read.data_dir)  # before any download
     rows = []
     with out.progress() as live:
+        if named_model:
+            assert checkpoint is not None
+            if data is None:
+                raise typer.BadParameter(
+                    "a MODEL is cut after a look at some images, without labels: --data DIR"
+                )
+            widths = (point,) if point else None
+            net, record = open_model(checkpoint, widths, changes, weights=weights, watch=live)
+            name, directory = short_name(checkpoint), None
+        else:
+            directory = find_checkpoint(checkpoint, out)
+            net, record = load_with_record(directory)
+        points = [point] if point else net.points
+        fits = calibration.calibrate or (calibration.calibrate is None and record.is_untrained(points))
+        if data is not None and (fits or named_model):
+            chosen = replace(calibration, calibrate=fits)
+            net, record = cut_without_training(net, record, points, data, chosen, read, device, live)
+            if budget.min_top1 is not None:
+                loader = validation_loader(net, data, EvalSettings().batch_size, read)
+                found = evaluate(net, task_named(record.task), loader, points, device, live)
+                record = replace(record, metrics=found)
         if point is None:
-            rows = candidates(directory, budget, device, live)
+            rows = candidates(net, record, budget, device, live)
             point = Point.of_row(choose(rows, budget))
-        target = output or default_target(checkpoint, directory, point.file_name)
-        result = slice_model(directory, point, target, force, live)
+        if directory is not None:
+            target = output or default_target(checkpoint, directory, point.file_name)
+        else:
+            target = output or Path(f"{name}-{point.file_name}")
+        if data is not None and (fits or named_model):
+            tell_untrained(replace(record, calibrated=record.calibrated if fits else 0), [point], live)
+            result = slice_family(net, record, point, target, force)
+        else:
+            result = slice_model(directory or "", point, target, force, live)
+    if fit := result.get("fit"):
+        out.note(
+            f"fitted to {fit['images']} images; of {fit['held_out']} others its output explains "
+            f"{fit['r2']:.1%} of the full model's."
+        )
     out.result({**result, "candidates": rows} if rows else result, rows)
     out.note(f"load it: timm.create_model('local-dir:{result['path']}', pretrained=True)")

@@ -87,6 +87,42 @@ def read_folder(folder: Path) -> Folder:
     return Folder(tuple(directories), [*map(str, directories.values())], names, others)
 
 
+def read_images(folder: Path) -> Folder:
+    """Return all images of a folder, however deep they lie, each folder counted as a class of its own.
+
+    Raises DataError where there is none.
+    """
+    directories: list[str] = []
+    names: list[list[str]] = []
+    others: Counter[str] = Counter()
+    seen: set[tuple[int, int]] = set()  # a link may lead back up
+    left = [folder]
+    while left:
+        directory = left.pop()
+        place = directory.stat()
+        if (place.st_dev, place.st_ino) in seen:
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        images, deeper = [], []
+        for entry in visible(directory):
+            if entry.is_dir():
+                deeper.append(Path(entry.path))
+            elif is_image(entry):
+                images.append(entry.name)
+            else:
+                others[suffix(entry.name)] += 1
+        left += sorted(deeper, key=lambda path: natural_order(path.name), reverse=True)
+        if images:
+            directories.append(str(directory))
+            names.append(sorted(images, key=natural_order))
+    if not names:
+        instead = f", but {counted(others)}" if others else ""
+        raise DataError(
+            f"{folder} holds no images{instead}.", "Add images such as .jpg, .png, .webp or .tif."
+        )
+    return Folder(tuple(directories), directories, names, others)
+
+
 def class_folders(folder: Path) -> dict[str, Path]:
     """Return the class folders by name, in natural order, the same in every process.
 

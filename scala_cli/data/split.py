@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import create_dataset
 
 from scala_cli.data.classes import same_classes, spelled
-from scala_cli.data.folder import class_folders, counted, read_folder
+from scala_cli.data.folder import class_folders, counted, read_folder, read_images
 from scala_cli.data.images import open_image
 from scala_cli.data.samples import FromDataset, FromReader, Renumbered, Samples, Some
 from scala_cli.errors import DataError
@@ -71,6 +71,22 @@ def open_split(
         return digits(training)
     folder = Path(data).expanduser()
     return open_folder(folder, training, classes) if folder.is_dir() else open_named(data, training, data_dir)
+
+
+def open_images(data: str, data_dir: str | None = None) -> Split:
+    """All images to be looked at without their labels.
+
+    Args:
+        data: as `open_split`, whose training part is taken; or any folder of images, flat or nested.
+
+    Raises DataError where there is none.
+    """
+    folder = Path(data).expanduser()
+    if not folder.is_dir():
+        return open_split(data, True, data_dir)
+    found = read_images(folder / "train" if (folder / "train").is_dir() else folder)
+    passed = f"{folder}: files passed over, of kinds that are not read: {counted(found.others)}."
+    return Split(found, (), (passed,) if found.others else ())
 
 
 def refuse_unknown(data: str, data_dir: str | None = None) -> None:

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from scala_cli.bench.run import bench
 from scala_cli.cost import cost
 from scala_cli.errors import PointError
-from scala_cli.models.checkpoint import load_with_record, read_about
+from scala_cli.models.checkpoint import Record
+from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.settings import BenchSettings, Budget, DeviceSettings
 from scala_cli.slicing.point import Point
 from scala_cli.tasks import task_named
@@ -21,7 +21,7 @@ MEASURED = {"latency_ms", "memory_mb"}
 
 
 def candidates(
-    checkpoint: Path, budget: Budget, where: DeviceSettings, watch: Watcher
+    net: SlimmableViT, record: Record, budget: Budget, where: DeviceSettings, watch: Watcher
 ) -> list[dict[str, Any]]:
     """Every trained width, narrowest first, with all that the budget asks for.
 
@@ -29,17 +29,14 @@ def candidates(
         per width {"ratio", "params", "gmacs", "top1"}, where they are asked for "latency_ms" and "memory_mb"
         as well, and "fits".
     """
+    main = main_column(task_named(record.task))
     if is_measured(budget):
-        net, record = load_with_record(checkpoint)
         rows = bench(net, record, net.points, (), BenchSettings(batch_size=1), where, watch)["points"]
     else:
-        spec, rule, record = read_about(checkpoint)
-        main = main_column(task_named(record.task))
         rows = [
-            {**point.columns(), **cost(spec.at(point.ratio)), main: record.measured(point, main)}
-            for point in map(Point, rule.ratios)
+            {**point.columns(), **cost(net.spec.at(point.ratio)), main: record.measured(point, main)}
+            for point in net.points
         ]
-    main = main_column(task_named(record.task))
     names = ["params", "gmacs", main, *(name for name, _, _ in limits_of(budget))]
     return [
         {

@@ -1,21 +1,26 @@
 """One width as files that stand alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from torch import Tensor
 
 from scala_cli.cost import cost
 from scala_cli.deploy.card import model_card
 from scala_cli.errors import CheckpointError
 from scala_cli.files import refuse_occupied, whole_directory
+from scala_cli.models.calibrate import Fit
 from scala_cli.models.checkpoint import Record, TensorByTensor, read_about, versions, write_timm
+from scala_cli.models.fitted import FittedViT
 from scala_cli.models.locate import CARD, FILES, WEIGHTS, resolve, short_name
-from scala_cli.models.slimmable import Ratio
+from scala_cli.models.slimmable import Ratio, SlimmableViT
 from scala_cli.models.views import fill
-from scala_cli.models.vit import random_images, refuse_misfit
+from scala_cli.models.vit import Spec, random_images, refuse_misfit
 from scala_cli.slicing.point import Point, find_point
 from scala_cli.watch import QUIET, Watcher
 
@@ -37,7 +42,7 @@ def slice_model(
     timm's own on views of the full weights. These are never in memory as a whole.
 
     Returns:
-        {"path", "ratio", "params", "gmacs", "max_abs_diff"}
+        {"path", "ratio", "params", "gmacs", "calibrated", "max_abs_diff"}
 
     Raises:
         PointError: a width that was not trained.
@@ -48,12 +53,59 @@ def slice_model(
     point = find_point(ratio, map(Point, rule.ratios))
     refuse_occupied(target, force, FILES, source=checkpoint)
     spec = full.at(point.ratio)
+    weights, probe = TensorByTensor(checkpoint / WEIGHTS), random_images(spec, 1)
+    views, skeleton = rule.slice_state(weights, point.ratio), spec.build(slim=True)
+    refuse_misfit(skeleton, views, weights.file)
+    tell_untrained(record, [point], watch)
+    fill(skeleton, views)
+    expected = skeleton(probe)  # as SlimmableViT.forward
+    del views, skeleton
+    cut = partial(rule.slice_state, weights, point.ratio, copy=True)
+    return write_slice(target, spec, record, point, cut, expected)
+
+
+@torch.inference_mode()
+def slice_family(
+    net: SlimmableViT, record: Record, ratio: Ratio, target: Path, force: bool = False
+) -> dict[str, Any]:
+    """Writes one width of a family that is in memory, as `slice_model`; a fitted one as it was fitted.
+
+    Returns:
+        as `slice_model`, with "calibrated", and "fit" where it was: `Fit.told`.
+    """
+    point = find_point(ratio, net.points)
+    refuse_occupied(target, force, FILES)
+    piece, fit = net.slice(point), net.fits.get(point.ratio) if isinstance(net, FittedViT) else None
+    expected = piece(random_images(net.spec.at(point.ratio), 1))
+    record = replace(record, calibrated=record.calibrated if fit else 0)
+    return write_slice(target, net.spec.at(point.ratio), record, point, piece.state_dict, expected, fit)
+
+
+def write_slice(
+    target: Path,
+    spec: Spec,
+    record: Record,
+    point: Point,
+    cut: Callable[[], Mapping[str, Tensor]],
+    expected: Tensor,
+    fit: Fit | None = None,
+) -> dict[str, Any]:
+    """Writes a slice and reads it back through timm. Raises CheckpointError where that answers otherwise.
+
+    Args:
+        spec: of the slice.
+        cut: gives its weights, only once they are written.
+        expected: its logits of one random image.
+        fit: how well it was fitted to the full model.
+    """
     size = cost(spec)
     result = {
         "path": str(target),
         **point.columns(),
         "params": size["params"],
         "gmacs": size["gmacs"],
+        "calibrated": fit is not None,
+        **({"fit": fit.told()} if fit else {}),
     }
     about = {
         "sliced_from": record.provenance,
@@ -62,21 +114,15 @@ def slice_model(
         "ratio": point.label,
         "method": record.method,
         "metrics": [m for m in record.metrics if Point.of_row(m) == point],
+        **({"calibrated": fit.told()} if fit else {}),
         "versions": versions(),
     }
-    weights, probe = TensorByTensor(checkpoint / WEIGHTS), random_images(spec, 1)
-    views, skeleton = rule.slice_state(weights, point.ratio), spec.build(slim=True)
-    refuse_misfit(skeleton, views, weights.file)
-    tell_untrained(record, [point], watch)
-    fill(skeleton, views)
-    expected = skeleton(probe)  # as SlimmableViT.forward
-    del views, skeleton
     with whole_directory(target) as fresh:
-        write_timm(rule.slice_state(weights, point.ratio, copy=True), spec, about, fresh)
+        write_timm(cut(), spec, about, fresh)
         card = model_card(target.name, spec, record, [result], family=False)
         (fresh / CARD).write_text(card, encoding="utf-8")
         again = timm.create_model(f"local-dir:{fresh}", pretrained=True).eval()
-        difference = (again(probe) - expected).abs().max().item()
+        difference = (again(random_images(spec, 1)) - expected).abs().max().item()
         if not difference <= TOLERANCE:
             raise CheckpointError(
                 f"the slice read back by timm differs by {difference:.2g}, "

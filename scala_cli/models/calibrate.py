@@ -26,6 +26,8 @@ from scala_cli.watch import QUIET, Watcher
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 """Of the pull towards the weights in order, as shares of the inputs' mean square; a layer takes its best."""
+BATCH = 64
+"""Images that are computed at once where they come as a whole."""
 HELD_OUT = 8
 """One of so many images is kept from the fit, to choose the strengths and to judge it."""
 
@@ -71,6 +73,12 @@ class Fit:
     patches: float | None
     output: float | None
 
+    def told(self) -> dict[str, Any]:
+        """As rows and JSON hold it: "r2" is that of what the model returns."""
+        judged = {"r2": self.output, "class_token": self.class_token, "patches": self.patches}
+        rounded = {name: None if r2 is None else round(r2, 4) for name, r2 in judged.items()}
+        return {**rounded, "images": self.images, "held_out": self.held_out}
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -98,8 +106,8 @@ class Pair:
     def keep(self, name: str, values: Tensor) -> Tensor:
         """(..., channels) of the full layer of this name -> a copy of those that the slice has."""
         axis = axes_of(f"{name}.weight", self.rule.table)[0]
-        end = kept_end(self.point, self.rule.span, self.rule.isolated)
-        kept = slice_tensor(values, [None] * (values.ndim - 1) + [axis], self.point, end).clone()
+        end = kept_end(self.point.ratio, self.rule.span, self.rule.isolated)
+        kept = slice_tensor(values, [None] * (values.ndim - 1) + [axis], self.point.ratio, end).clone()
         queries_of(self.full, name, kept).mul_(math.sqrt(self.point.ratio))
         return kept
 
@@ -108,7 +116,7 @@ class Pair:
 def calibrate(
     net: SlimmableViT,
     ratio: Ratio,
-    batches: Iterable[Tensor],
+    batches: Tensor | Iterable[Tensor],
     strengths: Sequence[float] = STRENGTHS,
     every_token: bool = False,
     watch: Watcher = QUIET,
@@ -122,7 +130,8 @@ def calibrate(
 
     Args:
         net: its channels in order (`put_first_what_matters`).
-        batches: images (B, C, H, W), normalised; read once. One in eight is held out from the fit.
+        batches: images (N, C, H, W), normalised, as a whole or in batches; read once. One in eight is held
+            out from the fit.
         strengths: of the pull towards the weights in order, as a share of the inputs' mean square. Each layer
             takes the one that does best on the images held out.
         every_token: whether the head reads every token, not only the pooled one: where features are the task.
@@ -134,10 +143,11 @@ def calibrate(
     """
     point = find_point(ratio, net.points)
     rule = replace(net.rule, attn_scale="fixed")
-    narrow = net.spec.at(point).build_with(rule.slice_state(net.vit.state_dict(), point, copy=True))
+    state = rule.slice_state(net.vit.state_dict(), point.ratio, copy=True)
+    narrow = net.spec.at(point.ratio).build_with(state)
     absorb_layer_scale(narrow)
     pair = Pair(net.vit.eval(), narrow, rule, point)
-    streams = pair.embed(batches)
+    streams = pair.embed(batches.split(BATCH) if isinstance(batches, Tensor) else batches)
     todo = stages(pair.full, every_token)
     watch.phase("calibrate", len(todo), "stages")
     for stage in todo:

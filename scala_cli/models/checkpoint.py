@@ -46,6 +46,7 @@ class Record:
         provenance: where the weights came from, and the versions that wrote them.
         new_head: whether the head, alone of trained weights, is still random.
         task: what the model is for, a name of `tasks.TASKS`.
+        calibrated: to how many images without labels a slice was fitted.
     """
 
     trained: bool = True
@@ -55,6 +56,7 @@ class Record:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     new_head: bool = False
     task: str = "classification"
+    calibrated: int = 0
 
     def untrained(self, points: Sequence[Point]) -> str:
         """What is to be told of widths that no training has been through yet; "" of others."""
@@ -66,16 +68,29 @@ class Record:
         if self.method is not None or not narrow:
             return ""
         have = f"width {narrow[0]} has" if len(narrow) == 1 else "the narrower widths have"
-        order = ", only put in order of importance" if self.order == "importance" else ""
-        return f"{have} not been trained{order}"
+        instead = ", only put in order of importance" if self.order == "importance" else ""
+        if self.calibrated:
+            instead = f", only fitted to the full model on {self.calibrated} images without labels"
+        return f"{have} not been trained{instead}"
+
+    def is_untrained(self, points: Sequence[Point]) -> bool:
+        """Whether the full width is all that has been trained, and some of these are narrower."""
+        narrow = any(point.ratio < 1 for point in points)
+        return self.trained and not self.new_head and self.method is None and narrow
+
+    def order_is_free(self, rule: Rule) -> bool:
+        """Whether the channels may still be put in order: only the full width is trained, nothing decided."""
+        narrow = any(Point.of_row(metric).ratio < 1 for metric in self.metrics)
+        return self.trained and self.order is None and not narrow and rule.layout == "aligned"
 
     def measured(self, point: Point, column: str) -> float | None:
         """What was measured of a point in training; None where that is not known."""
         return next((m.get(column) for m in self.metrics if Point.of_row(m) == point), None)
 
     def told(self) -> dict[str, Any]:
-        """The record as config.json holds it; a task that is the default is not written."""
-        return {name: value for name, value in vars(self).items() if (name, value) != ("task", Record.task)}
+        """The record as config.json holds it, where later fields are written only if they say something."""
+        later = {"task": Record.task, "calibrated": Record.calibrated}
+        return {name: value for name, value in vars(self).items() if later.get(name, self) != value}
 
 
 def versions() -> dict[str, str]:

@@ -29,7 +29,7 @@ from scala_cli.tasks.base import main_column
 from scala_cli.training.finetune import finetune, go_on
 from scala_cli.training.price import Macs, training_macs
 from scala_cli.training.run import METRICS, Run
-from scala_cli.training.start import can_be_ordered, unlearnt
+from scala_cli.training.start import unlearnt
 from scala_cli.watch import Watcher
 
 RESULT, TABLE, ELSEWHERE = "compare.json", "compare.csv", "Give another place: --output DIR"
@@ -174,7 +174,7 @@ def refuse_unfit(net: SlimmableViT, record: Record, arms: Sequence[Arm], setting
             f"Learn them once: scala finetune MODEL --data DIR --ratios 1 --method {ONE_POINT} --order none "
             "-o full; then compare full/last --ratios 0.25,0.5,0.75,1",
         )
-    if record.trained and not can_be_ordered(net, record):
+    if record.trained and not record.order_is_free(net.rule):
         raise TrainingError(
             "this model's channels are in order already, or narrow widths have been trained.",
             "Compare from the pretrained weights it came from.",

@@ -41,7 +41,7 @@ def prepare(
     start: SlimmableViT, record: Record, settings: Settings, images: Split, watch: Watcher
 ) -> tuple[SlimmableViT, Record]:
     """The start as it is trained: its channels in order where that is free, isolated or not."""
-    if can_be_ordered(start, record) and settings.method.order == "importance":
+    if record.order_is_free(start.rule) and settings.method.order == "importance":
         watch.note("putting the channels in order of importance on some training images.")
         device = choose_device(settings.device)
         if device.type == "cuda":  # in float64, which not every device has
@@ -49,12 +49,6 @@ def prepare(
         ordered = put_first_what_matters(start, calibration_images(images, start.spec, settings.read, watch))
         start, record = ordered.to("cpu"), replace(record, order="importance")
     return start.with_rule(replace(start.rule, isolated=isolation(start, record, settings))), record
-
-
-def can_be_ordered(start: SlimmableViT, record: Record) -> bool:
-    """Whether the order of the channels is still free: trained at full width alone, and not decided yet."""
-    narrow = any(Point.of_row(metric).ratio < 1 for metric in record.metrics)
-    return record.trained and record.order is None and not narrow and start.rule.layout == "aligned"
 
 
 def isolation(start: SlimmableViT, record: Record, settings: Settings) -> bool:

@@ -1,0 +1,57 @@
+"""Cutting without training: channels in order, slices fitted, on some images of a data set."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import Tensor
+
+from scala_cli.data.calibration import calibration_images
+from scala_cli.data.split import open_images
+from scala_cli.device import choose_device
+from scala_cli.models.checkpoint import Record
+from scala_cli.models.fitted import fit_widths
+from scala_cli.models.order import put_first_what_matters
+from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.settings import CalibrationSettings, DeviceSettings, ReadSettings
+from scala_cli.slicing.point import Point
+from scala_cli.watch import Watcher
+
+
+def cut_without_training(
+    net: SlimmableViT,
+    record: Record,
+    points: Iterable[Point],
+    data: str,
+    settings: CalibrationSettings,
+    read: ReadSettings,
+    where: DeviceSettings,
+    watch: Watcher,
+) -> tuple[SlimmableViT, Record]:
+    """The family with its channels in order, as far as that is free, and the slices of some points fitted.
+
+    Args:
+        data: any folder of images, or a data set's name; labels are not looked at.
+        settings: with `calibrate` False the channels are put in order and no slice is fitted.
+
+    Returns:
+        the family, on the CPU and in evaluation mode, a `FittedViT` where slices were fitted; its record.
+
+    Raises:
+        DataError: no images, or none that can be read. Others as `put_first_what_matters` and `calibrate`.
+    """
+    device = choose_device(where)
+    split = open_images(data, read.data_dir)
+    split.tell(watch)
+    images = [*calibration_images(split, net.spec, read, watch, settings.calibration_images)]
+    if device.type != "cpu":
+        net = net.copied().to(device)
+    if record.order_is_free(net.rule):
+        net, record = put_first_what_matters(net, images), replace(record, order="importance")
+    if settings.calibrate is not False:
+        net = fit_widths(net, points, images, watch, every_token=net.spec.features)
+        record = replace(record, calibrated=count_of(images))
+    return net.to("cpu").eval(), record
+
+
+def count_of(batches: Iterable[Tensor]) -> int:
+    return sum(map(len, batches))

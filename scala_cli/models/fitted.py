@@ -1,0 +1,69 @@
+"""A family whose widths were fitted to the full model one by one, so that each has weights of its own."""
+
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from typing import Any
+
+from timm.models import VisionTransformer
+from torch import Tensor
+
+from scala_cli.models.calibrate import Fit, calibrate
+from scala_cli.models.slimmable import Ratio, SlimmableViT
+from scala_cli.slicing.point import Point, find_point
+from scala_cli.watch import QUIET, Watcher
+
+
+class FittedViT(SlimmableViT):
+    """Answers at a width with the slice that was fitted for it, elsewhere as the family it was made from.
+
+    Args:
+        net: the family.
+        slices: of each width, a plain timm model.
+        fits: how well each does.
+    """
+
+    def __init__(
+        self, net: SlimmableViT, slices: Mapping[Fraction, VisionTransformer], fits: Mapping[Fraction, Fit]
+    ) -> None:
+        super().__init__(net.vit, net.spec, net.rule, net.extra)
+        self.fits = fits
+        self.widths = list(slices)
+        for number, vit in enumerate(slices.values()):
+            self.add_module(f"slice_{number}", vit)
+
+    def fitted(self, ratio: Ratio) -> VisionTransformer | None:
+        """The slice of a width, where it was fitted."""
+        width = find_point(ratio, self.points).ratio
+        return self.get_submodule(f"slice_{self.widths.index(width)}") if width in self.widths else None  # type: ignore
+
+    def forward(self, images: Tensor, ratio: Ratio | None = None) -> Tensor:
+        """As `SlimmableViT.forward`."""
+        vit = None if ratio is None else self.fitted(ratio)
+        return super().forward(images, ratio) if vit is None else vit(images)
+
+    def slice(self, ratio: Ratio, fixed_size: bool = False) -> VisionTransformer:
+        """As `SlimmableViT.slice`."""
+        vit, spec = self.fitted(ratio), self.spec.at(find_point(ratio, self.points).ratio)
+        if vit is None:
+            return super().slice(ratio, fixed_size)
+        state = {name: tensor.detach().clone() for name, tensor in vit.state_dict().items()}
+        return (spec.of_fixed_size() if fixed_size else spec).build_with(state)
+
+
+def fit_widths(
+    net: SlimmableViT, points: Iterable[Point], images: Iterable[Tensor], watch: Watcher = QUIET, **how: Any
+) -> FittedViT:
+    """Fits the slices of these points, each by itself, the full width left as it is.
+
+    Args:
+        net: its channels in order.
+        images: (B, C, H, W), normalised, in batches; read once a width.
+        how: other arguments of `calibrate`.
+
+    Raises as `calibrate`.
+    """
+    slices, fits = {}, {}
+    for point in points:
+        if point.ratio < 1:
+            slices[point.ratio], fits[point.ratio] = calibrate(net, point, images, watch=watch, **how)
+    return FittedViT(net, slices, fits)
