@@ -67,28 +67,24 @@ def slice(
     if device != DeviceSettings() and not is_measured(budget) and data is None:
         raise typer.BadParameter("--device, --amp and --threads go with what is measured: --max-latency-ms.")
     changes = Changes(None, img_size, patch_size)
-    named_model = checkpoint is not None and not is_checkpoint(checkpoint)
-    if (weights or changes.given()) and not named_model:
-        raise typer.BadParameter("--weights, --img-size and --patch-size go with a MODEL.")
+    is_model = data is not None and checkpoint is not None and not is_checkpoint(checkpoint)
+    if (weights or changes.given()) and not is_model:
+        raise typer.BadParameter("--weights, --img-size and --patch-size go with a MODEL and --data.")
     if data is not None:
         open_images(data, read.data_dir)  # before any download
     rows = []
     with out.progress() as live:
-        if named_model:
-            assert checkpoint is not None
-            if data is None:
-                raise typer.BadParameter(
-                    "a MODEL is cut after a look at some images, without labels: --data DIR"
-                )
-            widths = (point,) if point else None
-            net, record = open_model(checkpoint, widths, changes, weights=weights, watch=live)
-            name, directory = short_name(checkpoint), None
+        if is_model:
+            model = str(checkpoint)
+            net, record = open_model(model, (point,) if point else None, changes, weights=weights, watch=live)
+            directory = Path(short_name(model))
         else:
             directory = find_checkpoint(checkpoint, out)
             net, record = load_with_record(directory)
         points = [point] if point else net.points
-        fits = calibration.calibrate or (calibration.calibrate is None and record.is_untrained(points))
-        if data is not None and (fits or named_model):
+        fits = record.is_untrained(points) if calibration.calibrate is None else calibration.calibrate
+        cut_anew = data is not None and (fits or is_model)
+        if data is not None and cut_anew:
             chosen = replace(calibration, calibrate=fits)
             net, record = cut_without_training(net, record, points, data, chosen, read, device, live)
             if budget.min_top1 is not None:
@@ -98,19 +94,17 @@ def slice(
         if point is None:
             rows = candidates(net, record, budget, device, live)
             point = Point.of_row(choose(rows, budget))
-        if directory is not None:
-            target = output or default_target(checkpoint, directory, point.file_name)
-        else:
-            target = output or Path(f"{name}-{point.file_name}")
-        if data is not None and (fits or named_model):
-            tell_untrained(replace(record, calibrated=record.calibrated if fits else 0), [point], live)
+        target = output or default_target(checkpoint, directory, point.file_name)
+        if cut_anew:
+            tell_untrained(record, [point], live)
             result = slice_family(net, record, point, target, force)
         else:
-            result = slice_model(directory or "", point, target, force, live)
-    if fit := result.get("fit"):
+            result = slice_model(directory, point, target, force, live)
+    fit = result.get("fit", {})
+    if fit.get("r2") is not None:
         out.note(
             f"fitted to {fit['images']} images; of {fit['held_out']} others its output explains "
-            f"{fit['r2']:.1%} of the full model's."
+            f"{fit['r2']:.1%} of how the full model's varies."
         )
     out.result({**result, "candidates": rows} if rows else result, rows)
     out.note(f"load it: timm.create_model('local-dir:{result['path']}', pretrained=True)")

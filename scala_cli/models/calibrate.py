@@ -251,8 +251,7 @@ def judge(pair: Pair, last: Streams, output: Streams) -> Fit:
 
 
 def explained(guess: Tensor, truth: Tensor) -> float | None:
-    """R^2 of (..., channels)."""
+    """R^2 of (..., channels); None where nothing varies."""
     guess, truth = in_double(guess).flatten(0, -2), in_double(truth).flatten(0, -2)
-    if len(truth) < 2:
-        return None
-    return 1 - ((guess - truth).square().sum() / (truth - truth.mean(0)).square().sum()).item()
+    spread = (truth - truth.mean(0)).square().sum().item() if len(truth) else 0.0
+    return 1 - (guess - truth).square().sum().item() / spread if spread else None

@@ -1,0 +1,112 @@
+"""Cutting without training, as a user does it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import slimmable, write_timm_directory
+from PIL import Image
+
+import scala_cli
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """24 pictures of noise without classes, some of them in a folder of their own."""
+    drawn = np.random.default_rng(0)
+    for number in range(24):
+        folder = tmp_path / "pictures" / ("more" if number % 3 == 0 else "")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(drawn.integers(0, 255, (18, 20, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    return tmp_path / "pictures"
+
+
+QUICK = ("--calibration-images", 24, "-j", 0, "--json")
+
+
+@torch.no_grad()
+def test_a_slice_right_from_a_model_and_unlabelled_images(scala, pictures, images):
+    full = write_timm_directory(Path("vit"))
+    told = scala("slice", "vit", "--ratio", "0.5", "--data", pictures, *QUICK)
+    assert told.code == 0, told.stderr
+    assert told.json["calibrated"] and told.json["path"] == "vit-0.5"
+    fit = told.json["fit"]
+    assert fit["images"] == 21 and fit["held_out"] == 3 and fit["r2"] <= 1
+    assert "only fitted to the full model on 24 images without labels" in told.told
+    assert "fitted to the full model on 24 images" in " ".join(Path("vit-0.5/README.md").read_text().split())
+    assert json.loads(Path("vit-0.5/config.json").read_text())["scala"]["calibrated"] == fit
+    again = timm.create_model("local-dir:vit-0.5", pretrained=True).eval()
+    plain = scala(
+        "slice", "vit", "--ratio", "0.5", "--data", pictures, *QUICK, "--no-calibrate", "-o", "plain"
+    )
+    assert plain.code == 0 and not plain.json["calibrated"] and "fit" not in plain.json
+    ordered = timm.create_model("local-dir:plain", pretrained=True).eval()
+    wanted = full(images)
+    assert (again(images) - wanted).norm() < (ordered(images) - wanted).norm()
+
+
+def test_a_family_is_fitted_where_it_has_not_been_trained(scala, tiny, photos):
+    words = ("--ratio", "0.5", "--data", photos, *QUICK)
+    assert scala("slice", tiny, *words, "-o", "one").json["calibrated"]
+    assert (
+        scala("convert", "tiny-timm", "--order", "importance", "--data", photos, "-j", 0, "-o", "two").code
+        == 0
+    )
+    assert scala("slice", "two", *words, "-o", "three").json["calibrated"]
+    full = scala("slice", tiny, "--ratio", "1", "--data", photos, *QUICK, "-o", "full").json
+    assert not full["calibrated"]
+    edit = json.loads((tiny / "config.json").read_text())
+    edit["scala"] |= {"method": "scala", "metrics": [{"ratio": 0.5, "top1": 50.0, "top5": 100.0}]}
+    (tiny / "config.json").write_text(json.dumps(edit))
+    assert not scala("slice", tiny, *words, "-o", "trained").json["calibrated"]
+    assert scala("slice", tiny, *words, "--calibrate", "-o", "asked").json["calibrated"]
+
+
+def test_what_a_budget_asks_is_measured_on_fitted_slices(scala, tiny, photos):
+    """Top-1 is not recorded of an untrained family, but can be measured where --data has labels."""
+    known = scala("eval", tiny, "--data", photos, "--calibrate", *QUICK).json["points"]
+    best = max(point["top1"] for point in known)
+    told = scala("slice", tiny, "--min-top1", best, "--data", photos, *QUICK, "-o", "best").json
+    narrowest = next(point["ratio"] for point in known if point["top1"] >= best)
+    assert told["ratio"] == narrowest and [row["top1"] for row in told["candidates"]] == [
+        p["top1"] for p in known
+    ]
+    plain = scala("eval", tiny, "--data", photos, "-j", 0, "--json").json["points"]
+    assert plain[-1] == known[-1]  # the full width is what it is
+    timed = scala(
+        "bench", tiny, "--data", photos, "--calibrate", *QUICK, "--ratio", "0.5", "--runs", 1, "-b", 1
+    )
+    assert timed.json["points"][0]["top1"] == known[1]["top1"]
+    small = scala("slice", tiny, "--max-gmacs", 1e9, "--data", photos, *QUICK, "-o", "large").json
+    assert small["ratio"] == 1 and not small["calibrated"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("tiny", "--ratio", "0.5", "--calibrate"), "--data DIR"),
+        (("tiny", "--ratio", "0.5", "--data", "empty"), "holds no images"),
+        (("tiny", "--ratio", "0.5", "--data", "text"), "holds no images, but 1 .txt"),
+        (("tiny", "--ratio", "0.5", "--img-size", 32), "go with a MODEL"),
+        (("vit", "--ratio", "0.3", "--data", "photos"), "not a whole number"),
+        (("vit", "--ratio", "0.5"), "not yet a slimmable one"),
+        (("nowhere", "--ratio", "0.5", "--data", "photos"), "no model 'nowhere'"),
+    ],
+)
+def test_what_cannot_be_fitted(scala, tiny, photos, words, message):
+    Path("empty").mkdir()
+    Path("text").mkdir()
+    Path("text/notes.txt").write_text("no image")
+    Path("photos").symlink_to(photos)
+    write_timm_directory(Path("vit"))
+    answer = scala("slice", *words, "-o", "out")
+    assert answer.code == 2 and message in answer.told and not Path("out").exists()
+
+
+def test_in_python(images):
+    net = slimmable(ratios="0.5,1")
+    piece, fit = scala_cli.calibrate(net, 0.5, torch.randn(40, 3, 16, 16))
+    assert piece.embed_dim == 16 and fit.images == 35 and fit.held_out == 5
