@@ -11,7 +11,9 @@ import timm
 import torch
 from conftest import interrupt, write_timm_directory
 from runs import QUICK
+from safetensors.torch import save_file
 
+import scala_cli
 from scala_cli.deploy.slice import default_target
 from scala_cli.slicing.point import Point
 from scala_cli.training.run import Run
@@ -289,3 +291,20 @@ def test_a_run_that_fails_names_the_way_on_which_may_be_computed_otherwise(scala
     told = Run(Path("run")).read_state()["settings"]
     assert told["optimizer"]["grad_accum_steps"] == 2 and not told["optimizer"]["grad_checkpointing"]
     assert told["device"]["threads"] == 1 and told["device"]["device"] == "cpu"
+
+
+def test_training_from_a_model_at_another_size_and_other_weights(scala, tmp_path, photos):
+    vit = write_timm_directory(tmp_path / "vit", num_classes=3)
+    state = {name: tensor + 0.01 for name, tensor in vit.state_dict().items()}
+    save_file(state, tmp_path / "other.safetensors")
+    words = ("--data", photos, *QUICK, "--ratios", "0.5,1", "--order", "none", "-o", "run", "--json")
+    sizes = ("--img-size", 24, "--weights", "other.safetensors")
+    done = scala("finetune", "vit", *sizes, *words)
+    assert done.code == 0, done.stderr
+    start = scala_cli.load(tmp_path / "run/start")
+    assert start.spec.input_size == (3, 24, 24)
+    assert torch.equal(start.vit.head.bias, state["head.bias"])
+    command = json.loads((tmp_path / "run/last/config.json").read_text())["scala"]["provenance"]["command"]
+    assert "--img-size 24" in command and "other.safetensors" not in command
+    again = scala("finetune", "run", "--img-size", 16, "--data", photos, *QUICK, "-o", "more")
+    assert again.code == 2 and "its weights and sizes are what they are" in again.told

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import DATA_HELP, Force, Ratios, place_of
+from scala_cli.cli.options import DATA_HELP, Force, ImgSize, PatchSize, Ratios, Weights, place_of
 from scala_cli.errors import ScalaError
 from scala_cli.files import new_directory, refuse_occupied
 from scala_cli.models.locate import path_of, short_name
@@ -35,6 +35,9 @@ def finetune(
         Path | None, typer.Option("--output", "-o", help="Run directory. Default: runs/NAME-TIME.")
     ] = None,
     ratios: Ratios = None,
+    weights: Weights = None,
+    img_size: ImgSize = None,
+    patch_size: PatchSize = None,
     resume: Annotated[
         Path | None,
         typer.Option("--resume", help="Go on with this run; only where and how it is computed may differ."),
@@ -70,7 +73,7 @@ def finetune(
         raise typer.BadParameter("Several processes must agree on the run directory: --output runs/NAME")
 
     from scala_cli.data.split import refuse_unknown
-    from scala_cli.models.source import open_slimmable
+    from scala_cli.models.source import Changes, open_slimmable
     from scala_cli.training.finetune import finetune, go_on
     from scala_cli.training.run import FILES, Run
 
@@ -86,7 +89,9 @@ def finetune(
                 refuse_occupied(run.path, force, FILES, path_of(model), in_place=True)
                 refuse_unknown(data, read.data_dir)  # before anything is downloaded
                 settings = Settings(place_of(data), method, optimizer, augment, read, device, drawn)
-                best = finetune(*open_slimmable(model, ratios, watch=live), settings, run, live, force)
+                sizes = Changes(None, img_size, patch_size)
+                net, record = open_slimmable(model, ratios, sizes, weights=weights, watch=live)
+                best = finetune(net, record, settings, run, live, force)
         except KeyboardInterrupt:
             if run.holds_state():
                 out.note(f"go on with: scala finetune --resume {run.path}")

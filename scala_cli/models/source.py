@@ -47,6 +47,12 @@ class Changes:
     def given(self) -> dict[str, int]:
         return {name: value for name, value in vars(self).items() if value is not None}
 
+    def words(self) -> list[str]:
+        """The options of `scala finetune` that say the same."""
+        return [
+            word for name, size in self.sizes().items() for word in (f"--{name.replace('_', '-')}", str(size))
+        ]
+
     def sizes(self) -> dict[str, int]:
         return {name: value for name, value in self.given().items() if name != "num_classes"}
 
@@ -136,6 +142,8 @@ def open_source(
     original, vit = vit, describe(vit, config.model_args).build_with(vit.state_dict())
     features = give_identity_head(vit) or (features and not new_head)
     record = record_of(model, weights, scratch, source, about, new_head and not features)
+    if changes.sizes():
+        record = replace(record, provenance={**record.provenance, "options": changes.words()})
     spec = replace(describe(vit, config.model_args), features=features)
     if source.eps is not None and not scratch:
         original = norms_with_eps(original, source.eps)
@@ -223,18 +231,31 @@ def distance(net: SlimmableViT, original: VisionTransformer) -> float:
 
 
 def open_slimmable(
-    name: str, ratios: str | None, scratch: bool = False, watch: Watcher = QUIET
+    name: str,
+    ratios: str | None,
+    changes: Changes | None = None,
+    *,
+    weights: Path | None = None,
+    scratch: bool = False,
+    watch: Watcher = QUIET,
 ) -> tuple[SlimmableViT, Record]:
     """A slimmable checkpoint as it is, or with other widths; any other MODEL converted on the fly.
 
     Args:
         ratios: "0.25,0.5,..."; None keeps a checkpoint's own, and gives a MODEL the default ones.
+        changes, weights: as `open_source`, of a MODEL only.
         scratch: a MODEL gets random weights.
     """
     if is_checkpoint(name):
+        if weights or (changes and changes.given()):
+            raise CheckpointError(
+                f"{name} is a slimmable checkpoint: its weights and sizes are what they are.",
+                "Leave out --weights, --img-size and --patch-size, or name the model it came from.",
+            )
         net, record = load_with_record(resolve(name))
         return (net.with_points(parse_points(ratios)) if ratios else net), record
-    return open_model(name, parse_points(ratios) if ratios else None, scratch=scratch, watch=watch)
+    points = parse_points(ratios) if ratios else None
+    return open_model(name, points, changes, weights=weights, scratch=scratch, watch=watch)
 
 
 def is_checkpoint(name: str) -> bool:

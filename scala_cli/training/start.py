@@ -70,7 +70,8 @@ def trained_by(record: Record, points: Sequence[Point], settings: Settings, taug
     model = "CKPT" if former else str(record.provenance.get("model", "MODEL"))
     data = Path(settings.data).name if Path(settings.data).is_dir() else settings.data
     ratios = ",".join(map(str, points))
-    words = [model, "--data", data, *(["--ratios", ratios] if ratios != DEFAULT_RATIOS else [])]
+    sizes = [] if former else record.provenance.get("options", [])
+    words = [model, "--data", data, *sizes, *(["--ratios", ratios] if ratios != DEFAULT_RATIOS else [])]
     command = shlex.join(["scala", "finetune", *words, *settings.words()])
     origin = {**record.provenance, "data": data, "teacher": taught, "command": command}
     origin |= {"before": former} if former else {}
