@@ -67,7 +67,7 @@ REMEDIES = {
     ),
     "one_process": "Start it without torchrun: scala compare ...",
     # training
-    "train": "Name one, or train one: scala finetune deit_s --data DIR",
+    "name_or_train": "Name one, or train one: scala finetune deit_s --data DIR",
     "start_run": "Start it: scala finetune MODEL --data DIR",
     "train_family": "Use it as it is: scala finetune {model} --data DIR",
     "from_weights": "Go on from its weights: scala finetune {weights} --data DIR",

@@ -149,7 +149,8 @@ def refuse_trained(model: str, about: Mapping[str, Any]) -> None:
     if about.get("method") and "sliced_from" not in about:
         raise CheckpointError(
             f"{model} is a trained family of widths; converting it again would mix them up.",
-            f"Use it as it is: scala finetune {model} --data DIR",
+            remedy="train_family",
+            model=model,
         )
 
 
@@ -192,7 +193,7 @@ def open_family(
     if changes.given() or layout == "fused":
         raise CheckpointError(
             f"{file} is a family of widths by Scala's authors; it is converted as it is.",
-            "Leave out --num-classes, --img-size, --patch-size and --layout.",
+            remedy="leave_as_it_is",
         )
     net, original = open_theirs(source, file)
     refuse_broken(original, file)
@@ -215,9 +216,9 @@ def distance(net: SlimmableViT, original: VisionTransformer) -> float:
     difference = (found - expected).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
         raise CheckpointError(
-            f"the checkpoint would not compute what the model does that it is made from: its logits differ "
-            f"by {difference:.2g}; nothing was written.",
-            "Please report this with the output of: scala env",
+            f"the checkpoint would not compute what its source does: the logits differ by {difference:.2g}; "
+            "nothing was written.",
+            remedy="report",
         )
     return difference
 
