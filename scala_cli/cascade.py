@@ -31,7 +31,9 @@ class Cascade(nn.Module):
         if len(self.points) < 2 or list(self.points) != sorted(set(self.points)):
             raise PointError(
                 "a cascade needs two widths or more, each wider than the one before.",
-                "For example: --cascade 0.25,1",
+                remedy="example",
+                setting="cascade",
+                value="0.25,1",
             )
 
     def forward(self, images: Tensor) -> Tensor:

@@ -30,7 +30,10 @@ def choose_device(settings: DeviceSettings) -> torch.device:
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError):  # the latter where torch is built without CUDA
         raise ScalaError(
-            f"device '{wanted}' cannot be used here.", f"Try --device {accelerator or 'cpu'}"
+            f"device '{wanted}' cannot be used here.",
+            remedy="try",
+            setting="device",
+            value=accelerator or "cpu",
         ) from None
     return device
 

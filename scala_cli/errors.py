@@ -7,18 +7,23 @@ from contextlib import contextmanager
 class ScalaError(Exception):
     """A mistake or a circumstance that the user can mend: one line of what, one of what to do.
 
+    Who calls from Python reads the message and the hint; the command line adds the text of the remedy, which
+    `cli/remedies.py` holds: what to type next.
+
     Args:
-        message: what is wrong, naming the file, option or value.
-        hint: the remedy, where possible the command to run next.
+        message: what is wrong, naming the file or value.
+        hint: what to do, in words that hold anywhere: they name no option and no command, unless of pip.
+        remedy: the name of a text in `cli.remedies.REMEDIES`.
+        facts: the values that this text needs, by name.
     """
 
     resumable = False
     """Whether a training run can go on once this is mended."""
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, message: str, hint: str = "", *, remedy: str = "", **facts: object) -> None:
         super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message, self.hint = message, hint
+        self.remedy, self.facts = remedy, facts
 
 
 class PointError(ScalaError):
@@ -42,12 +47,17 @@ class LostProcess(TrainingError):
 
 
 @contextmanager
-def naming_failure(what: str, hint: str, kind: type[ScalaError] = ScalaError) -> Iterator[None]:
-    """Turns errors of any kind, as compilers, exporters, runtimes and timm raise, into one of ours."""
+def naming_failure(
+    what: str, hint: str = "", kind: type[ScalaError] = ScalaError, *, remedy: str = "", **facts: object
+) -> Iterator[None]:
+    """Turns errors of any kind, as compilers, exporters, runtimes and timm raise, into one of ours.
+
+    `hint`, `remedy` and `facts` are those of a `ScalaError`.
+    """
     try:
         yield
     except (OSError, MemoryError, ScalaError):
         raise
     except Exception as error:
         said = " ".join(str(error).split())
-        raise kind(f"{what}: {type(error).__name__}: {said[:160]}", hint) from error
+        raise kind(f"{what}: {type(error).__name__}: {said[:160]}", hint, remedy=remedy, **facts) from error

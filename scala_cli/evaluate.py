@@ -36,11 +36,7 @@ def validation_loader(net: SlimmableViT, data: str, batch_size: int, read: ReadS
     split = open_split(data, False, read.data_dir).numbered_as(net.spec.label_names)
     misfit = class_misfit(split.classes, net.spec.num_classes, net.spec.label_names)
     if misfit:
-        raise DataError(
-            f"{misfit}.",
-            f"Train a head for them: scala finetune CKPT --data {data}; "
-            "or, where they are the same under other names: scala convert MODEL --labels FILE",
-        )
+        raise DataError(f"{misfit}.", remedy="same_classes", data=data)
     return Loader(split, transform_for(net.spec), batch_size, read)
 
 

@@ -170,9 +170,9 @@ def refuse_unwritable(file: Path) -> None:
 def refuse_existing(file: Path, force: bool) -> None:
     """Raises ScalaError where, without `force`, a file would be replaced; a directory never is."""
     if file.is_dir():
-        raise ScalaError(f"{file} is a directory.", "Choose another name: -o FILE")
+        raise ScalaError(f"{file} is a directory.", remedy="other_file")
     if os.path.lexists(file) and not force:
-        raise ScalaError(f"{file} exists.", "Choose another name with -o FILE, or replace it: --force")
+        raise ScalaError(f"{file} exists.", remedy="other_file_or_force")
 
 
 def refuse_occupied(
@@ -191,20 +191,20 @@ def refuse_occupied(
     if not in_place:
         refuse_fixed(target)
     if source is not None and target.exists() and source.resolve().is_relative_to(target.resolve()):
-        raise ScalaError(f"{target} holds what is read; it is not replaced.", "Choose another one: -o DIR")
+        raise ScalaError(f"{target} holds what is read; it is not replaced.", remedy="other_directory")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise ScalaError(f"{target} is not a directory.", "Choose another one: -o DIR")
+        raise ScalaError(f"{target} is not a directory.", remedy="other_directory")
     refuse_long(target)
     refuse_forbidden(target if in_place else target.parent)
     held = [*walk(target, ours)] if target.exists() else []
     names = {path.relative_to(target).parts[0] for path, _ in held} - {LOCK}
     if not force and not all(map(target_of, names)):  # what a killed process had begun occupies nothing
-        raise ScalaError(f"{target} is not empty.", "Choose another one with -o DIR, or replace it: --force")
+        raise ScalaError(f"{target} is not empty.", remedy="other_directory_or_force")
     strange = next((path.relative_to(target) for path, is_ours in held if not is_ours), None)
     if strange is not None:
         raise ScalaError(
             f"{target} holds files that are not ours ({strange}); it is not replaced.",
-            "Choose another one: -o DIR",
+            remedy="other_directory",
         )
 
 
@@ -219,7 +219,7 @@ def refuse_fixed(directory: Path) -> None:
         why = "is where a disk is mounted"
     else:
         return
-    raise ScalaError(f"{directory} {why}; it is not replaced.", "Name a directory in it: -o DIR")
+    raise ScalaError(f"{directory} {why}; it is not replaced.", remedy="directory_within")
 
 
 def refuse_long(path: Path) -> None:

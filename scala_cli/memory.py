@@ -11,17 +11,18 @@ from scala_cli.errors import ScalaError
 
 
 @contextmanager
-def naming_lack_of_memory(images: int, remedy: str = "Give a smaller --batch-size (-b).") -> Iterator[None]:
+def naming_lack_of_memory(images: int, remedy: str = "smaller_batch") -> Iterator[None]:
     """Turns torch's out of memory, on any device, into a ScalaError that names the batch size.
 
     Args:
         images: in the batch that is worked on within.
+        remedy: what helps here, as a `ScalaError` names it.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError; the CPU has none
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise ScalaError(f"not enough memory for {images} images at once.", remedy) from None
+            raise ScalaError(f"not enough memory for {images} images at once.", remedy=remedy) from None
         raise
 
 

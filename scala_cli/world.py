@@ -87,5 +87,6 @@ def naming_a_lost_process() -> Iterator[None]:
         reason = " ".join(str(error).split())[:120]
         raise LostProcess(
             f"another process of this run has ended, or cannot be reached ({reason}).",
-            "What it says itself tells why. Then: torchrun ... -m scala_cli finetune --resume RUN",
+            "What it says itself tells why.",
+            remedy="resume_together",
         ) from None

@@ -47,7 +47,7 @@ def test_where_nothing_fits_the_closest_is_named():
 
     with pytest.raises(PointError, match=r"closest is 0\.25 with latency_ms 3") as error:
         chosen(max_latency_ms=2)
-    assert "scala slice --ratio 0.25" in error.value.hint
+    assert (error.value.remedy, error.value.facts) == ("closest_ratio", {"ratio": "0.25"})
     with pytest.raises(PointError, match=r"closest is 1 with top1 76\.1"):
         chosen(min_top1=80)
     with pytest.raises(PointError, match=r"closest is 0\.25"):

@@ -53,7 +53,7 @@ def test_malformed_folders(folder, spoil, training, message):
     spoil(folder)
     with pytest.raises(DataError, match=message) as error:
         open_split(str(folder), training)
-    assert error.value.hint
+    assert error.value.hint or error.value.remedy
 
 
 def test_classes_are_numbered_as_a_person_counts(folder):

@@ -155,7 +155,7 @@ def test_lack_of_memory_names_the_batch_and_keeps_what_was_saved(photos, tmp_pat
     ready.step.predict = lambda *args: torch.empty(1 << 50) if ready.step.number == 4 else real(*args)
     with pytest.raises(ScalaError, match="memory for 4 images") as error:
         ready.train(run, Record(), Watcher())
-    assert "--batch-size" in error.value.hint and error.value.resumable
+    assert error.value.remedy == "smaller_step" and error.value.resumable
     assert run.read_state()["step"] == 4 and (run.path / "last/model.safetensors").is_file()
 
 
@@ -218,7 +218,7 @@ def test_a_compiler_that_fails_is_named(photos):
     ready.gather_gradients = fail
     with pytest.raises(ScalaError, match="RuntimeError: No working C") as caught:
         ready(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]))
-    assert "--torchcompile" in caught.value.hint
+    assert (caught.value.remedy, caught.value.facts) == ("leave_out", {"setting": "torchcompile"})
 
 
 def test_lack_of_memory_is_not_the_compilers(photos):

@@ -207,8 +207,7 @@ class Bench:
             kept[0](images)
 
         what = f"{runtime} cannot run this model on {len(images)} images"
-        hint = "Leave that runtime out, or try a smaller --batch-size."
-        named = nullcontext() if runtime == "torch" else naming_failure(what, hint)
+        named = nullcontext() if runtime == "torch" else naming_failure(what, remedy="other_runtime")
         with named, naming_lack_of_memory(len(images)):
             peak = peak_memory(self.device, answer)
         return kept[0], None if runtime == "compile" else peak

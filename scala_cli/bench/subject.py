@@ -71,6 +71,11 @@ def refuse_runtimes(runtimes: Sequence[str], device: torch.device, bfloat16: boo
         if name not in FORMATS:
             raise ScalaError(f"there is no runtime {name!r}.", known)
         if format_named(name).open_bfloat16 is None and bfloat16:
-            raise ScalaError(f"{name} does not compute in bfloat16.", "Leave out --amp, or that runtime.")
+            raise ScalaError(
+                f"{name} does not compute in bfloat16.",
+                remedy="leave_out_one",
+                setting="amp",
+                other="that runtime",
+            )
         if device.type != "cpu":
-            raise ScalaError(f"{name} is timed on the CPU only.", "Give --device cpu.")
+            raise ScalaError(f"{name} is timed on the CPU only.", remedy="try", setting="device", value="cpu")

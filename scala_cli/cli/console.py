@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from scala_cli.cli.remedies import advice
 from scala_cli.cli.signals import Stop
 from scala_cli.errors import LostProcess, ScalaError
 from scala_cli.settings import option
@@ -179,7 +180,7 @@ def reporting_errors(out: Output) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         code, message, hint = 128 + (stop.args[0] if stop.args else signal.SIGINT), "interrupted.", ""
     except ScalaError as error:
-        code, message, hint = 2, error.message, error.hint
+        code, message, hint = 2, error.message, advice(error)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         place = Path(error.filename or "the disk")

@@ -8,6 +8,7 @@ import typer
 
 from scala_cli.cli.console import Output
 from scala_cli.cli.options import DATA_HELP, Force, ImgSize, PatchSize, Ratios, Weights, place_of
+from scala_cli.cli.remedies import advice
 from scala_cli.errors import ScalaError
 from scala_cli.files import new_directory, refuse_occupied
 from scala_cli.models.locate import path_of, short_name
@@ -98,7 +99,8 @@ def finetune(
             raise
         except ScalaError as error:
             if error.resumable and run.holds_state():
-                error.hint += f" Then go on: scala finetune --resume {run.path}"
+                then = f"Then go on: scala finetune --resume {run.path}"
+                raise ScalaError(error.message, f"{advice(error)} {then}") from error
             raise
     rows = [{name: value for name, value in point.items() if name != "images"} for point in best["points"]]
     out.result(

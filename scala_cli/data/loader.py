@@ -71,10 +71,7 @@ class Loader:
         for batch in self.read():
             for bad in batch.corrupt:
                 if self.on_corrupt == "error":
-                    raise DataError(
-                        f"{bad.name} cannot be read ({bad.why}).",
-                        "Mend it, or pass --on-corrupt skip.",
-                    )
+                    raise DataError(f"{bad.name} cannot be read ({bad.why}).", remedy="skip_corrupt")
                 self.skipped[bad.name] = bad.why
             yield batch.images, torch.tensor(batch.targets, dtype=torch.long)
 

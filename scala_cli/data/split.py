@@ -95,7 +95,7 @@ def refuse_unknown(data: str, data_dir: str | None = None) -> None:
     if data == "digits" or Path(data).expanduser().is_dir():
         return
     if kind == "torch" and name and data_dir is None:
-        raise DataError(f"{data} needs to know where its files lie.", "Name the place: --data-dir DIR")
+        raise DataError(f"{data} needs to know where its files lie.", remedy="data_dir")
     if kind in ("torch", "hfds") and name:
         return
     if kind in ("wds", "tfds") and name:
@@ -104,8 +104,7 @@ def refuse_unknown(data: str, data_dir: str | None = None) -> None:
             "Give the images as a folder with train/ and val/.",
         )
     raise DataError(
-        f"data {data!r}: there is no such folder, and no data set of that name.",
-        "Give a folder with train/ and val/ of class folders, torch/cifar10 with --data-dir, or digits.",
+        f"data {data!r}: there is no such folder, and no data set of that name.", remedy="known_data"
     )
 
 
@@ -143,9 +142,8 @@ def open_named(name: str, training: bool, data_dir: str | None) -> Split:
             dataset = create_dataset(name, data_dir, split=split, is_training=training)
     except (AssertionError, RuntimeError, OSError, ImportError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:160] or "not found"
-        raise DataError(
-            f"{name} in {data_dir or 'no --data-dir'}: {reason}.", "Name its place: --data-dir DIR"
-        ) from None
+        where = name if data_dir is None else f"{name} in {data_dir}"
+        raise DataError(f"{where}: {reason}.", remedy="data_dir") from None
     if hasattr(dataset, "loader"):
         dataset.loader = open_image  # torchvision's own cuts off what is beyond 8 bits
     samples = FromReader(dataset.reader) if hasattr(dataset, "reader") else FromDataset(dataset, name)
@@ -180,7 +178,6 @@ def hold_out(split: Split, share: float) -> tuple[Split, Split]:
     kept = sorted({*numbers} - {*held})
     if not held:
         raise DataError(
-            f"{len(split)} images are too few to hold out {share:g} of them.",
-            "Give more images, or a larger --holdout.",
+            f"{len(split)} images are too few to hold out {share:g} of them.", remedy="larger_holdout"
         )
     return replace(split, samples=Some(split.samples, kept)), Split(Some(split.samples, held), split.classes)

@@ -57,11 +57,10 @@ def naming_a_dead_reader() -> Iterator[None]:
             raise DataError(
                 "the processes that read images cannot hand them over: too little shared memory (/dev/shm"
                 + (f": {reason[1].lower()})." if reason else ")."),
-                "Read in the main process: --workers 0. Under docker give more: docker run --shm-size 1g.",
+                remedy="shared_memory",
             ) from None
         if not re.search(r"(DataLoader worker|Pin memory).*(is killed|exited unexpectedly)", str(error)):
             raise
         raise DataError(
-            "a process that reads images was killed; there may be too little memory.",
-            "Use fewer of them: --workers 1, or 0 to read in the main process.",
+            "a process that reads images was killed; there may be too little memory.", remedy="fewer_workers"
         ) from None

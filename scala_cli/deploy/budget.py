@@ -60,9 +60,7 @@ def choose(rows: Sequence[dict[str, Any]], budget: Budget) -> dict[str, Any]:
     ratio = Point.of_row(closest).label
     has = ", ".join(f"{name} {shown(closest.get(name))}" for name, _, _ in limits_of(budget))
     raise PointError(
-        f"no trained width fits; the closest is {ratio} with {has}.",
-        f"Allow more, or cut that one: scala slice --ratio {ratio}; "
-        "or train other widths: scala finetune ... --ratios",
+        f"no trained width fits; the closest is {ratio} with {has}.", remedy="closest_ratio", ratio=ratio
     )
 
 

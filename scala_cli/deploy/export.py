@@ -80,7 +80,7 @@ def channel_values(spec: Spec, name: str) -> tuple[float, ...]:
         told = ", ".join(f"{value:g}" for value in values)
         raise CheckpointError(
             f"the model takes {count} channels, but its {name} is that of {len(values)}: {told}.",
-            "Normalise the images yourself: leave out --with-preprocess.",
+            remedy="normalise_yourself",
         )
     return values if len(values) == count else values[:1] * count
 
@@ -268,7 +268,7 @@ def refuse_file(target: Path, chosen: Format, force: bool) -> None:
     refuse_unwritable(target)
     if target.suffix != chosen.suffix:
         better = target.with_name(target.name + chosen.suffix)
-        raise ScalaError(f"{target} does not end in {chosen.suffix}.", f"Name it so: -o {better}")
+        raise ScalaError(f"{target} does not end in {chosen.suffix}.", remedy="name_file", file=better)
     refuse_existing(target, force)
 
 
@@ -280,8 +280,9 @@ def refuse_difference(found: Difference, kind: str, real: bool) -> None:
     else:
         good = found.largest <= TOLERANCE
         what = f"differs by {found.largest:.2g}, more than {TOLERANCE:g}"
-    if not good:
-        raise CheckpointError(
-            f"the {kind} file read back by its runtime {what}; nothing was written.",
-            "Leave out --int8." if is_int8(kind) else "Please report this with: scala env",
-        )
+    if good:
+        return
+    message = f"the {kind} file read back by its runtime {what}; nothing was written."
+    if is_int8(kind):
+        raise CheckpointError(message, remedy="leave_out", setting="int8")
+    raise CheckpointError(message, remedy="report")

@@ -42,7 +42,7 @@ def write_repository(
     except HFValidationError:
         repo = ""
     if "/" not in repo:
-        raise ScalaError("that is no name of a repository.", "Name it so: scala push [CKPT] org/name")
+        raise ScalaError("that is no name of a repository.", remedy="name_repository")
     refuse_occupied(target, force, OURS, source=checkpoint)
     full, rule, record = read_about(checkpoint)
     points, task = tuple(map(Point, rule.ratios)), task_named(record.task)
@@ -81,7 +81,7 @@ def upload(folder: Path, repo: str, private: bool) -> str:
     Raises ScalaError without a token, without a network, and where the Hub refuses.
     """
     if get_token() is None:
-        raise ScalaError("there is no token for the Hub.", "Log in: hf auth login; or set HF_TOKEN")
+        raise ScalaError("there is no token for the Hub.", remedy="log_in")
     hub = HfApi()
     try:
         hub.create_repo(repo, private=private or None, exist_ok=True)
@@ -90,17 +90,14 @@ def upload(folder: Path, repo: str, private: bool) -> str:
         told = hub.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload with scala-vit")
     except HfHubHTTPError as error:
         raise ScalaError(
-            f"the Hub refuses {repo}: {error.server_message or type(error).__name__}.",
-            "Check its name, and that your token may write there: hf auth whoami",
+            f"the Hub refuses {repo}: {error.server_message or type(error).__name__}.", remedy="check_token"
         ) from None
     except ValueError as error:  # of the card
         raise ScalaError(
-            f"the Hub does not take the model card: {' '.join(str(error).split())[:160]}",
-            "Write the folder with --dry-run, mend its README.md, and upload it: hf upload",
+            f"the Hub does not take the model card: {' '.join(str(error).split())[:160]}", remedy="mend_card"
         ) from None
     except (OSError, TRANSPORT) as error:
         raise ScalaError(
-            f"the Hub cannot be reached: {type(error).__name__}.",
-            "Write the folder with --dry-run, and upload it later: hf upload",
+            f"the Hub cannot be reached: {type(error).__name__}.", remedy="upload_later"
         ) from None
     return str(told.commit_url).partition("/commit/")[0]

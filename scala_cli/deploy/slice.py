@@ -127,7 +127,7 @@ def write_slice(
             raise CheckpointError(
                 f"the slice read back by timm differs by {difference:.2g}, "
                 f"more than {TOLERANCE:g}; nothing was written.",
-                "Please report this with the output of: scala env",
+                remedy="report",
             )
     return {**result, "max_abs_diff": difference}
 

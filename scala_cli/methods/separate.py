@@ -21,7 +21,10 @@ class Separate(Method):
         if len(self.points) != 1:
             raise PointError(
                 f"method separate trains one width a run, not {len(self.points)}.",
-                f"Give one: --ratios {self.points[0]}",
+                "Give one.",
+                remedy="example",
+                setting="ratios",
+                value=self.points[0],
             )
 
     def draw(self, random: Random) -> list[Point]:

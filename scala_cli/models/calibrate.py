@@ -100,7 +100,7 @@ class Pair:
                 stream.append(embed(vit, images.to(device)))
             seen += len(images)
         if not seen:
-            raise DataError("there are no images to fit the slice to.", "Give a folder of images as --data.")
+            raise DataError("there are no images to fit the slice to.", "Give some images.")
         return streams
 
     def keep(self, name: str, values: Tensor) -> Tensor:

@@ -154,7 +154,8 @@ def read_about(directory: Path) -> tuple[Spec, Rule, Record]:
     if not isinstance(about, dict):
         raise CheckpointError(
             f"{directory} is a timm checkpoint, not yet a slimmable one.",
-            f"Convert it first: scala convert local-dir:{directory}",
+            remedy="convert_first",
+            model=f"local-dir:{directory}",
         )
     if "sliced_from" in about:
         raise CheckpointError(

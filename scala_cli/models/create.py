@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from scala_cli.errors import CheckpointError
 from scala_cli.models.config import Config
-from scala_cli.models.hub import NO_WEIGHTS, TRANSPORT, quiet_hub, unreachable
+from scala_cli.models.hub import TRANSPORT, quiet_hub, unreachable
 from scala_cli.models.nested import examples
 from scala_cli.models.vit import Spec, refuse_unless_plain
 
@@ -41,7 +41,7 @@ def create(
         own = config.model_args.get("num_classes", own)
         more = {"num_classes": own, "pretrained_cfg": {"num_classes": own, "state_dict": dict(state)}}
     elif pretrained and not timm.is_model_pretrained(name):
-        raise CheckpointError(f"timm has no pretrained weights for {name}.", NO_WEIGHTS)
+        raise CheckpointError(f"timm has no pretrained weights for {name}.", remedy="other_weights")
     elif classes is not None:
         more = {"num_classes": classes}
     with nullcontext() if state is not None or not pretrained else quiet_hub():
@@ -107,9 +107,8 @@ def check_patches(spec: Spec) -> None:
     for what, pixels, side in zip(("height", "width"), spec.input_size[1:], sides, strict=True):
         if pixels % side:
             square = spec.input_size[1] == spec.input_size[2] and isinstance(patch, int)
-            raise CheckpointError(
-                f"image {'size' if square else what} {pixels} is not a multiple of patch size {side}.",
-                f"Try --img-size {max(pixels // side, 1) * side}, or another --patch-size."
-                if square
-                else "Take a model whose image is a multiple of its patch.",
-            )
+            message = f"image {'size' if square else what} {pixels} is not a multiple of patch size {side}."
+            if square:
+                size = max(pixels // side, 1) * side
+                raise CheckpointError(message, remedy="image_size", size=size)
+            raise CheckpointError(message, "Take a model whose image is a multiple of its patch.")

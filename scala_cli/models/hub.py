@@ -20,10 +20,6 @@ from huggingface_hub.utils import (
 
 from scala_cli.errors import CheckpointError
 
-NO_WEIGHTS = (
-    "Convert a file you have: scala convert MODEL --weights FILE; or random weights: scala convert --scratch"
-)
-
 TRANSPORT: type[Exception] = HfHubHTTPError.__bases__[0]
 """What the HTTP library raises that this version of the Hub's client is built on."""
 
@@ -48,7 +44,7 @@ def fetch(repo: str, names: list[str], also: list[str] | None = None) -> Path:
         for file in names:
             if not Path(found, file).is_file():
                 cached = ", as far as it is cached" if constants.HF_HUB_OFFLINE else ""
-                raise CheckpointError(f"hf-hub:{name} holds no {file}{cached}.", NO_WEIGHTS)
+                raise CheckpointError(f"hf-hub:{name} holds no {file}{cached}.", remedy="other_weights")
     return Path(found)
 
 
@@ -87,4 +83,4 @@ def resolves() -> bool:
 def unreachable(name: str, error: Exception) -> CheckpointError:
     """The error for weights that could not be downloaded."""
     why = "there is no network" if constants.HF_HUB_OFFLINE else type(error).__name__
-    return CheckpointError(f"could not download the weights of {name}: {why}.", NO_WEIGHTS)
+    return CheckpointError(f"could not download the weights of {name}: {why}.", remedy="other_weights")

@@ -50,8 +50,8 @@ def slimmable(model: nn.Module, ratios: str = DEFAULT_RATIOS) -> SlimmableViT:
     if not same:
         raise CheckpointError(
             f"timm's {spec.architecture} computes something else than this model.",
-            "Save it with what it was created with, and load that: "
-            "timm.models.save_for_hf(model, DIR, model_args=...); scala convert DIR",
+            "Save it with what it was created with, and convert that: "
+            "timm.models.save_for_hf(model, DIR, model_args=...)",
         )
     if give_identity_head(again):
         spec = replace(describe(again, spec.model_args), features=True)

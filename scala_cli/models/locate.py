@@ -41,8 +41,7 @@ def resolve(checkpoint: str | Path | None) -> Path:
     if checkpoint is None:
         if not LAST_RUN.exists():
             raise CheckpointError(
-                f"no checkpoint named, and no run yet at {LAST_RUN}.",
-                "Name one, or train one: scala finetune deit_s --data DIR",
+                f"no checkpoint named, and no run yet at {LAST_RUN}.", remedy="name_or_train"
             )
         checkpoint = LAST_RUN
     name = str(checkpoint)
@@ -55,11 +54,9 @@ def resolve(checkpoint: str | Path | None) -> Path:
         if (directory / CONFIG).is_file():
             return directory
     if (path / STATE).is_file():
-        raise CheckpointError(
-            f"no epoch of the run {path} has ended.", f"Go on: scala finetune --resume {path}"
-        )
+        raise CheckpointError(f"no epoch of the run {path} has ended.", remedy="resume", run=path)
     what = "has no config.json" if path.is_dir() else "is a file" if path.exists() else "does not exist"
-    raise CheckpointError(f"checkpoint {path} {what}.", "Make one: scala convert deit_s -o DIR")
+    raise CheckpointError(f"checkpoint {path} {what}.", remedy="make_checkpoint")
 
 
 def short_name(model: str) -> str:

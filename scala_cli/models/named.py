@@ -27,12 +27,17 @@ def find_source(model: str, weights: Path | None, scratch: bool, average: bool) 
     """
     file = weight_file(model)
     if weights is not None and (scratch or file):
-        raise CheckpointError("two sources of weights are given.", "Leave out --weights, or the other one.")
+        raise CheckpointError(
+            "two sources of weights are given.",
+            remedy="leave_out_one",
+            setting="weights",
+            other="the other one",
+        )
     if weights is not None or file is not None:
         return source_in_file(weights or Path(file or ""), model if weights else None, average)
     if average:
         raise CheckpointError(
-            f"{model} is no file, so there is no moving average to take.", "Name the file: --weights FILE"
+            f"{model} is no file, so there is no moving average to take.", remedy="name_weights"
         )
     directory = directory_of(model)
     if directory is not None and is_transformers(read_config(directory)):
@@ -70,8 +75,7 @@ def config_of(model: str) -> Config:
     """
     if not model:
         raise CheckpointError(
-            "the weight file does not say which architecture it holds.",
-            "Name it: scala convert deit_s --weights FILE",
+            "the weight file does not say which architecture it holds.", remedy="name_architecture"
         )
     directory = directory_of(model)
     if directory is not None:
@@ -79,7 +83,8 @@ def config_of(model: str) -> Config:
         if is_transformers(config):
             raise CheckpointError(
                 f"{model} holds a model of transformers, whose weights lie beside its {CONFIG}.",
-                f"Leave out the file: scala convert {model}",
+                remedy="convert_directory",
+                model=model,
             )
         return read_settings(config)
     path = Path(model.removeprefix(LOCAL)).expanduser()
@@ -142,10 +147,7 @@ def weight_file(model: str) -> Path | None:
 def no_model(path: Path) -> CheckpointError:
     """The error for a path at which no model lies."""
     if (path / STATE).is_file():
-        return CheckpointError(
-            f"{path} is a training run.",
-            f"Go on with it: scala finetune --resume {path}; cut it: scala slice {path}",
-        )
+        return CheckpointError(f"{path} is a training run.", remedy="resume_or_slice", run=path)
     if path.is_dir():
         return CheckpointError(f"{path} has no config.json.", "Name a directory in timm's format.")
     if path.exists():

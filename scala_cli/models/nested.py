@@ -126,7 +126,9 @@ def under_prefixes(place: str, tensors: State) -> Iterator[Candidate]:
 
 def no_average(file: Path) -> CheckpointError:
     return CheckpointError(
-        f"{file} holds no moving average of weights, as model_ema or state_dict_ema.", "Leave out --ema."
+        f"{file} holds no moving average of weights, as model_ema or state_dict_ema.",
+        remedy="leave_out",
+        setting="ema",
     )
 
 

@@ -81,7 +81,9 @@ def put_first_what_matters(net: SlimmableViT, batches: Iterable[Tensor]) -> Slim
     """
     if net.rule.isolated:
         raise CheckpointError(
-            "this is a trained family: in another order its widths are lost.", "Leave out --order."
+            "this is a trained family: in another order its widths are lost.",
+            remedy="leave_out",
+            setting="order",
         )
     spec, table = net.spec, net.rule.table
     blocks = [f"blocks.{number}" for number in range(len(net.vit.blocks))]
@@ -120,7 +122,10 @@ def put_first_what_matters(net: SlimmableViT, batches: Iterable[Tensor]) -> Slim
         difference = (vit(probe) - expected).abs().max()
     if not difference <= TOLERANCE * expected.square().mean().sqrt().clamp_min(1):
         raise CheckpointError(
-            f"in another order the full model would differ by {difference:.2g}.", "Use --order none"
+            f"in another order the full model would differ by {difference:.2g}.",
+            remedy="try",
+            setting="order",
+            value="none",
         )
     return SlimmableViT(vit, spec, net.rule).eval()
 

@@ -157,7 +157,8 @@ def refuse_trained(model: str, about: Mapping[str, Any]) -> None:
     if about.get("method") and "sliced_from" not in about:
         raise CheckpointError(
             f"{model} is a trained family of widths; converting it again would mix them up.",
-            f"Use it as it is: scala finetune {model} --data DIR",
+            remedy="train_family",
+            model=model,
         )
 
 
@@ -200,7 +201,7 @@ def open_family(
     if changes.given() or layout == "fused":
         raise CheckpointError(
             f"{file} is a family of widths by Scala's authors; it is converted as it is.",
-            "Leave out --num-classes, --img-size, --patch-size and --layout.",
+            remedy="leave_as_it_is",
         )
     net, original = open_theirs(source, file)
     refuse_broken(original, file)
@@ -223,9 +224,9 @@ def distance(net: SlimmableViT, original: VisionTransformer) -> float:
     difference = (found - expected).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
         raise CheckpointError(
-            f"the checkpoint would not compute what the model does that it is made from: its logits differ "
-            f"by {difference:.2g}; nothing was written.",
-            "Please report this with the output of: scala env",
+            f"the checkpoint would not compute what its source does: the logits differ by {difference:.2g}; "
+            "nothing was written.",
+            remedy="report",
         )
     return difference
 
@@ -250,7 +251,7 @@ def open_slimmable(
         if weights or (changes and changes.given()):
             raise CheckpointError(
                 f"{name} is a slimmable checkpoint: its weights and sizes are what they are.",
-                "Leave out --weights, --img-size and --patch-size, or name the model it came from.",
+                remedy="keep_sizes",
             )
         net, record = load_with_record(resolve(name))
         return (net.with_points(parse_points(ratios)) if ratios else net), record

@@ -186,18 +186,23 @@ def refuse_unless_plain(model: nn.Module) -> VisionTransformer:
 
     Types are compared exactly: a subclass may use its parameters in another way.
     """
-    hint = "DeiT, DeiT-III and plain vit_* models of timm can; for example: scala convert deit_s"
+    vit: Any = model
     if type(model) in (VisionTransformer, VisionTransformerDistilled):
-        assert isinstance(model, VisionTransformer)
-        reason = first_odd_part(model)
-        if not reason:
-            reason = first_odd_size(model)
-            hint = "Give the model as it was before it was pruned, or prune all of its blocks alike."
-        if not reason:
-            return model
+        odd = first_odd_part(vit)
     else:
-        reason = f"it is a {type(model).__name__}, not a VisionTransformer"
-    raise CheckpointError(f"this model cannot be sliced: {reason}.", hint)
+        odd = f"it is a {type(model).__name__}, not a VisionTransformer"
+    if odd:
+        raise CheckpointError(
+            f"this model cannot be sliced: {odd}.",
+            "DeiT, DeiT-III and plain vit_* models of timm can.",
+            remedy="convert_example",
+        )
+    if odd := first_odd_size(vit):
+        raise CheckpointError(
+            f"this model cannot be sliced: {odd}.",
+            "Give the model as it was before it was pruned, or prune all of its blocks alike.",
+        )
+    return vit
 
 
 def first_odd_part(vit: VisionTransformer) -> str:

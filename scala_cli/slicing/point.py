@@ -35,13 +35,18 @@ class Point:
         if not 0 < self.ratio <= 1:
             raise PointError(
                 f"ratio {decimal(self.ratio)} is not a width: it must be above 0 and at most 1.",
-                "Give a share of the full width, for example --ratio 0.5",
+                "Give a share of the full width.",
+                remedy="example",
+                setting="ratio",
+                value="0.5",
             )
         if not 0 < self.keep <= 1 or self.size == 0:
             raise PointError(
                 f"{self.label} is no point: the share of tokens must be above 0 and at most 1, "
                 "the size at least 1.",
-                "For example: --ratio 0.5@160~0.7",
+                remedy="example",
+                setting="ratio",
+                value="0.5@160~0.7",
             )
 
     def __lt__(self, other: "Point") -> bool:
@@ -64,8 +69,7 @@ class Point:
             return cls(Fraction(ratio), int(size) if size else None, Fraction(keep or 1))
         except (AttributeError, ValueError, OverflowError, ZeroDivisionError):
             raise PointError(
-                f"{str(point)[:40]!r} is not a ratio.",
-                "Write 0.5 or 1/2; --ratio again for another, --ratios 0.25,0.5,1 for several at once.",
+                f"{str(point)[:40]!r} is not a ratio.", "Write 0.5 or 1/2.", remedy="several_ratios"
             ) from None
 
     @classmethod
@@ -105,7 +109,13 @@ def parse_points(text: str) -> tuple[Point, ...]:
     """The points of "0.25,0.5,0.75,1", smallest first."""
     points = {Point.of(part) for part in text.split(",") if part.strip()}
     if not points:
-        raise PointError("no ratio given.", "Give at least one, for example --ratios 0.25,0.5,0.75,1")
+        raise PointError(
+            "no ratio given.",
+            "Give at least one.",
+            remedy="example",
+            setting="ratios",
+            value="0.25,0.5,0.75,1",
+        )
     return tuple(sorted(points))
 
 
@@ -126,7 +136,9 @@ def find_point(wanted: "str | float | Fraction | Point", trained: Iterable[Point
     near = sorted(points, key=lambda p: abs(p.ratio - point.ratio))[:2]
     raise PointError(
         f"ratio {point} was not trained; the nearest trained: {', '.join(p.label for p in sorted(near))}.",
-        f"Try --ratio {near[0]}, or train it: scala finetune ... --ratios {point},...",
+        remedy="trained_ratio",
+        trained=near[0],
+        wanted=point,
     )
 
 

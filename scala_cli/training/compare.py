@@ -32,7 +32,7 @@ from scala_cli.training.run import METRICS, Run
 from scala_cli.training.start import unlearnt
 from scala_cli.watch import Watcher
 
-RESULT, TABLE, ELSEWHERE = "compare.json", "compare.csv", "Give another place: --output DIR"
+RESULT, TABLE = "compare.json", "compare.csv"
 Start = tuple[SlimmableViT, Record]
 
 
@@ -66,8 +66,7 @@ class Arm:
             method = replace(method, isolation=False)  # as with it: one part at a time
         if self.kind.effective(method) == self.kind.effective(self.method):
             raise TrainingError(
-                f"{part} has no part in {self.name}: leaving it out changes nothing.",
-                "Leave it out of another method: --methods paper has all of the paper's parts.",
+                f"{part} has no part in {self.name}: leaving it out changes nothing.", remedy="whole_method"
             )
         return Arm(f"{self.name}-no-{part.replace('_', '-')}", replace(self.recipe, settings=method))
 
@@ -120,7 +119,7 @@ def compare(
         TrainingError: where `folder` holds another comparison, or the start is none. Others as `finetune`.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise TrainingError("compare runs in one process.", "Start it without torchrun: scala compare ...")
+        raise TrainingError("compare runs in one process.", remedy="one_process")
     refuse_unknown(settings.data, settings.read.data_dir)  # before anything is downloaded
     net, record = open_start()
     refuse_unfit(net, record, arms, settings)
@@ -164,15 +163,16 @@ def refuse_unfit(net: SlimmableViT, record: Record, arms: Sequence[Arm], setting
     if len(net.points) <= 4 and not all(arm.method.stable_sampling for arm in arms):
         raise TrainingError(
             f"stable_sampling has no part in {len(net.points)} widths: each step trains them all.",
-            "Give five or more: --ratios 0.25,0.375,0.5,0.625,0.75,0.875,1",
+            "Give five or more.",
+            remedy="example",
+            setting="ratios",
+            value="0.25,0.375,0.5,0.625,0.75,0.875,1",
         )
     classes = task_named(record.task).open(settings, net.spec.label_names)[0].classes
     misfit = unlearnt(net, record, classes)
     if misfit:
         raise TrainingError(
-            f"{misfit}: every method would learn them anew.",
-            f"Learn them once: scala finetune MODEL --data DIR --ratios 1 --method {ONE_POINT} --order none "
-            "-o full; then compare full/last --ratios 0.25,0.5,0.75,1",
+            f"{misfit}: every method would learn them anew.", remedy="learn_classes", method=ONE_POINT
         )
     if record.trained and not record.order_is_free(net.rule):
         raise TrainingError(
@@ -248,9 +248,9 @@ def claimed(folder: Path, what: dict[str, Any]) -> Iterator[None]:
     inside = {path.name: path for path in folder.iterdir()} if folder.exists() else {}
     begun = {name for name in inside if target_of(name) in (RESULT, TABLE)}
     if held is None and inside.keys() - begun - {LOCK}:
-        raise TrainingError(f"{folder} holds files that are not of a comparison.", ELSEWHERE)
+        raise TrainingError(f"{folder} holds files that are not of a comparison.", remedy="other_place")
     if held != what and any(folder.rglob(STATE)):
-        raise TrainingError(f"{folder} holds another comparison.", ELSEWHERE)
+        raise TrainingError(f"{folder} holds another comparison.", remedy="other_place")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         for name in begun:  # by a process that was killed

@@ -165,5 +165,6 @@ def refuse_other_images(now: Mapping[str, object], then: Mapping[str, object], r
             change = f"{before} {name} then, {now[name]} now" if isinstance(before, int) else f"other {name}"
             raise DataError(
                 f"the images are not those this run began with: {change}.",
-                f"Go on from its weights instead: scala finetune {run.weights} --data DIR",
+                remedy="from_weights",
+                weights=run.weights,
             )

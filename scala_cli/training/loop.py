@@ -79,9 +79,7 @@ class Trainer:
         chosen = settings.optimizer
         low, high = settings.augment.scale
         if not 0 < low <= high <= 1:
-            raise TrainingError(
-                f"--scale {low:g} {high:g} is no range.", "Give the smaller share first: 0.5 1"
-            )
+            raise TrainingError(f"scale {low:g} {high:g} is no range.", "Give the smaller share first: 0.5 1")
         with refusing_settings():
             augmented, plain = transform_for(start.spec, settings.augment), transform_for(start.spec)
         self.training = Loader(

@@ -167,21 +167,19 @@ class Run:
         file = self.path / STATE
         if not self.holds_state():
             raise TrainingError(
-                f"{self.path} has no {STATE}: there is nothing to resume.",
-                "Start it: scala finetune MODEL --data DIR",
+                f"{self.path} has no {STATE}: there is nothing to resume.", remedy="start_run"
             )
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except OSError:
             raise
         except Exception:  # arbitrary bytes make the unpickler fail in arbitrary ways
-            raise TrainingError(
-                f"{file} is damaged.", f"Go on from its weights: scala finetune {self.weights} --data DIR"
-            ) from None
+            raise TrainingError(f"{file} is damaged.", remedy="from_weights", weights=self.weights) from None
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise TrainingError(
                 f"{file} was written by another version of scala.",
-                f"Go on from its weights: scala finetune {self.weights} --data DIR",
+                remedy="from_weights",
+                weights=self.weights,
             )
         return state
 

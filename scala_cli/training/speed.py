@@ -48,9 +48,7 @@ def bench_training(
         of the batch, where the system tells.
     """
     if not net.spec.num_classes:
-        raise CheckpointError(
-            "this model has no classes to learn.", "Give it some: scala convert MODEL --num-classes N"
-        )
+        raise CheckpointError("this model has no classes to learn.", remedy="add_classes")
     device = choose_device(settings.device)
     note_emulation(device, settings.device, watch)
     size = settings.optimizer.batch_size

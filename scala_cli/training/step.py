@@ -28,8 +28,6 @@ from scala_cli.tasks.base import Task
 from scala_cli.training.gradients import GradientLog
 from scala_cli.world import ALONE, World
 
-IN_PARTS = "Try --grad-accum-steps 2, --grad-checkpointing, or in a new run a smaller --batch-size (-b)."
-
 
 class Step:
     """A model, what teaches it and what moves it; called with a batch, it moves once.
@@ -81,7 +79,10 @@ class Step:
                 self.optimizer.add_param_group({"params": trained})
         if getattr(self.optimizer, "is_second_order", False):
             raise TrainingError(
-                f"{chosen.opt} needs second derivatives, which training does not keep.", "Try --opt adamw"
+                f"{chosen.opt} needs second derivatives, which training does not keep.",
+                remedy="try",
+                setting="opt",
+                value="adamw",
             )
         self.average = (
             ModelEmaV3(self.net.vit, decay=chosen.model_ema_decay, use_warmup=True)
@@ -140,7 +141,7 @@ class Step:
             TrainingError: where a loss or the gradient is not finite; the weights have not moved then.
             ScalaError: where there is not enough memory, or torch.compile was asked for and fails.
         """
-        with self.compiling, naming_lack_of_memory(len(images), IN_PARTS):
+        with self.compiling, naming_lack_of_memory(len(images), remedy="smaller_step"):
             losses = self.gather_gradients(images, targets)
             if self.gradients:
                 self.gradients.write(self.number)
@@ -170,7 +171,8 @@ class Step:
             if not math.isfinite(value):
                 raise TrainingError(
                     f"{name} is {value} at step {self.number + 1}.",
-                    f"Lower --lr (now {self.settings.optimizer.lr:g}). What was saved before is whole.",
+                    remedy="lower_rate",
+                    rate=self.settings.optimizer.lr,
                 )
 
     def gather_gradients(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -212,7 +214,7 @@ def compiling(settings: Settings) -> AbstractContextManager[object]:
     """Within, an error is torch.compile's where that was asked for: nothing has run yet."""
     if not settings.optimizer.torchcompile:
         return nullcontext()
-    return naming_failure("torch.compile failed", "Leave out --torchcompile.")
+    return naming_failure("torch.compile failed", remedy="leave_out", setting="torchcompile")
 
 
 def mixer(
@@ -232,4 +234,4 @@ def mixer(
 
 def refusing_settings() -> AbstractContextManager[object]:
     """Within, an error is timm's, of settings it does not take."""
-    return naming_failure("timm refuses these settings", "See scala finetune -h", TrainingError)
+    return naming_failure("timm refuses these settings", kind=TrainingError, remedy="see_options")

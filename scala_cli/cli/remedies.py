@@ -1,0 +1,97 @@
+"""What to type next, for every kind of error.
+
+The core names a remedy and the facts that its text needs; here stand the texts, in the words of the command
+line. A fact called `setting` is the name of an option.
+"""
+
+from scala_cli.errors import ScalaError
+
+REMEDIES = {
+    # options
+    "try": "Try --{setting} {value}",
+    "example": "For example: --{setting} {value}",
+    "leave_out": "Leave out --{setting}.",
+    "leave_out_one": "Leave out --{setting}, or {other}.",
+    "see_options": "See scala finetune -h",
+    "report": "Please report this with the output of: scala env",
+    # where to write
+    "other_file": "Choose another name: -o FILE",
+    "other_file_or_force": "Choose another name with -o FILE, or replace it: --force",
+    "other_directory": "Choose another one: -o DIR",
+    "other_directory_or_force": "Choose another one with -o DIR, or replace it: --force",
+    "directory_within": "Name a directory in it: -o DIR",
+    "other_place": "Give another place: --output DIR",
+    "name_file": "Name it so: -o {file}",
+    # models and their weights
+    "convert_first": "Convert it first: scala convert {model}",
+    "convert_directory": "Leave out the file: scala convert {model}",
+    "convert_example": "For example: scala convert deit_s",
+    "make_checkpoint": "Make one: scala convert deit_s -o DIR",
+    "other_weights": (
+        "Convert a file you have: scala convert MODEL --weights FILE; "
+        "or random weights: scala convert --scratch"
+    ),
+    "name_weights": "Name the file: --weights FILE",
+    "name_architecture": "Name it: scala convert deit_s --weights FILE",
+    "leave_as_it_is": "Leave out --num-classes, --img-size, --patch-size and --layout.",
+    "keep_sizes": "Leave out --weights, --img-size and --patch-size, or name the model it came from.",
+    "image_size": "Try --img-size {size}, or another --patch-size.",
+    "add_classes": "Give it some: scala convert MODEL --num-classes N",
+    "normalise_yourself": "Normalise the images yourself: leave out --with-preprocess.",
+    # widths
+    "several_ratios": "Give --ratio again for another, --ratios 0.25,0.5,1 for several at once.",
+    "trained_ratio": "Try --ratio {trained}, or train it: scala finetune ... --ratios {wanted},...",
+    "closest_ratio": (
+        "Allow more, or cut that one: scala slice --ratio {ratio}; "
+        "or train other widths: scala finetune ... --ratios"
+    ),
+    # images
+    "data_dir": "Name its place: --data-dir DIR",
+    "known_data": (
+        "Give a folder with train/ and val/ of class folders, torch/cifar10 with --data-dir, or digits."
+    ),
+    "larger_holdout": "Give more images, or a larger --holdout.",
+    "skip_corrupt": "Mend it, or pass --on-corrupt skip.",
+    "same_classes": (
+        "Train a head for them: scala finetune CKPT --data {data}; "
+        "or, where they are the same under other names: scala convert MODEL --labels FILE"
+    ),
+    # memory and processes
+    "smaller_batch": "Give a smaller --batch-size (-b).",
+    "smaller_step": (
+        "Try --grad-accum-steps 2, --grad-checkpointing, or in a new run a smaller --batch-size (-b)."
+    ),
+    "other_runtime": "Leave that runtime out, or try a smaller --batch-size.",
+    "fewer_workers": "Use fewer of them: --workers 1, or 0 to read in the main process.",
+    "shared_memory": (
+        "Read in the main process: --workers 0. Under docker give more: docker run --shm-size 1g."
+    ),
+    "one_process": "Start it without torchrun: scala compare ...",
+    # training
+    "name_or_train": "Name one, or train one: scala finetune deit_s --data DIR",
+    "start_run": "Start it: scala finetune MODEL --data DIR",
+    "train_family": "Use it as it is: scala finetune {model} --data DIR",
+    "from_weights": "Go on from its weights: scala finetune {weights} --data DIR",
+    "resume": "Go on: scala finetune --resume {run}",
+    "resume_or_slice": "Go on with it: scala finetune --resume {run}; cut it: scala slice {run}",
+    "resume_together": "Then go on: torchrun ... -m scala_cli finetune --resume RUN",
+    "lower_rate": "Lower --lr (now {rate:g}). What was saved before is whole.",
+    "whole_method": "Leave it out of another method: --methods paper has all of the paper's parts.",
+    "learn_classes": (
+        "Learn them once: scala finetune MODEL --data DIR --ratios 1 --method {method} --order none "
+        "-o full; then compare full/last --ratios 0.25,0.5,0.75,1"
+    ),
+    # the Hub
+    "name_repository": "Name it so: scala push [CKPT] org/name",
+    "log_in": "Log in: hf auth login; or set HF_TOKEN",
+    "check_token": "Check its name, and that your token may write there: hf auth whoami",
+    "mend_card": "Write the folder with --dry-run, mend its README.md, and upload it: hf upload",
+    "upload_later": "Write the folder with --dry-run, and upload it later: hf upload",
+}
+"""What to type, by the name of the remedy; facts of the error stand in braces."""
+
+
+def advice(error: ScalaError) -> str:
+    """What to do about an error: its hint, then the text of its remedy."""
+    text = REMEDIES[error.remedy].format(**error.facts) if error.remedy else ""
+    return " ".join(part for part in (error.hint, text) if part)
