@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -84,8 +85,8 @@ def bench(
     main = main_column(task)
     exact: dict[Any, float | None] = {point: record.measured(point, main) for point in points}
     if loader:
-        exact = {**measured(widths(net.to(device), points, where), task, loader, device, watch)}
-        net.to("cpu")
+        there = net if device.type == "cpu" else deepcopy(net).to(device)
+        exact = {**measured(widths(there, points, where), task, loader, device, watch)}
 
     def accuracy(runtime: str, models: Mapping[Point, Predictor]) -> Mapping[Any, float | None]:
         if is_int8(runtime):
