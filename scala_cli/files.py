@@ -243,8 +243,8 @@ def refuse_forbidden(directory: Path) -> None:
 def walk(directory: Path, ours: Set[str]) -> Iterator[tuple[Path, bool]]:
     """Yields every file, and every directory of an unknown name, with whether it is one of `ours`.
 
-    A link is neither followed nor strange where a directory of ours may lie; what a process that was killed
-    had begun to write of `ours` is ours too.
+    A link in place of one of our directories counts as ours and is not followed. So do the temporary files of
+    a process that was killed.
     """
     for path in sorted(directory.iterdir()):
         name = target_of(path.name) or path.name

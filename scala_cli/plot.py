@@ -83,18 +83,17 @@ def arms_picture(arms: Rows, task: Task) -> Any:
     return figure
 
 
-def bench_picture(rows: Rows) -> Any:
-    """What every width gives against its latency: top-1, with the front that no other beats, or GMACs.
+def bench_picture(rows: Rows, task: Task) -> Any:
+    """What every width gives against its latency: the task's first metric, or else GMACs.
 
-    Top-1 where it is known of all widths; a model that is only compared with, of which it is not, is a
-    vertical line. Named are the widths of the first runtime and all that is on the front.
+    The metric is drawn where it is known of all widths, with the front that no other beats. A model that is
+    only compared with, of which it is not known, is a vertical line. Named are the widths of the first
+    runtime and all that is on the front.
     """
     figure, axes = new_axes()
-    first = rows[0]["runtime"]
-    known = all(
-        row["top1"] is not None for row in rows if row["ratio"] is not None and row["runtime"] == first
-    )
-    column, name = ("top1", "top-1, %") if known else ("gmacs", "GMACs of one image")
+    first, main = rows[0]["runtime"], main_column(task)
+    known = all(row[main] is not None for row in rows if row["ratio"] is not None and row["runtime"] == first)
+    column, name = (main, task.columns[main]) if known else ("gmacs", "GMACs of one image")
     drawn = [row for row in rows if row[column] is not None]
     for runtime in dict.fromkeys(row["runtime"] for row in drawn):
         some = [row for row in drawn if row["runtime"] == runtime]

@@ -16,7 +16,7 @@ def uses_bfloat16(device: torch.device, settings: DeviceSettings) -> bool:
 
 
 def note_emulation(device: torch.device, settings: DeviceSettings, watch: Watcher) -> None:
-    """Tells a user who asks for bfloat16 of what only emulates it: nothing else would."""
+    """Warns a user who asks for bfloat16 on a device that only emulates it."""
     known = device.type == "cuda" or cpu_capabilities().get("architecture") == "x86_64"
     if settings.amp and known and not multiplies_bfloat16(device):
         slow = ", and can take a hundred times as long with --amp" if device.type == "cpu" else ""

@@ -57,7 +57,7 @@ def exchanged(one: Path, other: Path) -> bool:
 
 
 def restore(target: Path) -> None:
-    """Puts back what a process was killed over before something new had taken its place."""
+    """Puts the former version back, where a process was killed before the new one took its place."""
     if os.path.lexists(target) or not target.parent.is_dir():
         return
     formers = [

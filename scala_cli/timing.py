@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from scala_cli.device import device_name, synchronize
-from scala_cli.models.vit import Spec, random_images
 from scala_cli.watch import Watcher
 
 WINDOW, WINDOWS = 3, 10
@@ -133,13 +132,6 @@ def peak_gflops(device: torch.device, bfloat16: bool) -> float:
         synchronize(device)
         times.append(time.perf_counter() - start)
     return 2 * size**3 / min(times) / 1e9
-
-
-@torch.inference_mode()
-def largest_difference(one: Predictor, other: Predictor, spec: Spec) -> float:
-    """The largest absolute difference between the logits of two models on the same two random images."""
-    probe = random_images(spec, 2)
-    return (one(probe) - other(probe)).abs().max().item()
 
 
 def conditions(device: torch.device, bfloat16: bool) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Cutting without training, as a user does it."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from conftest import slimmable, write_timm_directory
 from PIL import Image
 
 import scala_cli
+from scala_cli.models.fitted import fit_widths
+from scala_cli.slicing.point import parse_points
 
 
 @pytest.fixture
@@ -108,5 +111,21 @@ def test_what_cannot_be_fitted(scala, tiny, photos, words, message):
 
 def test_in_python(images):
     net = slimmable(ratios="0.5,1")
+    net.train()
     piece, fit = scala_cli.calibrate(net, 0.5, torch.randn(40, 3, 16, 16))
+    assert all(module.training for module in net.modules())
     assert piece.embed_dim == 16 and fit.images == 35 and fit.held_out == 5
+
+
+@torch.no_grad()
+def test_a_fitted_family_answers_with_its_slices(images):
+    net = slimmable(ratios="0.25,0.5,1")
+    seen = [torch.randn(32, 3, 16, 16)]
+    family = fit_widths(net, net.points[1:], seen)
+    piece, _ = scala_cli.calibrate(net, 0.5, seen)
+    for kept in (family, family.with_points(parse_points("0.5,1")), deepcopy(family)):
+        assert torch.equal(kept(images, 0.5), piece(images))
+        assert torch.equal(kept.slice(0.5)(images), piece(images))
+        assert torch.equal(kept(images), net(images))
+    assert torch.equal(family(images, 0.25), net(images, 0.25))  # which was not fitted
+    assert family.slice(0.5, fixed_size=True)(images).shape == (3, 5)

@@ -16,6 +16,7 @@ from scala_cli.deploy.slice import slice_model
 from scala_cli.errors import CheckpointError
 from scala_cli.models.checkpoint import Record, TensorByTensor, load, load_with_record, save, write_timm
 from scala_cli.models.locate import resolve
+from scala_cli.models.order import put_first_what_matters
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.slicing.point import Point, parse_points, ratios_of
 from scala_cli.slicing.rule import Rule
@@ -213,6 +214,8 @@ def test_tensors_that_timm_has_no_place_for_lie_beside_its_weights(tmp_path, ima
     timms = timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True).eval()
     with torch.no_grad():
         assert torch.equal(timms(images), plain(images))
+    ordered = put_first_what_matters(again, [torch.randn(64, 3, 16, 16)])
+    assert ordered.extra is not again.extra and ordered.extra.keys() == extra.keys()
     save(plain, RECORD, tmp_path / "net")  # over it: nothing of the former is left
     assert not load(tmp_path / "net").extra
 

@@ -68,4 +68,19 @@ def test_a_row_names_size_and_keep_only_where_they_are_set():
 def test_points_are_ordered_by_ratio_then_size_then_keep():
     ordered = ["0.25@224", "0.5@128~0.5", "0.5@128", "0.5@224~0.7", "0.5@224", "1@128"]
     assert [str(point) for point in parse_points(",".join(reversed(ordered)))] == ordered
-    assert [str(ratio) for ratio in ratios_of(map(Point.of, ordered))] == ["1/4", "1/2", "1"]
+    assert [str(ratio) for ratio in ratios_of(parse_points("1,0.25,0.5"))] == ["1/4", "1/2", "1"]
+
+
+def test_a_family_of_widths_takes_no_other_points():
+    """Or a size would be dropped in silence."""
+    for text in ("0.5@160", "0.5~0.7"):
+        with pytest.raises(PointError, match=f"{text} is more than a width"):
+            ratios_of(parse_points(f"{text},1"))
+
+
+@pytest.mark.parametrize(
+    "row", [{"size": "x"}, {"size": -3}, {"size": 160.5}, {"ratio": "0.5@160", "size": 3}]
+)
+def test_a_row_that_names_no_point(row):
+    with pytest.raises(PointError):
+        Point.of_row({"ratio": 0.5, **row})

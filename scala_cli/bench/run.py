@@ -72,6 +72,8 @@ def bench(
     refuse_runtimes(runtimes, device, bool(where.amp))
     subjects = [*points_of(net, points), *map(other, compared)]
     net.slice(net.widest)  # maps all of the weights: what a width takes is not to depend on who came before
+    task = task_named(record.task)
+    main = main_column(task)
     run = Bench(
         device,
         where,
@@ -80,9 +82,8 @@ def bench(
         not settings.batch_size,
         peak_gflops(device, bool(where.amp)),
         watch,
+        main,
     )
-    task = task_named(record.task)
-    main = main_column(task)
     exact: dict[Any, float | None] = {point: record.measured(point, main) for point in points}
     if loader:
         there = net if device.type == "cpu" else deepcopy(net).to(device)
@@ -107,6 +108,7 @@ class Bench:
         rounds: how often each is timed; None until the medians are known.
         peak: GFLOP/s of large matrix products.
         search: whether to look for the batch that gives most.
+        main: the task's first metric.
     """
 
     device: torch.device
@@ -116,6 +118,7 @@ class Bench:
     search: bool
     peak: float
     watch: Watcher
+    main: str
 
     def rows(
         self,
@@ -154,7 +157,7 @@ class Bench:
                     "throughput": round(most[each][0] / most[each][1].median * 1000, 2),
                     "batch": most[each][0],
                     "memory_mb": megabytes(peaks[each]),
-                    "top1": known.get(each.point),
+                    self.main: known.get(each.point),
                 }
                 for each in subjects
             ]

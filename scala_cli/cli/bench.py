@@ -87,6 +87,7 @@ def bench(
     from scala_cli.evaluate import validation_loader
     from scala_cli.plot import as_svg, bench_picture, refuse_picture, save
     from scala_cli.report import write_csv, write_page
+    from scala_cli.tasks import task_named
     from scala_cli.training.price import price_of_run
     from scala_cli.training.speed import bench_training
 
@@ -123,15 +124,15 @@ def bench(
             f"trained in {spent['minutes']:.4g} minutes, all widths at once; each alone, on as many "
             f"images, would take {spent['separate']:.3g} times the multiply-accumulates."
         )
-    rows = document["steps" if train else "points"]
+    rows, task = document["steps" if train else "points"], task_named(record.task)
     if csv is not None:
         write_csv(csv, rows)
     if plot is not None:
-        save(bench_picture(rows), plot)
+        save(bench_picture(rows, task), plot)
     if html is not None:
         facts = {name: value for name, value in document.items() if isinstance(value, str | int | float)}
         title = f"{net.spec.architecture}: what each width costs"
-        write_page(html, title, facts, told(rows), as_svg(bench_picture(rows)))
+        write_page(html, title, facts, told(rows), as_svg(bench_picture(rows, task)))
     out.result(document, told(rows))
 
 

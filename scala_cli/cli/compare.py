@@ -80,7 +80,7 @@ def compare(
     out.result(
         {"path": str(target), "seeds": seeds, "equal": equal, "arms": rows},
         [columns(row) for row in rows],
-        title="top-1 of the last epoch, mean and standard deviation over the seeds",
+        title="the last epoch, mean and standard deviation over the seeds",
     )
 
 

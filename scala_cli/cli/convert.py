@@ -99,7 +99,8 @@ def convert(
         )
         net, record = opened.net, opened.record
         if labels is not None:
-            net = SlimmableViT(net.vit, net.spec.naming(read_labels(labels, net.spec.num_classes)), net.rule)
+            spec = net.spec.naming(read_labels(labels, net.spec.num_classes))
+            net = SlimmableViT(net.vit, spec, net.rule, net.extra)
         if order == "importance":
             if split:
                 split.tell(live)

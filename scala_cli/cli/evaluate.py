@@ -68,7 +68,7 @@ def evaluate(
         if calibration.calibrate:
             net, _ = cut_without_training(net, record, net.points, data, calibration, read, device, live)
         net.to(place)
-        choose_attention(net.vit, place, uses_bfloat16(place, device))
+        choose_attention(net, place, uses_bfloat16(place, device))
         note_emulation(place, device, live)
         loader.split.tell(live)
         if cascade:

@@ -100,7 +100,8 @@ def finetune(
         except ScalaError as error:
             if error.resumable and run.holds_state():
                 then = f"Then go on: scala finetune --resume {run.path}"
-                raise ScalaError(error.message, f"{advice(error)} {then}") from error
+                hint = " ".join(filter(None, (advice(error), then)))
+                raise type(error)(error.message, hint) from error
             raise
     rows = [{name: value for name, value in point.items() if name != "images"} for point in best["points"]]
     out.result(

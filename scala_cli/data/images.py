@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from PIL.ExifTags import Base
 
 NOT_READ = {"EPS", "WMF", "MPEG", "FLI", "FITS", "BUFR", "GRIB", "HDF5", "IPTC"}
-"""What Pillow knows and no photograph is: some run other programs, some only know the file's first bytes."""
+"""Formats that are not read: they hold no photographs, and some of Pillow's readers run other programs."""
 
 SIXTEEN_BITS = {"PNG", "PPM"}
 """Formats whose 32-bit integers hold 16 bits."""

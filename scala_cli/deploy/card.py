@@ -71,7 +71,7 @@ def model_card(
         name=name,
         what=description(spec, record, rows, family),
         table=markdown([{**line(row), **accuracy(found, Point.of_row(row), task)} for row in rows]),
-        picture=f"\n![top-1 against GMACs]({picture})\n" if picture else "",
+        picture=f"\n![accuracy against GMACs]({picture})\n" if picture else "",
         code="\n\n".join(code),
         origin=record.provenance.get("weights", "unknown"),
         command=f" Trained with: `{command}`." if command else "",

@@ -104,6 +104,11 @@ class Method(ABC):
         return nn.Module()
 
     @classmethod
+    def idle(cls, settings: MethodSettings, points: Sequence[Point]) -> str:
+        """Why leaving out a part changes nothing for so few points; empty where it does change something."""
+        return ""
+
+    @classmethod
     def effective(cls, settings: MethodSettings) -> MethodSettings:
         """The settings with every part off that has no effect in this method."""
         settings = replace(settings, **{part: off for part, off in OFF.items() if part not in cls.parts})

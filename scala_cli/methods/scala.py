@@ -9,6 +9,9 @@ from scala_cli.methods.base import OFF, Batch, Method, Pass, Recipe, Student, Te
 from scala_cli.settings import MethodSettings
 from scala_cli.slicing.point import Point
 
+PASSES = 4
+"""Widths trained in one step, where there are as many."""
+
 
 class Scala(Method):
     """Four widths a step, largest first (section 3 of the paper).
@@ -60,6 +63,12 @@ class Scala(Method):
         """
         favoured = self.settings.favour_narrowest and point == self.points[0]
         return max(1, len(drawn) - 1) if favoured else 1
+
+    @classmethod
+    def idle(cls, settings: MethodSettings, points: Sequence[Point]) -> str:
+        if settings.stable_sampling or len(points) > PASSES:
+            return ""
+        return f"stable_sampling has no part in {len(points)} widths: each step trains them all"
 
     @classmethod
     def effective(cls, settings: MethodSettings) -> MethodSettings:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from scala_cli.errors import DataError
 from scala_cli.models.slimmable import Ratio, SlimmableViT
 from scala_cli.models.stages import Stage, embed, hooked, normed, read_by, stages
+from scala_cli.models.views import evaluating
 from scala_cli.slicing.point import Point, find_point
 from scala_cli.slicing.ridge import Moments, best_ridge, in_double, ridge
 from scala_cli.slicing.rule import Rule, kept_end, slice_tensor
@@ -146,14 +147,15 @@ def calibrate(
     state = rule.slice_state(net.vit.state_dict(), point.ratio, copy=True)
     narrow = net.spec.at(point.ratio).build_with(state)
     absorb_layer_scale(narrow)
-    pair = Pair(net.vit.eval(), narrow, rule, point)
-    streams = pair.embed(batches.split(BATCH) if isinstance(batches, Tensor) else batches)
-    todo = stages(pair.full, every_token)
-    watch.phase("calibrate", len(todo), "stages")
-    for stage in todo:
-        before, streams = streams, fit_stage(pair, stage, streams, strengths)
-        watch.step(1)
-    return narrow, judge(pair, before, streams)
+    pair = Pair(net.vit, narrow, rule, point)
+    with evaluating(net.vit):
+        streams = pair.embed(batches.split(BATCH) if isinstance(batches, Tensor) else batches)
+        todo = stages(pair.full, every_token)
+        watch.phase("calibrate", len(todo), "stages")
+        for stage in todo:
+            before, streams = streams, fit_stage(pair, stage, streams, strengths)
+            watch.step(1)
+        return narrow, judge(pair, before, streams)
 
 
 def absorb_layer_scale(vit: VisionTransformer) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from scala_cli.models.calibrate import Fit, calibrate
 from scala_cli.models.slimmable import Ratio, SlimmableViT
 from scala_cli.slicing.point import Point, find_point
+from scala_cli.slicing.rule import Rule
 from scala_cli.watch import QUIET, Watcher
 
 
@@ -31,9 +32,14 @@ class FittedViT(SlimmableViT):
         for number, vit in enumerate(slices.values()):
             self.add_module(f"slice_{number}", vit)
 
+    def with_rule(self, rule: Rule) -> "FittedViT":
+        """The same weights, cut by another rule; the slices that were fitted stay."""
+        slices = {width: vit for width in self.widths if (vit := self.fitted(Point(width))) is not None}
+        return FittedViT(super().with_rule(rule), slices, self.fits)
+
     def fitted(self, ratio: Ratio) -> VisionTransformer | None:
         """The slice of a width, where it was fitted."""
-        width = find_point(ratio, self.points).ratio
+        width = Point.of(ratio).ratio
         return self.get_submodule(f"slice_{self.widths.index(width)}") if width in self.widths else None  # type: ignore
 
     def forward(self, images: Tensor, ratio: Ratio | None = None) -> Tensor:

@@ -1,7 +1,6 @@
 """From a timm model that is in memory to a slimmable ViT, which shares its parameters and leaves it alone."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 from scala_cli.errors import CheckpointError
 from scala_cli.models.features import give_identity_head
 from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.models.views import evaluating
 from scala_cli.models.vit import (
     Spec,
     attend_alike,
@@ -73,18 +73,6 @@ def built_on(vit: VisionTransformer, spec: Spec) -> VisionTransformer:
     attend_alike(again, vit)
     again.set_grad_checkpointing(vit.grad_checkpointing)
     return again.eval()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards each of its parts is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 TRAITS: Mapping[str, Callable[[Any], Any]] = {

@@ -48,7 +48,7 @@ def resolve(checkpoint: str | Path | None) -> Path:
     if name.startswith("hf-hub:"):
         from scala_cli.models.hub import fetch
 
-        return fetch(name.removeprefix("hf-hub:"), [CONFIG, WEIGHTS])
+        return fetch(name.removeprefix("hf-hub:"), [CONFIG, WEIGHTS], [EXTRA])
     path = Path(name.removeprefix("local-dir:")).expanduser()
     for directory in (path, path / "best", path / "last"):
         if (directory / CONFIG).is_file():

@@ -20,8 +20,8 @@ from scala_cli.slicing.importance import (
 )
 
 TOLERANCE = 1e-4
-"""How far an ordered model's outputs may be from the pretrained one's, which are about one; larger ones by as
-much more."""
+"""Largest difference between the outputs of the ordered and the pretrained model, relative to their size
+where that is above one."""
 
 
 class Moments:
@@ -127,7 +127,7 @@ def put_first_what_matters(net: SlimmableViT, batches: Iterable[Tensor]) -> Slim
             setting="order",
             value="none",
         )
-    return SlimmableViT(vit, spec, net.rule).eval()
+    return SlimmableViT(vit, spec, net.rule, net.extra).eval()
 
 
 def share_of_reading(seen: Moments, weight: Tensor) -> Tensor:

@@ -73,23 +73,13 @@ class Opened:
 
 
 def open_model(
-    model: str,
-    points: Sequence[Point] | None,
-    changes: Changes | None = None,
-    *,
-    weights: Path | None = None,
-    scratch: bool = False,
-    average: bool = False,
-    layout: Layout = "aligned",
-    watch: Watcher = QUIET,
+    model: str, points: Sequence[Point] | None, changes: Changes | None = None, **how: Any
 ) -> tuple[SlimmableViT, Record]:
     """Pretrained weights as a slimmable model: the same function at full width, sliceable at `points`.
 
     Arguments and errors are those of `open_source`.
     """
-    opened = open_source(
-        model, points, changes, weights=weights, scratch=scratch, average=average, layout=layout, watch=watch
-    )
+    opened = open_source(model, points, changes, **how)
     return opened.net, opened.record
 
 
@@ -134,9 +124,8 @@ def open_source(
     refuse_broken(vit, str(weights or model))
     came_with: Any = vit.pretrained_cfg
     features = about.get("features", False)
-    if (
-        features and changes.num_classes is not None
-    ):  # what its head gives are no classes, as many they may be
+    if features and changes.num_classes is not None:
+        # what the head gives are features, also where these are as many as the classes
         vit.reset_classifier(changes.num_classes)
     new_head = vit.num_classes != came_with.get("num_classes") or (features and bool(changes.num_classes))
     original, vit = vit, describe(vit, config.model_args).build_with(vit.state_dict())

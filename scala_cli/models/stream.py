@@ -17,7 +17,7 @@ WRITERS = re.compile(
 )
 """All that is written to the stream of a DeiT or a plain ViT."""
 NEGLIGIBLE = 1e-4
-"""Of logits; what else may change them a little, an order of the channels, is held to the same."""
+"""Largest change of a logit that counts as none; putting channels in order is held to the same."""
 Norms = dict[str, list[str]]
 """name of a norm -> the linear layers that read the stream through it"""
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from scala_cli.slicing.table import Group, Table, axes_of
 
 SMALLEST = 1e-4
-"""Of the largest, what an eigenvalue or a singular value counts at least where a basis is divided by it."""
+"""Smaller eigenvalues and singular values are raised to this share of the largest before dividing by them."""
 NOTHING = 1e-12
 """A second moment below which there is nothing to choose a basis by: channels that are always zero."""
 

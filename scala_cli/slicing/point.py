@@ -75,8 +75,9 @@ class Point:
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> "Point":
         """The point that the `columns` of a row name."""
-        size, keep = row.get("size"), cls.of(float(row.get("keep", 1))).ratio
-        return cls(cls.of(row["ratio"]).ratio, size, keep)
+        size = row.get("size")
+        label = str(cls.of(row["ratio"])) + ("" if size is None else f"@{size}")
+        return cls.of(f"{label}~{cls.of(float(row.get('keep', 1)))}")
 
     def columns(self) -> dict[str, Any]:
         """What names the point in rows and JSON: {"ratio"}, and "size" and "keep" where they are set."""
@@ -120,8 +121,15 @@ def parse_points(text: str) -> tuple[Point, ...]:
 
 
 def ratios_of(points: Iterable[Point]) -> tuple[Fraction, ...]:
-    """The widths among some points, narrowest first."""
-    return tuple(sorted({point.ratio for point in points}))
+    """The widths of points that are nothing but widths, narrowest first. Raises PointError for others."""
+    points = set(points)
+    odd = [point for point in points if point != Point(point.ratio)]
+    if odd:
+        raise PointError(
+            f"{min(odd)} is more than a width; a family is made of widths.",
+            f"Give the width alone: {decimal(min(odd).ratio)}.",
+        )
+    return tuple(sorted(point.ratio for point in points))
 
 
 def find_point(wanted: "str | float | Fraction | Point", trained: Iterable[Point]) -> Point:

@@ -1,4 +1,4 @@
-"""What a task is: it decides the loss, the metrics and the images; no other file asks what a model is for."""
+"""What a task is: what a model is for decides its loss, its metrics and its images."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol

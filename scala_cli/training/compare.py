@@ -160,9 +160,9 @@ def compare(
 
 def refuse_unfit(net: SlimmableViT, record: Record, arms: Sequence[Arm], settings: Settings) -> None:
     """Raises TrainingError unless every arm can start here, where the classes are known, and differs."""
-    if len(net.points) <= 4 and not all(arm.method.stable_sampling for arm in arms):
+    for idle in filter(None, (arm.kind.idle(arm.method, net.points) for arm in arms)):
         raise TrainingError(
-            f"stable_sampling has no part in {len(net.points)} widths: each step trains them all.",
+            f"{idle}.",
             "Give five or more.",
             remedy="example",
             setting="ratios",

@@ -22,7 +22,7 @@ from scala_cli.world import World
 
 FULL = Point.of(1)
 LEARNING = 1 / 3
-"""Epochs in which a new head is learnt by the full width alone, for one of all widths."""
+"""The share of the epochs that the full width first trains alone, to learn a new head."""
 
 
 def finetune(

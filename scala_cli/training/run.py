@@ -77,6 +77,7 @@ class Run:
         refuse_occupied(self.path, force, FILES, in_place=True)
         self.path.mkdir(parents=True, exist_ok=True)
         with locked(self.path):
+            refuse_occupied(self.path, force, FILES, in_place=True)  # another may have ended just before
             try:
                 clear(self.path, FILES - {LOCK})
                 with whole_file(self.path / "args.yaml") as file:
