@@ -12,6 +12,7 @@ from scala_cli.errors import DataError, PointError
 from scala_cli.models.calibrate import HELD_OUT, calibrate
 from scala_cli.models.order import put_first_what_matters
 from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.models.stages import embed, stages
 from scala_cli.models.vit import describe
 from scala_cli.slicing.point import parse_points, ratios_of
 from scala_cli.slicing.ridge import Moments, best_ridge, ridge
@@ -51,6 +52,20 @@ def ordered(kind: str, images: Tensor) -> SlimmableViT:
 def error(vit: nn.Module, net: SlimmableViT, images: Tensor) -> float:
     with torch.no_grad():
         return (vit(images) - net(images)).square().mean().item()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *RARE])
+@torch.no_grad()
+def test_the_stages_in_turn_are_the_forward(kind):
+    vit = (rare(kind) if kind in RARE else slimmable(kind)).vit
+    images = sample(3)
+    tokens = embed(vit, images)
+    for stage in stages(vit):
+        tokens = stage.run(vit, tokens)
+    assert torch.equal(tokens, vit(images))
+    fitted = {name for stage in stages(vit) for name in stage.layers(vit)}
+    has_weight = {name.removesuffix(".weight") for name in vit.state_dict() if name.endswith(".weight")}
+    assert {"patch_embed.proj"} <= has_weight - fitted <= {"patch_embed.proj", "patch_embed.norm"}
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *RARE])
