@@ -25,7 +25,7 @@ demo: $(VENV)/.installed
 
 # In two processes, each with one thread for torch.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --cov=scala_cli --cov-report=term --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --cov=scala_cli --cov-report=term --cov-fail-under=90
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

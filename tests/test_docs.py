@@ -73,6 +73,7 @@ def test_docs_say_how_each_format_is_run():
     assert {Path(file).suffix for file in DEPLOYING} == {form.suffix for form in FORMATS.values()}
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("file", DEPLOYING)
 def test_what_docs_say_of_deploying_runs_without_us(file, tmp_path):
     """Every example of docs/deploy.md, on the file that its command writes."""

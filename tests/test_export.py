@@ -60,6 +60,7 @@ def test_every_format_is_what_torch_computes(kind, images):
         assert max(difference, told["max_abs_diff"]) <= 1e-4 and told["same_top1"] == 1
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "deit"])
 def test_every_kind_of_vit_as_pt2(kind, images):
     assert export(slimmable(kind), 0.5, "pt2", Path("half.pt2"), images)["max_abs_diff"] <= 1e-5
@@ -109,6 +110,7 @@ def test_pixels_of_one_channel_with_the_means_of_three_are_refused():
     assert error.value.remedy == "normalise_yourself" and not list(Path().iterdir())
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("opset", [formats.OPSETS[0], 18, formats.OPSETS[-1]])
 @pytest.mark.parametrize("kind", ["onnx", "onnx-int8"])
 def test_the_opset_asked_for_is_that_of_the_file(kind, opset, images):
@@ -122,6 +124,7 @@ def test_the_opset_asked_for_is_that_of_the_file(kind, opset, images):
     assert about["opset"] == str(opset)
 
 
+@pytest.mark.no_cover
 def test_every_width_in_an_opset_over_one_copy_of_the_weights(images):
     net = slimmable("average pool, fc_norm", ratios="0.5,1")
     save(net, Record(), Path("net"))
@@ -208,6 +211,7 @@ def test_a_missing_package_is_named_with_what_installs_it(images, monkeypatch):
     assert formats.format_named("pt2")
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     "rule", [{}, {"layout": "fused", "attn_scale": "fixed", "isolated": True}], ids=["aligned", "fused"]
 )

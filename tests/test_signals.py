@@ -3,9 +3,15 @@
 import signal
 
 import pytest
+from runs import settings, start
 
 from scala_cli.__main__ import main
 from scala_cli.cli.console import Output
+from scala_cli.errors import LostProcess
+from scala_cli.models.checkpoint import Record
+from scala_cli.training.finetune import finetune
+from scala_cli.training.run import Run
+from scala_cli.training.step import Step
 from scala_cli.watch import Stopped
 
 
@@ -63,6 +69,28 @@ def test_a_quiet_command_does_not_tell_of_a_signal(capfd):
     with Output(quiet=True).progress() as live, live.between_steps():
         signal.raise_signal(signal.SIGINT)
     assert capfd.readouterr().err == ""
+
+
+def test_what_is_saved_once_another_process_is_lost_is_saved_whole(photos, tmp_path, monkeypatch):
+    """torchrun, which notices the loss as well, ends the others meanwhile."""
+    run, write, gather, steps = Run(tmp_path / "run"), Run.write_state, Step.gather_gradients, []
+
+    def lose(*given):
+        steps.append(given)
+        if len(steps) == 3:
+            raise LostProcess("another process has ended.", "")
+        return gather(*given)
+
+    def write_and_hear(*given):
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        write(*given)
+
+    monkeypatch.setattr(Step, "gather_gradients", lose)
+    monkeypatch.setattr(Run, "write_state", write_and_hear)
+    with pytest.raises(Stopped), Output(quiet=True).progress() as live:
+        finetune(start(), Record(order="none"), settings(photos), run, live)
+    assert run.read_state()["step"] == 2
 
 
 def test_torchrun_repeats_what_the_terminal_has_sent(monkeypatch):

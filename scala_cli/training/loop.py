@@ -160,36 +160,42 @@ class Trainer:
             parameters = self.step.net.vit.parameters()
             self.step.gradients = GradientLog(parameters, run.path / GRADIENTS, self.step.number)
         first = self.step.number
-        try:
-            with naming_a_dead_reader(), watch.between_steps():
-                while len(self.rows) < self.epochs:
-                    row = self.train_epoch(run, watch)
-                    points = evaluate(
-                        self.step.judged,
-                        self.task,
-                        self.validation,
-                        self.step.net.points,
-                        self.settings.device,
-                        watch,
-                        self.world,
-                    )
-                    self.rows.append({**row, "points": points})
-                    self.epoch = Epoch()
-                    run.save_epoch(self.step.judged, record, self.task, self.rows, self.state())
-                    watch.epoch(self.rows[-1])
-        except (Stopped, LostProcess):  # between two steps, or before the weights of one have moved
-            run.write_state(self.state())
-            raise
-        except TrainingError:
-            raise  # it would come again
-        except ScalaError as error:
-            error.resumable = True
-            if not self.step.moving and self.step.number > first and self.epoch.images:  # learnt since then
+        with watch.between_steps():  # what is saved in the end is saved whole, too
+            try:
+                with naming_a_dead_reader():
+                    self.train_epochs(run, record, watch)
+            except (Stopped, LostProcess):  # between two steps, or before the weights of one have moved
                 run.write_state(self.state())
-            raise
+                raise
+            except TrainingError:
+                raise  # it would come again
+            except ScalaError as error:
+                error.resumable = True
+                learnt = self.step.number > first and self.epoch.images  # since then
+                if learnt and not self.step.moving:
+                    run.write_state(self.state())
+                raise
         for loader in (self.training, self.validation):
             loader.tell_skipped(watch)
         return max(self.rows, key=self.task.score)
+
+    def train_epochs(self, run: Run, record: Record, watch: Watcher) -> None:
+        """Trains, evaluates and saves what is left of the epochs."""
+        while len(self.rows) < self.epochs:
+            row = self.train_epoch(run, watch)
+            points = evaluate(
+                self.step.judged,
+                self.task,
+                self.validation,
+                self.step.net.points,
+                self.settings.device,
+                watch,
+                self.world,
+            )
+            self.rows.append({**row, "points": points})
+            self.epoch = Epoch()
+            run.save_epoch(self.step.judged, record, self.task, self.rows, self.state())
+            watch.epoch(self.rows[-1])
 
     def train_epoch(self, run: Run, watch: Watcher) -> Row:
         """Passes over what is left of the training images of this epoch, and of the run, once.
