@@ -144,7 +144,7 @@ def timm_cfg(directory: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any]
     if (directory / PREPROCESSOR).is_file():
         told, size = read_config(directory, PREPROCESSOR), config["image_size"]
         image = (size, size) if isinstance(size, int) else tuple(size)
-        settings, notes = timm_settings(told, image, directory / PREPROCESSOR)
+        settings, notes = timm_settings(told, image, directory / PREPROCESSOR, config["num_channels"])
         cfg |= settings
     return cfg, notes
 
