@@ -122,7 +122,7 @@ FLAWS = [
 ]
 
 
-@pytest.mark.parametrize("flaw", FLAWS, ids=str)
+@pytest.mark.parametrize("flaw", FLAWS)
 def test_settings_that_are_none_are_named(flaw, elsewhere):
     save(slimmable(), Record(), elsewhere / "net")
     write_timm_directory(elsewhere / "plain")

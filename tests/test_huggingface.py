@@ -266,6 +266,15 @@ def test_settings_that_are_none(settings):
         open_model("theirs", None)
 
 
+@pytest.mark.parametrize("names", [5, ["a"], {"a": "b"}, {"0": 1}])
+def test_names_of_classes_that_are_none(names):
+    write()
+    file = Path("theirs/config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"id2label": names}))
+    with pytest.raises(CheckpointError, match="id2label does not name numbered classes"):
+        open_model("theirs", None)
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
