@@ -35,6 +35,8 @@ def validation_loader(net: SlimmableViT, data: str, batch_size: int, read: ReadS
     """
     split = open_split(data, False, read.data_dir).numbered_as(net.spec.label_names)
     misfit = class_misfit(split.classes, net.spec.num_classes, net.spec.label_names)
+    if not net.spec.num_classes:
+        raise DataError(f"{misfit}.", remedy="train_head", data=data)
     if misfit:
         raise DataError(f"{misfit}.", remedy="same_classes", data=data)
     return Loader(split, transform_for(net.spec), batch_size, read)

@@ -113,6 +113,21 @@ def test_a_slice_is_no_slimmable_checkpoint(tmp_path):
         load(tmp_path / "half")
 
 
+NO_FIELD: list[dict] = [
+    {"provenance": None},
+    {"provenance": [1]},
+    {"task": ["x"]},
+    {"method": 5},
+    {"order": ["importance"]},
+    {"trained": "yes"},
+    {"new_head": None},
+    {"calibrated": "many"},
+    {"metrics": "none"},
+    {"isolated": "no"},
+]
+"""What no field of a "scala" object may be."""
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -129,6 +144,21 @@ def test_a_slice_is_no_slimmable_checkpoint(tmp_path):
         (lambda d: edit(d, lambda c: c["scala"].update(layout="later")), "layout 'later'"),
         (lambda d: edit(d, lambda c: c["scala"].update(ratios=[0.5])), "damaged"),
         (lambda d: edit(d, lambda c: c["scala"].update(metrics=[{"top1": 1.0}])), "lacks 'ratio'"),
+        *[
+            (
+                lambda d, told=told: edit(d, lambda c: c["scala"].update(told)),
+                f"is damaged: .*{next(iter(told))}",
+            )
+            for told in NO_FIELD
+        ],
+        (
+            lambda d: edit(d, lambda c: c["scala"].update(ratios=["a", "1"])),
+            "config.json is damaged: 'a' is not",
+        ),
+        (
+            lambda d: edit(d, lambda c: c["scala"].update(bounds=["a", "1"])),
+            "config.json is damaged: 'a' is not",
+        ),
         (lambda d: edit(d, lambda c: c["model_args"].update(num_heads=5)), "damaged"),
         (lambda d: edit(d, lambda c: c["model_args"].update(num_heads=0)), "damaged"),
         (lambda d: edit(d, lambda c: c.update(pretrained_cfg=None)), "damaged"),

@@ -91,14 +91,61 @@ def test_somebody_elses_config_reads_nothing(kind, touched, elsewhere, images):
     assert not any(word in kept for word in ("evil", "secret", "cache_dir", "checkpoint_path"))
 
 
-@pytest.mark.parametrize("name", ["hf-hub:evil/net", "local-dir:secret", "../secret", "resnet18", 7])
-def test_an_architecture_is_a_name_of_timms(name, touched, elsewhere):
+@pytest.mark.parametrize("name", ["hf-hub:evil/net", "local-dir:secret", "../secret", 7])
+def test_an_architecture_is_a_name_of_timms(name, touched, elsewhere, monkeypatch):
     write_timm_directory(elsewhere / "plain")
     file = elsewhere / "plain/config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"architecture": name}))
-    with pytest.raises(CheckpointError):
-        open_model("plain", None)
-    assert touched == []
+    built: list[str] = []
+    monkeypatch.setattr("timm.create_model", lambda name, *_args, **_kwargs: built.append(name))
+    for use in (lambda: open_model("plain", None), lambda: other("plain")):
+        with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
+            use()
+    assert touched == [] == built
+
+
+FLAWS = [
+    {"mean": "x"},
+    {"mean": [0.5, 0.5]},
+    {"mean": ["a", "b", "c"]},
+    {"mean": [10**400, 0, 0]},
+    {"std": [0, 0, 0]},
+    {"std": [0.5, float("nan"), 0.5]},
+    {"crop_pct": "x"},
+    {"crop_pct": 0},
+    {"interpolation": "evil"},
+    {"crop_mode": "evil"},
+    {"label_names": 5},
+    {"label_names": [1, 2, 3]},
+    {"label_names": ["a", "b"]},
+    {"input_size": "x"},
+]
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_settings_that_are_none_are_named(flaw, elsewhere):
+    save(slimmable(), Record(), elsewhere / "net")
+    write_timm_directory(elsewhere / "plain")
+    for folder in ("net", "plain"):
+        file = elsewhere / folder / "config.json"
+        config = json.loads(file.read_text())
+        config["pretrained_cfg"] |= flaw
+        file.write_text(json.dumps(config))
+    for use in (lambda: load("net"), lambda: open_model("plain", None)):
+        with pytest.raises(CheckpointError, match=rf"config\.json is damaged: {next(iter(flaw))} is"):
+            use()
+
+
+def test_one_number_is_that_of_all_channels_and_none_is_timms(elsewhere):
+    write_timm_directory(elsewhere / "plain")
+    file = elsewhere / "plain/config.json"
+    config = json.loads(file.read_text())
+    config["pretrained_cfg"] |= {"mean": [0.25], "std": None, "crop_pct": None}
+    config["model_args"] |= {"weight_init": "nonsense"}
+    file.write_text(json.dumps(config))
+    spec = open_model("plain", None)[0].spec
+    assert spec.pretrained_cfg["mean"] == [0.25] * 3 and len(spec.pretrained_cfg["std"]) == 3
+    assert "weight_init" not in spec.model_args
 
 
 def test_what_no_vit_takes_is_refused(elsewhere):

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from conftest import KINDS, build, write_timm_directory
+from huggingface_hub import ModelCard
 
 from scala_cli.models.checkpoint import Record, load_with_record, save
 from scala_cli.models.features import give_identity_head
@@ -51,10 +52,14 @@ def test_a_backbone_as_a_user_has_it(scala, photos, images):
         assert config["scala"]["features"] is True and config["num_classes"] == 32
     assert scala("info", "net", "--json").json["classes"] == 0
     refused = scala("eval", "net", "--data", photos)
-    assert refused.code == 2 and "the model knows 0 classes, the data has 3" in refused.told
+    assert refused.code == 2 and "the model has no classes, it gives features. Train a head" in refused.told
+    assert "--labels" not in refused.told
     quick = ("--epochs", 1, "-b", 4, "-j", 0, "--no-amp", "--device", "cpu")
     trained = scala("finetune", "net", "--data", photos, *quick, "-o", "run")
-    assert trained.code == 0 and "0 classes, the data has 3: the head is new" in trained.told
+    assert trained.code == 0 and "no classes, it gives features: the head is new" in trained.told
+    scala("push", "net", "org/net", "--dry-run", "-o", "pushed")
+    card = ModelCard.load("pushed/README.md")
+    assert card.data.pipeline_tag == "image-feature-extraction" and "its outputs are features" in card.text
     net, record = load_with_record(Path("run/best"))
     assert net.spec.num_classes == 3 and not net.spec.features and not record.new_head
     assert "features" not in json.loads(Path("run/best/config.json").read_text())["scala"]

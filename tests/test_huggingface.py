@@ -256,10 +256,35 @@ def test_what_timm_does_otherwise_is_told(settings, told, scala):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"resample": 9}, {"size": "big"}, {"size": {"longest_edge": 4}}, {"size": 0}]
+    "settings",
+    [{"resample": 9}, {"resample": -1}, {"size": "big"}, {"size": {"longest_edge": 4}}, {"size": 0}],
 )
 def test_settings_that_are_none(settings):
     write()
     Path("theirs/preprocessor_config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match=r"preprocessor_config\.json cannot be read"):
+        open_model("theirs", None)
+
+
+@pytest.mark.parametrize("names", [5, ["a"], {"a": "b"}, {"0": 1}])
+def test_names_of_classes_that_are_none(names):
+    write()
+    file = Path("theirs/config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"id2label": names}))
+    with pytest.raises(CheckpointError, match="id2label does not name numbered classes"):
+        open_model("theirs", None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"image_std": [0, 0, 0]}, "std is .*, not 3 numbers above 0"),
+        ({"image_mean": [0.5, 0.5]}, "mean is .*, not 3 numbers"),
+        ({"image_std": [0.5, float("nan"), 0.5]}, "std is"),
+    ],
+)
+def test_pictures_that_could_not_be_prepared(settings, named):
+    write()
+    Path("theirs/preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=rf"preprocessor_config\.json is damaged: {named}"):
         open_model("theirs", None)

@@ -289,6 +289,7 @@ def test_an_image_size_that_is_no_multiple_of_the_patch(timm_directory):
     spec = describe(*build("vit", **args))
     with pytest.raises(CheckpointError, match="image width 18 is not a multiple of patch size 4") as error:
         check_patches(spec)
-    assert error.value.hint and not error.value.remedy  # which would make it square
+    assert error.value.remedy == "try"  # not an image size, which would make it square
+    assert error.value.facts == {"setting": "patch-size", "value": 2}
     with pytest.raises(CheckpointError, match="100 is not a multiple of patch size 16"):
         open_model("test_vit", FOUR, Changes(img_size=100), scratch=True)

@@ -25,6 +25,7 @@ def test_class_misfit():
     assert class_misfit(data, 2, None) == class_misfit(data, 2, ["dog", "cat"]) == ""
     assert class_misfit(("caf\u00e9", "dog"), 2, ["cafe\u0301", "dog"]) == ""
     assert class_misfit(("crane", "crane"), 2, ["crane", "crane"]) == ""
+    assert class_misfit(data, 0, None) == "the model has no classes, it gives features"
     assert "3 classes, the data has 2" in class_misfit(data, 3, None)
     assert "class 'dog' that the model does not know" in class_misfit(data, 2, ["wolf", "cat"])
     assert "several classes of one name" in class_misfit(data, 3 - 1, ["cat", "dog", "dog"])

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from scala_cli.errors import CheckpointError
 from scala_cli.models import source
 from scala_cli.models.foreign import read_pickle
+from scala_cli.models.nested import walk
 from scala_cli.models.source import open_model
 from scala_cli.watch import Watcher
 
@@ -64,6 +65,10 @@ def layouts(state, average):
         "MAE": {"model": {**state, "mask_token": other, "decoder_blocks.0.norm1.weight": other}},
         "torch's AveragedModel": {"n_averaged": torch.tensor(3), **under("module.", state)},
         "a tensor beside it": {"best": torch.tensor(3.0), "net": state},
+        "in a list": {"models": [state]},
+        "a list of it": [state],
+        "a tuple of it": ("vit", (state,)),
+        "under a number": {0: {"weights": state}, 1: [0.5] * 9},
         "an ordered dictionary": collections.OrderedDict(state_dict=collections.OrderedDict(state)),
     }
 
@@ -72,6 +77,20 @@ def layouts(state, average):
 def test_the_model_is_found_wherever_it_lies(name, states):
     vit, _ = read(layouts(*states)[name])
     assert is_of(vit, states[0])
+
+
+def test_what_holds_itself_or_goes_deep_is_walked_to_its_end(states):
+    around: dict = {"model": states[0]}
+    around["again"] = [around]
+    deep: list = [states[0]]
+    for _ in range(3000):
+        deep = [deep]
+    assert [place for place, _ in walk(around)] == ["model"]
+    assert len([*walk(deep)]) == 1
+    with pytest.raises(CheckpointError, match="holds no dictionary of tensors; it holds 'x'"):
+        around = {}
+        around["x"] = around
+        read(around)
 
 
 def averages(state, average):

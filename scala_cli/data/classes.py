@@ -27,6 +27,8 @@ def same_classes(names: Sequence[str], others: Sequence[str]) -> bool:
 
 def class_misfit(data: Sequence[str], num_classes: int, names: Sequence[str] | None) -> str:
     """Return why a model's classes cannot be the data's; empty where they can, in whatever order."""
+    if not num_classes:
+        return "the model has no classes, it gives features"
     if len(data) != num_classes:
         return f"the model knows {num_classes} classes, the data has {len(data)}"
     unknown = sorted({*spelled(data)} - {*spelled(names)}, key=natural_order) if names else []

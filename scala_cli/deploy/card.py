@@ -29,6 +29,9 @@ CARD = """---
 Weights started from: {origin}.{command}
 """
 
+FEATURES = "image-feature-extraction"
+"""The Hub's name for a model without a classifier."""
+
 PLAIN = """import timm
 
 model = timm.create_model("{place}", pretrained=True).eval()"""
@@ -85,6 +88,8 @@ def description(spec: Spec, record: Record, rows: Rows, family: bool) -> str:
     points = [Point.of_row(row) for row in rows]
     warning = record.untrained(points)
     warning = f" {warning.capitalize()}." if warning else ""
+    if spec.features:
+        warning = f" It has no classifier: its outputs are features.{warning}"
     if not family:
         return (
             f"{spec.architecture} at {points[0]} of its width, for images of {height} x {width} "
@@ -127,7 +132,7 @@ def metadata(name: str, spec: Spec, record: Record, rows: Rows) -> ModelCardData
     """What the Hub reads of a card; the accuracy of every width as its model-index."""
     data, base = str(record.provenance.get("data", "")), str(record.provenance.get("model", ""))
     held, task = {Point.of_row(row) for row in rows}, task_named(record.task)
-    main = main_column(task)
+    main, kind = main_column(task), FEATURES if spec.features else task.hub["task_type"]
     results = [
         EvalResult(
             task_type=task.hub["task_type"],
@@ -142,8 +147,8 @@ def metadata(name: str, spec: Spec, record: Record, rows: Rows) -> ModelCardData
     ]
     return ModelCardData(
         library_name="timm",
-        pipeline_tag=task.hub["task_type"],
-        tags=[task.hub["task_type"], "timm", "scala-vit"],
+        pipeline_tag=kind,
+        tags=[kind, "timm", "scala-vit"],
         license=spec.pretrained_cfg.get("license"),
         base_model=base.removeprefix("hf-hub:").partition("@")[0] if base.startswith("hf-hub:") else None,
         model_name=name if results else None,

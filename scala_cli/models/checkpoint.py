@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin, get_type_hints
 
 import safetensors
 from safetensors import safe_open
@@ -21,7 +21,7 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 import scala_cli
-from scala_cli.errors import CheckpointError
+from scala_cli.errors import CheckpointError, PointError
 from scala_cli.files import whole_directory
 from scala_cli.models.config import spec_of
 from scala_cli.models.locate import CONFIG, EXTRA, WEIGHTS, read_config, resolve
@@ -171,22 +171,45 @@ def read_about(directory: Path) -> tuple[Spec, Rule, Record]:
     spec = spec_of(config)
     try:
         rule = read_rule(about, spec)
-        record = Record(**{f.name: about[f.name] for f in fields(Record) if f.name in about})
-        for metric in record.metrics:
-            Point.of_row(metric)
+        record = read_record(about)
     except KeyError as missing:
         raise CheckpointError(f"{directory / CONFIG} lacks {missing}.", "Convert it again.") from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{directory / CONFIG} is damaged: {error}.", "Convert it again.") from None
+    except (TypeError, ValueError, AttributeError, PointError) as error:
+        said = str(error).rstrip(".")
+        raise CheckpointError(f"{directory / CONFIG} is damaged: {said}.", "Convert it again.") from None
     return spec, rule, record
 
 
+def read_record(about: Mapping[str, Any]) -> Record:
+    """The record in a "scala" object; errors as `read_rule`."""
+    told = {field.name: about[field.name] for field in fields(Record) if field.name in about}
+    for name, kind in get_type_hints(Record).items():
+        kind = {Sequence: list, Mapping: dict}.get(get_origin(kind), kind)
+        if name in told and not isinstance(told[name], kind):
+            raise TypeError(f"{name} is {told[name]!r}")
+    record = Record(**told)
+    for metric in record.metrics:
+        Point.of_row(metric)
+        for column, value in metric.items():
+            if not isinstance(value, int | float):
+                raise TypeError(f"{column} is {value!r} in metrics")
+    options = record.provenance.get("options", [])
+    if not (isinstance(options, list) and all(isinstance(word, str) for word in options)):
+        raise TypeError(f"options is {options!r} in provenance")
+    return record
+
+
 def read_rule(about: Mapping[str, Any], spec: Spec) -> Rule:
-    """The rule in a "scala" object. Raises KeyError, TypeError or ValueError where it is damaged."""
+    """The rule in a "scala" object.
+
+    Raises KeyError, TypeError, ValueError or PointError where it is damaged.
+    """
     chosen = {name: about[name] for name in ("isolated", "layout", "attn_scale") if name in about}
     rule = Rule(ratios_of(parse_points(",".join(about["ratios"]))), spec.num_heads, **chosen)
     if rule.layout not in get_args(Layout) or rule.attn_scale not in get_args(AttnScale):
         raise ValueError(f"layout {rule.layout!r}, attn_scale {rule.attn_scale!r}")
+    if not isinstance(rule.isolated, bool):
+        raise TypeError(f"isolated is {rule.isolated!r}")
     smallest, largest = about.get("bounds") or (None, None)
     if smallest is None or largest is None:
         return rule

@@ -9,11 +9,13 @@ import timm
 from timm.models import PretrainedCfg, VisionTransformer, get_pretrained_cfg
 
 from scala_cli.errors import CheckpointError, naming_failure
+from scala_cli.models.inputs import RGB, checked
 from scala_cli.models.vit import Spec, describe, skeleton
 
 SOURCES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"}
 """Of timm's `pretrained_cfg`: where it takes weights from, and how it reads them."""
-RUNTIME = {"device", "dtype"}
+RUNTIME = {"device", "dtype", "weight_init"}
+"""Where a model is made, and from which random numbers: nothing of what it is."""
 ARGS = inspect.signature(VisionTransformer).parameters.keys() - RUNTIME
 """Arguments that make up a ViT."""
 FACTORY = {*inspect.signature(timm.create_model).parameters, *RUNTIME, "pretrained_strict", "out_indices"}
@@ -53,8 +55,8 @@ def read_settings(config: Mapping[str, Any]) -> Config:
     Every config.json passes here before timm sees any of it. What would make timm download or open
     something is left out.
 
-    Raises CheckpointError where a key is missing, or where it has timm build something other than a ViT's
-    own constructor does.
+    Raises CheckpointError where a key is missing, for an architecture timm lacks, for settings that are not
+    of their kind, and where it has timm build something other than a ViT's own constructor does.
     """
     hint = "Convert or download it again."
     if "architecture" not in config:
@@ -63,6 +65,11 @@ def read_settings(config: Mapping[str, Any]) -> Config:
     cfg = config.get("pretrained_cfg", single_object(config))
     if not (isinstance(name, str) and isinstance(args, dict) and isinstance(cfg, dict)):
         raise CheckpointError("config.json is damaged: a name, or an object, is something else.", hint)
+    if not timm.is_model(name):  # of others, as hf-hub:org/name, timm would read the weights
+        raise CheckpointError(
+            f"config.json is damaged: this timm ({timm.__version__}) has no architecture {name!r}.",
+            "Name one that it has; or upgrade: pip install -U timm",
+        )
     odd = [key for key, value in args.items() if key not in ARGS | FACTORY and value not in (None, False)]
     if odd:
         raise CheckpointError(
@@ -71,11 +78,13 @@ def read_settings(config: Mapping[str, Any]) -> Config:
         )
     told = {key: config[key] for key in ("num_classes", "label_names", "label_descriptions") if key in config}
     cfg = {key: value for key, value in {**cfg, **told}.items() if key not in SOURCES}
-    return Config(
-        name,
-        {key: value for key, value in args.items() if key in ARGS},
-        {**cfg, "architecture": name.partition(".")[0]},
-    )
+    args = {key: value for key, value in args.items() if key in ARGS}
+    input_size = cfg.get("input_size") or [RGB]
+    if not (isinstance(input_size, list) and all(type(size) is int and size > 0 for size in input_size)):
+        raise CheckpointError(f"config.json is damaged: input_size is {input_size!r}.", hint)
+    channels: Any = args.get("in_chans", input_size[0])
+    cfg = checked(cfg, channels, cfg.get("num_classes"), "config.json")
+    return Config(name, args, {**cfg, "architecture": name.partition(".")[0]})
 
 
 def single_object(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,13 +112,7 @@ def spec_of(config: Mapping[str, Any]) -> Spec:
 
 
 def spec_for(config: Config) -> Spec:
-    """The Spec of what timm builds. Raises CheckpointError, also for an architecture timm lacks."""
-    name = config.architecture
-    damaged = f"config.json is damaged: timm cannot build {name}"
+    """The Spec of what timm builds. Raises CheckpointError where it builds nothing, or no plain ViT."""
+    damaged = f"config.json is damaged: timm cannot build {config.architecture}"
     with naming_failure(damaged, "Convert or download it again.", CheckpointError):
-        if not timm.is_model(name):
-            raise CheckpointError(
-                f"this timm ({timm.__version__}) has no architecture {name!r}.",
-                "Upgrade: pip install -U timm",
-            )
         return describe(config.skeleton(), config.model_args)

@@ -111,4 +111,7 @@ def check_patches(spec: Spec) -> None:
             if square:
                 size = max(pixels // side, 1) * side
                 raise CheckpointError(message, remedy="image_size", size=size)
-            raise CheckpointError(message, "Take a model whose image is a multiple of its patch.")
+            fitting = max(
+                size for size in range(1, side + 1) if not any(p % size for p in spec.input_size[1:])
+            )
+            raise CheckpointError(message, remedy="try", setting="patch-size", value=fitting)

@@ -140,11 +140,17 @@ def timm_cfg(directory: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any]
     notes: list[str] = []
     if config.get("id2label"):
         names = config["id2label"]
+        numbered = isinstance(names, dict) and all(number.isdecimal() for number in names)
+        if not numbered or not all(isinstance(name, str) for name in names.values()):
+            raise CheckpointError(
+                f"{directory / CONFIG} is damaged: id2label does not name numbered classes.",
+                "Mend it, or leave it out.",
+            )
         cfg["label_names"] = [names[number] for number in sorted(names, key=int)]  # "10" may precede "2"
     if (directory / PREPROCESSOR).is_file():
         told, size = read_config(directory, PREPROCESSOR), config["image_size"]
         image = (size, size) if isinstance(size, int) else tuple(size)
-        settings, notes = timm_settings(told, image, directory / PREPROCESSOR)
+        settings, notes = timm_settings(told, image, directory / PREPROCESSOR, config["num_channels"])
         cfg |= settings
     return cfg, notes
 

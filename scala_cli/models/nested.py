@@ -11,6 +11,7 @@ from torch import Tensor
 from scala_cli.errors import CheckpointError
 
 State = dict[str, Tensor]
+CONTAINERS = (Mapping, list, tuple)
 BLOCK, PATCHES = "blocks.0.norm1.weight", "patch_embed."
 """Names that every ViT of timm has; what stands before the first is a prefix."""
 AVERAGE = re.compile(r"(?i)(^|[._ ])(ema|swa|averaged?|teacher|target|momentum)([._,]|$)")
@@ -94,16 +95,28 @@ def candidates(content: Any) -> list[Candidate]:
     return whole
 
 
-def walk(content: Any, place: str = "") -> Iterator[tuple[str, State]]:
-    """(keys to it, tensors) of every dictionary that holds any by name, but for an optimizer's."""
-    if not isinstance(content, Mapping):
-        return
-    tensors = {k: t for k, t in content.items() if isinstance(k, str) and isinstance(t, Tensor)}
-    if tensors:
-        yield place, tensors
-    for key, value in content.items():
-        if isinstance(key, str) and "optim" not in key:
-            yield from walk(value, f"{place}, {key}" if place else key)
+def walk(content: Any) -> Iterator[tuple[str, State]]:
+    """(keys to it, tensors) of every dictionary that holds any by name, but for an optimizer's.
+
+    A file may hold one thing in several places, itself included, and as deep as it likes.
+    """
+    waiting: list[tuple[str, Any]] = [("", content)] if isinstance(content, CONTAINERS) else []
+    entered: set[int] = set()
+    while waiting:
+        place, held = waiting.pop()
+        parts = list(held.items() if isinstance(held, Mapping) else enumerate(held))
+        tensors = {k: t for k, t in parts if isinstance(k, str) and isinstance(t, Tensor)}
+        if tensors:
+            yield place, tensors
+        if id(held) in entered:
+            continue
+        entered.add(id(held))
+        inside = [(str(key), value) for key, value in parts if isinstance(value, CONTAINERS)]
+        waiting += [
+            (f"{place}, {key}" if place else key, value)
+            for key, value in reversed(inside)
+            if "optim" not in key
+        ]
 
 
 def under_prefixes(place: str, tensors: State) -> Iterator[Candidate]:

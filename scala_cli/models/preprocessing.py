@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from scala_cli.errors import CheckpointError
+from scala_cli.models.inputs import INTERPOLATION, checked
 
-INTERPOLATION = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
-"""timm's names of Pillow's filters, by Pillow's numbers."""
 HALF = [0.5, 0.5, 0.5]
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "ViT": {"resample": 2, "size": 224, "do_center_crop": False},
@@ -19,13 +18,16 @@ Size = tuple[int, int]
 """(height, width)"""
 
 
-def timm_settings(told: Mapping[str, Any], image: Size, origin: object) -> tuple[dict[str, Any], list[str]]:
+def timm_settings(
+    told: Mapping[str, Any], image: Size, origin: object, channels: int = 3
+) -> tuple[dict[str, Any], list[str]]:
     """timm's mean, std, interpolation, crop_pct and crop_mode, and notes on what timm does otherwise.
 
     Args:
         told: the content of preprocessor_config.json.
         image: pixels that the model takes.
         origin: the file, for messages.
+        channels: that the model takes.
 
     Raises CheckpointError where a setting is not of its kind.
     """
@@ -33,11 +35,15 @@ def timm_settings(told: Mapping[str, Any], image: Size, origin: object) -> tuple
     of_kind = DEFAULTS["DeiT" if str(kind).startswith("DeiT") else "ViT"]
     seen = {"image_mean": HALF, "image_std": HALF, "rescale_factor": 1 / 255, **of_kind, **told}
     try:
-        settings = {**pixels(seen), "interpolation": INTERPOLATION[int(seen["resample"])]}
+        settings = {
+            **pixels(seen),
+            "interpolation": INTERPOLATION[range(len(INTERPOLATION)).index(seen["resample"])],
+        }
         geometry, notes = crop(seen, image)
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise CheckpointError(f"{origin} cannot be read: {error!r}.", "Leave that file out.") from None
-    return settings | geometry, [f"{origin}: {note}" for note in notes]
+    settings = checked(settings | geometry, channels, None, origin, "Mend it, or leave that file out.")
+    return settings, [f"{origin}: {note}" for note in notes]
 
 
 def pixels(seen: Mapping[str, Any]) -> dict[str, Any]:
