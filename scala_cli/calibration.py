@@ -16,6 +16,9 @@ from scala_cli.settings import CalibrationSettings, DeviceSettings, ReadSettings
 from scala_cli.slicing.point import Point
 from scala_cli.watch import Watcher
 
+TOKENS, LEAST = 1 << 15, 128
+"""How many tokens are enough, and of how many images at least (docs/results/calibration.md)."""
+
 
 def cut_without_training(
     net: SlimmableViT,
@@ -42,7 +45,8 @@ def cut_without_training(
     device = choose_device(where)
     split = open_images(data, read.data_dir)
     split.tell(watch)
-    images = [*calibration_images(split, net.spec, read, watch, settings.calibration_images)]
+    count = settings.calibration_images or max(LEAST, TOKENS // net.spec.patches)
+    images = [*calibration_images(split, net.spec, read, watch, count)]
     if device.type != "cpu":
         net = net.copied().to(device)
     if record.order_is_free(net.rule):

@@ -145,7 +145,9 @@ class CalibrationSettings:
         "Fit each slice to the full model on images of --data, without their labels. "
         "Default: in scala slice, where its width has not been trained.",
     )
-    calibration_images: int = option(256, "About how many images to look at.", min=8)
+    calibration_images: int | None = option(
+        None, "How many images to look at. Default: as many as have 32,768 tokens, 128 at least.", min=8
+    )
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from scala_cli.watch import Watcher
 def calibration_images(
     split: Split, spec: Spec, read: ReadSettings, watch: Watcher, count: int = 512
 ) -> Iterator[Tensor]:
-    """About `count` images spread evenly over a split, in batches (B, C, H, W)."""
-    evenly = range(0, len(split), max(1, len(split) // count))
+    """`count` images spread evenly over a split, or all where it has fewer, in batches (B, C, H, W)."""
+    count = min(count, len(split))
+    evenly = [number * len(split) // count for number in range(count)]
     some = Split(Some(split.samples, evenly), split.classes)
     watch.phase("look at images", len(some))
     loader, readable = Loader(some, transform_for(spec), 64, read), 0

@@ -38,10 +38,15 @@ class Moments:
 
     def add(self, vectors: Tensor) -> None:
         """Counts (..., channels) in."""
-        grouped = vectors.detach().flatten(0, -2).unflatten(-1, (-1, self.size)).transpose(0, 1)
-        self.count += grouped.shape[1]
-        self.sum = self.sum + grouped.sum(1).double()
-        self.outer = self.outer + (grouped.mT @ grouped).double()  # products in double would cost the most
+        flat = vectors.detach().flatten(0, -2)
+        self.count += len(flat)
+        self.sum = self.sum + flat.sum(0).unflatten(0, (-1, self.size)).double()
+        if self.size == 1:
+            outer = flat.square().sum(0)[:, None, None]
+        else:  # products in double would cost the most
+            grouped = flat.unflatten(-1, (-1, self.size)).transpose(0, 1)
+            outer = grouped.mT @ grouped
+        self.outer = self.outer + outer.double()
 
     @property
     def second(self) -> Tensor:

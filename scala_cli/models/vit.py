@@ -1,5 +1,6 @@
 """timm's Vision Transformers: the only file that knows their internals."""
 
+import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -66,6 +67,13 @@ class Spec:
         """(channels, height, width)"""
         height, width = self.model_args["img_size"]
         return self.model_args["in_chans"], height, width
+
+    @property
+    def patches(self) -> int:
+        """How many patches an image has."""
+        patch = self.model_args["patch_size"]
+        sides = (patch, patch) if isinstance(patch, int) else patch
+        return math.prod(pixels // side for pixels, side in zip(self.input_size[1:], sides, strict=True))
 
     def at(self, ratio: Fraction) -> "Spec":
         """The narrower ViT of a width, as timm builds it. Raises PointError where it does not divide."""

@@ -87,11 +87,19 @@ def ridge(
     fits: list[tuple[Tensor, Tensor | None]] = []
     for strength in strengths:
         gram = xx + (strength * energy.mean() + least) * identity
-        change = left / gram if seen.diagonal else torch.linalg.solve(gram, left, left=False)
+        change = left / gram if seen.diagonal else solve(gram, left)
         fitted = start + change
         mapped = fitted * seen.mean_x if seen.diagonal else fitted @ seen.mean_x
         fits.append((fitted, seen.mean_t - mapped if bias else None))
     return fits
+
+
+def solve(gram: Tensor, left: Tensor) -> Tensor:
+    """(o, i) X with X gram = left, of a symmetric (i, i) gram, positive but for rounding."""
+    root, failed = torch.linalg.cholesky_ex(gram)
+    if failed:
+        return torch.linalg.solve(gram, left, left=False)
+    return torch.cholesky_solve(left.mT, root).mT
 
 
 def best_ridge(
