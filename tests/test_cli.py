@@ -58,7 +58,7 @@ def test_from_pretrained_weights_to_a_slice(scala, tiny, photos):
     slicing = scala("slice", "--ratio", "0.5", "--json")
     cut = slicing.json
     assert "newest run: runs/mine/best" in slicing.stderr and "not been trained" not in slicing.stderr
-    assert set(cut) == {"path", "ratio", "params", "gmacs", "max_abs_diff"}
+    assert set(cut) == {"path", "ratio", "params", "gmacs", "calibrated", "max_abs_diff"}
     assert cut["path"] == "mine-0.5" and cut["max_abs_diff"] <= 1e-5
     assert timm.create_model("local-dir:mine-0.5", pretrained=True).embed_dim == 16
 
