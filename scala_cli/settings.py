@@ -146,7 +146,7 @@ class CalibrationSettings:
         "Default: in scala slice, where its width has not been trained.",
     )
     calibration_images: int | None = option(
-        None, "How many images to look at. Default: as many as have 32,768 tokens, 128 at least.", min=8
+        None, "How many images to look at. Default: as many as have 40,960 patches, 128 at least.", min=8
     )
 
 
