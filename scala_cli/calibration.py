@@ -50,7 +50,7 @@ def cut_without_training(
     split.tell(watch)
     count = settings.calibration_images or max(LEAST, PATCHES // net.spec.patches)
     images = [*calibration_images(split, net.spec, read, watch, count)]
-    if device.type != "cpu":
+    if device.type == "cuda":  # in float64, which not every device has
         net = net.copied().to(device)
     if record.order_is_free(net.rule):
         net, record = put_first_what_matters(net, images), replace(record, order="importance")

@@ -64,7 +64,8 @@ def test_a_family_is_fitted_where_it_has_not_been_trained(scala, tiny, photos):
     edit = json.loads((tiny / "config.json").read_text())
     edit["scala"] |= {"method": "scala", "metrics": [{"ratio": 0.5, "top1": 50.0, "top5": 100.0}]}
     (tiny / "config.json").write_text(json.dumps(edit))
-    assert not scala("slice", tiny, *words, "-o", "trained").json["calibrated"]
+    trained = scala("slice", tiny, *words, "-o", "trained")
+    assert not trained.json["calibrated"] and "nothing is fitted" in trained.told
     assert scala("slice", tiny, *words, "--calibrate", "-o", "asked").json["calibrated"]
 
 

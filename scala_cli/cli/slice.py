@@ -81,17 +81,22 @@ def slice(
         else:
             directory = find_checkpoint(checkpoint, out)
             net, record = load_with_record(directory)
+        if point is None and budget.min_top1 is None:
+            rows = candidates(net, record, budget, device, live)
+            point = Point.of_row(choose(rows, budget))
         points = [point] if point else net.points
         fits = record.is_untrained(points) if calibration.calibrate is None else calibration.calibrate
         cut_anew = data is not None and (fits or is_model)
         if data is not None and cut_anew:
             chosen = replace(calibration, calibrate=fits)
             net, record = cut_without_training(net, record, points, data, chosen, read, device, live)
-            if budget.min_top1 is not None:
+        elif data is not None:
+            live.note("nothing is fitted: the width is trained, or the full one. To fit it: --calibrate")
+        if point is None:
+            if data is not None and cut_anew:
                 loader = validation_loader(net, data, EvalSettings().batch_size, read)
                 found = evaluate(net, task_named(record.task), loader, points, device, live)
                 record = replace(record, metrics=found)
-        if point is None:
             rows = candidates(net, record, budget, device, live)
             point = Point.of_row(choose(rows, budget))
         target = output or default_target(checkpoint, directory, point.file_name)
