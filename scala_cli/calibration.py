@@ -17,7 +17,7 @@ from scala_cli.slicing.point import Point
 from scala_cli.watch import Watcher
 
 PATCHES, LEAST = 40_960, 128
-"""How many patches are looked at unless told, and of how many images at least.
+"""Default number of patches to calibrate on, and the least number of images.
 
 That takes a ViT-S at 224 pixels about a minute on 2 cores; more images are better (see docs/results).
 """
@@ -33,7 +33,7 @@ def cut_without_training(
     where: DeviceSettings,
     watch: Watcher,
 ) -> tuple[SlimmableViT, Record]:
-    """The family with its channels in order, as far as that is free, and the slices of some points fitted.
+    """Returns the family with its channels in order, if the order is free, and the slices of `points` fitted.
 
     Args:
         data: any folder of images, or a data set's name; labels are not looked at.

@@ -12,7 +12,7 @@ from scala_cli.models.vit import Spec
 
 
 def cost(spec: Spec) -> dict[str, Any]:
-    """Size and work of one image, counted on the skeleton of the model that a Spec describes.
+    """Counts parameters and the work per image on the skeleton of the model that a Spec describes.
 
     Returns:
         {"embed_dim", "num_heads", "params", "gmacs"}
@@ -43,6 +43,6 @@ def params_of(model: nn.Module) -> int:
 
 
 def gmacs(macs: float) -> float:
-    """Billions of multiply-accumulates as they are printed: four decimals, of small models four digits."""
+    """Returns billions of multiply-accumulates to print: four decimals, or four digits for small models."""
     billions = macs / 1e9
     return round(billions, 4 if billions >= 0.01 or not billions else 3 - math.floor(math.log10(billions)))

@@ -1,4 +1,4 @@
-"""Writing that either happens wholly or not at all, and that replaces nothing but what is ours."""
+"""Atomic writes that replace only files this package writes."""
 
 import errno
 import os
@@ -16,15 +16,15 @@ DISK = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
     *(errno.EIO, errno.ENXIO, errno.ESTALE, errno.ETIMEDOUT),
 }
-"""What the system says where a disk takes no more, or is not there any more."""
+"""Error numbers of a disk that is full or gone."""
 
 
 @contextmanager
 def whole_directory(target: Path) -> Iterator[Path]:
-    """A fresh directory to fill, which takes `target`'s place once the block ends without an error.
+    """Yields a fresh directory, which replaces `target` once the block ends without an error.
 
-    Its files are flushed to disk before that. Readers find a former `target` until then, and never none.
-    Whatever goes wrong inside, no trace is left.
+    Its files are flushed to disk first. Readers find the former `target` until then, never a gap.
+    An error inside leaves no trace.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     restore(target)
@@ -43,7 +43,7 @@ def whole_directory(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """An empty file to fill, which takes `target`'s place once the block ends without an error."""
+    """Yields an empty file, which replaces `target` once the block ends without an error."""
     fresh = temporary(target)
     fresh.touch(exist_ok=False)
     try:
@@ -58,7 +58,7 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_files(target: Path, force: bool) -> Iterator[Path]:
-    """A fresh directory for `target` and files that go with it; all take their places at the end.
+    """Yields a fresh directory for `target` and the files beside it; all are moved into place at the end.
 
     Raises ScalaError where, without `force`, one of them would replace another file.
     """
@@ -76,7 +76,7 @@ def whole_files(target: Path, force: bool) -> Iterator[Path]:
 
 @contextmanager
 def fresh_directory(target: Path) -> Iterator[Path]:
-    """An empty directory beside `target`. Removes what lies under its name at the end."""
+    """Yields an empty directory beside `target`, and removes whatever has its name at the end."""
     fresh = temporary(target)
     fresh.mkdir()
     try:
@@ -88,9 +88,9 @@ def fresh_directory(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_directory(wanted: Path) -> Iterator[Path]:
-    """A directory that is new: `wanted`, or wanted-2, wanted-3, ... where others have taken that name.
+    """Yields a new directory: `wanted`, or wanted-2, wanted-3, ... if that name is taken.
 
-    Removes it, and a parent made for it, where nothing has been written to it at the end.
+    Removes it, and a parent made for it, if it is empty at the end.
     """
     made = [] if wanted.parent.is_dir() else [wanted.parent]
     number, path = 1, wanted
@@ -110,9 +110,9 @@ def new_directory(wanted: Path) -> Iterator[Path]:
 
 
 def settle(directory: Path) -> None:
-    """Flushes all that a new directory holds, with the modes that the user's umask leaves to new files.
+    """Flushes the contents of a new directory and gives them the modes that the user's umask allows.
 
-    Libraries choose modes of their own: safetensors writes for the owner alone.
+    Libraries choose other modes: safetensors makes files that only the owner can read.
     """
     mode = stat.S_IMODE(directory.stat().st_mode)
     for place, folders, files in os.walk(directory, topdown=False):
@@ -126,7 +126,7 @@ def settle(directory: Path) -> None:
 
 @contextmanager
 def naming_a_full_disk(target: Path) -> Iterator[None]:
-    """Turns what safetensors, torch and exporters make of a disk's error back into the OSError it is."""
+    """Turns the errors that safetensors, torch and exporters raise for a full disk back into OSError."""
     try:
         yield
     except Exception as error:
@@ -140,7 +140,7 @@ def naming_a_full_disk(target: Path) -> Iterator[None]:
 
 
 def disk_error(error: BaseException | None) -> int | None:
-    """The number of what a disk says behind other errors: torch's, then perhaps an exporter's."""
+    """Returns the number of the disk error that caused an error of torch or an exporter."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in DISK:
             return error.errno
@@ -168,7 +168,7 @@ def refuse_unwritable(file: Path) -> None:
 
 
 def refuse_existing(file: Path, force: bool) -> None:
-    """Raises ScalaError where, without `force`, a file would be replaced; a directory never is."""
+    """Raises ScalaError for a directory, and without `force` for a file, that would be replaced."""
     if file.is_dir():
         raise ScalaError(f"{file} is a directory.", remedy="other_file")
     if os.path.lexists(file) and not force:
@@ -180,12 +180,12 @@ def refuse_occupied(
 ) -> None:
     """Raises ScalaError, or OSError, unless `target` is a directory that a command may write.
 
-    With `force` a directory may be replaced, but only one that holds nothing but `ours`, and never one that
-    is, or holds, the `source` that the command reads.
+    With `force` a directory may be replaced if it holds only `ours`, but never one that is, or contains, the
+    `source` that the command reads.
 
     Args:
         ours: the files that the command itself writes, as paths in `target`: "last/config.json".
-        in_place: whether files are written to the directory, instead of a new one taking its name.
+        in_place: whether files are written into the directory, not into a new one that replaces it.
     """
     restore(target)
     if not in_place:
@@ -198,7 +198,7 @@ def refuse_occupied(
     refuse_forbidden(target if in_place else target.parent)
     held = [*walk(target, ours)] if target.exists() else []
     names = {path.relative_to(target).parts[0] for path, _ in held} - {LOCK}
-    if not force and not all(map(target_of, names)):  # what a killed process had begun occupies nothing
+    if not force and not all(map(target_of, names)):  # leftovers of a killed process do not count
         raise ScalaError(f"{target} is not empty.", remedy="other_directory_or_force")
     strange = next((path.relative_to(target) for path, is_ours in held if not is_ours), None)
     if strange is not None:
@@ -209,7 +209,7 @@ def refuse_occupied(
 
 
 def refuse_fixed(directory: Path) -> None:
-    """Raises ScalaError where no other directory can take this one's name."""
+    """Raises ScalaError if the directory cannot be replaced by another."""
     place = directory.resolve()
     if Path.cwd().is_relative_to(place):
         why = "is the working directory, or holds it"
@@ -223,7 +223,7 @@ def refuse_fixed(directory: Path) -> None:
 
 
 def refuse_long(path: Path) -> None:
-    """Raises ScalaError where a name leaves no room for a temporary one."""
+    """Raises ScalaError if the name is too long to make a temporary one from it."""
     length = len(os.fsencode(path.name))
     if length > LONGEST:
         raise ScalaError(
@@ -232,7 +232,7 @@ def refuse_long(path: Path) -> None:
 
 
 def refuse_forbidden(directory: Path) -> None:
-    """Raises OSError where this user may not write to a directory, nor make it."""
+    """Raises OSError if this user may not write to the directory or create it."""
     place = next(path for path in (directory, *directory.parents) if path.exists())
     if not place.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
@@ -241,10 +241,10 @@ def refuse_forbidden(directory: Path) -> None:
 
 
 def walk(directory: Path, ours: Set[str]) -> Iterator[tuple[Path, bool]]:
-    """Yields every file, and every directory of an unknown name, with whether it is one of `ours`.
+    """Yields every file and every unknown directory, each with whether it is one of `ours`.
 
-    A link in place of one of our directories counts as ours and is not followed. So do the temporary files of
-    a process that was killed.
+    A link in place of one of our directories counts as ours and is not followed. Temporary files of a killed
+    process count as ours too.
     """
     for path in sorted(directory.iterdir()):
         name = target_of(path.name) or path.name
@@ -258,7 +258,7 @@ def walk(directory: Path, ours: Set[str]) -> Iterator[tuple[Path, bool]]:
 
 
 def clear(directory: Path, ours: Set[str]) -> None:
-    """Removes `ours` from a directory, and the directories in it that are empty then; nothing else."""
+    """Removes `ours` from a directory, then its empty subdirectories; nothing else."""
     for path, is_ours in [*walk(directory, ours)]:
         if is_ours:
             remove(path)

@@ -15,7 +15,7 @@ LOCK = ".lock"
 def locked(directory: Path) -> Iterator[None]:
     """Holds a directory for this process; the system releases it when the process ends, however it ends.
 
-    The processes that a process forks do not hold it. A file system without locks is written to unlocked.
+    Forked child processes do not hold it. On a file system without locks nothing is locked.
     Raises TrainingError where another process holds the directory.
     """
     handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)

@@ -1,4 +1,4 @@
-"""How much memory a call takes, and what is said where there is not enough."""
+"""How much memory a call takes, and the error when there is not enough."""
 
 import ctypes
 from collections.abc import Callable, Iterator
@@ -15,8 +15,8 @@ def naming_lack_of_memory(images: int, remedy: str = "smaller_batch") -> Iterato
     """Turns torch's out of memory, on any device, into a ScalaError that names the batch size.
 
     Args:
-        images: in the batch that is worked on within.
-        remedy: what helps here, as a `ScalaError` names it.
+        images: in the batch that the block computes.
+        remedy: name of the remedy for the `ScalaError`.
     """
     try:
         yield
@@ -27,7 +27,7 @@ def naming_lack_of_memory(images: int, remedy: str = "smaller_batch") -> Iterato
 
 
 def peak_memory(device: torch.device, call: Callable[[], object]) -> int | None:
-    """How many bytes more than before are held at the peak of a call; None where nothing tells."""
+    """Returns how many bytes a call adds at its peak; None if the platform does not say."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -39,9 +39,9 @@ def peak_memory(device: torch.device, call: Callable[[], object]) -> int | None:
 
 
 def begin_peak() -> int | None:
-    """Makes this process's peak of memory begin anew: the bytes held now. None but on Linux with glibc."""
+    """Resets this process's memory peak; returns the bytes held now, None except on Linux with glibc."""
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # gives back what is free, or it would count as held before
+        ctypes.CDLL(None).malloc_trim(0)  # returns free memory, which would count as held otherwise
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except (OSError, AttributeError):
         return None

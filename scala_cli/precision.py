@@ -11,7 +11,7 @@ from scala_cli.watch import Watcher
 
 
 def uses_bfloat16(device: torch.device, settings: DeviceSettings) -> bool:
-    """Whether to compute in bfloat16: as told, else where the hardware multiplies in it."""
+    """Whether to compute in bfloat16: as the settings say, else if the hardware multiplies in it."""
     return multiplies_bfloat16(device) if settings.amp is None else settings.amp
 
 
@@ -24,7 +24,7 @@ def note_emulation(device: torch.device, settings: DeviceSettings, watch: Watche
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """NVIDIA's GPUs from Ampere on, all others, and CPUs with AMX or AVX512-BF16 (docs/performance.md)."""
+    """True for NVIDIA GPUs since Ampere, other GPUs, CPUs with AMX or AVX512-BF16 (docs/performance.md)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
@@ -34,7 +34,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def cpu_capabilities() -> dict[str, Any]:
-    """What torch tells of this CPU, by its own names; nothing where this torch does not."""
+    """Returns torch's own description of this CPU; empty if this version of torch has none."""
     return getattr(torch.cpu, "get_capabilities", dict)()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 FRESH, FORMER = ".new", ".former"
 TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}(\.new|\.former)", re.DOTALL)
 LONGEST = 200
-"""Bytes of a name that leave room for a temporary one; file systems take 255."""
+"""Longest name, in bytes, that still fits as a temporary one; file systems allow 255."""
 EXCHANGE = 2
 """RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS."""
 WORKING_DIRECTORY = -100
@@ -22,7 +22,7 @@ WORKING_DIRECTORY = -100
 
 
 def temporary(target: Path) -> Path:
-    """Returns a name beside `target` that nobody can guess, for what is to take its place."""
+    """Returns an unguessable name beside `target` for the file or directory that will replace it."""
     return target.with_name(f".{target.name}.{os.urandom(8).hex()}{FRESH}")
 
 
@@ -57,7 +57,7 @@ def exchanged(one: Path, other: Path) -> bool:
 
 
 def restore(target: Path) -> None:
-    """Puts the former version back, where a process was killed before the new one took its place."""
+    """Restores the former version if a process was killed before the new one replaced it."""
     if os.path.lexists(target) or not target.parent.is_dir():
         return
     formers = [
@@ -70,7 +70,7 @@ def restore(target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a directory with all it holds, or a link, but never what a link points to."""
+    """Removes a file, a directory and its contents, or a link, but never the target of a link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,7 +1,7 @@
 """What to type next, for every kind of error.
 
-The core names a remedy and the facts that its text needs; here stand the texts, in the words of the command
-line. A fact called `setting` is the name of an option.
+The core names a remedy and the facts that its text needs; this file has the texts, with commands and
+options. A fact called `setting` is the name of an option.
 """
 
 from scala_cli.errors import ScalaError
@@ -89,10 +89,10 @@ REMEDIES = {
     "mend_card": "Write the folder with --dry-run, mend its README.md, and upload it: hf upload",
     "upload_later": "Write the folder with --dry-run, and upload it later: hf upload",
 }
-"""What to type, by the name of the remedy; facts of the error stand in braces."""
+"""Text of each remedy by name; braces hold the facts of the error."""
 
 
 def advice(error: ScalaError) -> str:
-    """What to do about an error: its hint, then the text of its remedy."""
+    """Returns the hint of an error, then the text of its remedy."""
     text = REMEDIES[error.remedy].format(**error.facts) if error.remedy else ""
     return " ".join(part for part in (error.hint, text) if part)

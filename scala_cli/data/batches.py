@@ -10,12 +10,12 @@ from scala_cli.world import World
 
 
 class Batches(Sampler[list[tuple[int, str]]]):
-    """The images of each batch of an epoch, by number and seed.
+    """Yields, for each batch of an epoch, the number and the seed of every image.
 
     Args:
         count: of images.
-        size: images of a batch that this process reads.
-        shuffled: every epoch in an order of its own, without an incomplete last batch.
+        size: images per batch in this process.
+        shuffled: a new order every epoch, and no incomplete last batch.
         world: the processes among which each batch is divided.
     """
 
@@ -28,7 +28,7 @@ class Batches(Sampler[list[tuple[int, str]]]):
         return self.count // whole if self.shuffled else -(-self.count // whole)
 
     def __iter__(self) -> Iterator[list[tuple[int, str]]]:
-        """The batches from number `first` on of the epoch `epoch`."""
+        """Yields the batches of epoch `epoch`, from number `first` on."""
         name = f"{self.seed} {self.epoch}"
         order = [*range(self.count)]
         if self.shuffled:

@@ -1,4 +1,4 @@
-"""Some images of a split, to see what a model makes of them."""
+"""A sample of the images of a split, for calibration."""
 
 from collections.abc import Iterator
 
@@ -16,7 +16,7 @@ from scala_cli.watch import Watcher
 def calibration_images(
     split: Split, spec: Spec, read: ReadSettings, watch: Watcher, count: int = 512
 ) -> Iterator[Tensor]:
-    """`count` images spread evenly over a split, or all where it has fewer, in batches (B, C, H, W)."""
+    """Returns `count` images spread evenly over a split, or all if it has fewer, in batches (B, C, H, W)."""
     count = min(count, len(split))
     evenly = [number * len(split) // count for number in range(count)]
     some = Split(Some(split.samples, evenly), split.classes)

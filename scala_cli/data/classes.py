@@ -1,4 +1,4 @@
-"""Class names: how they are spelled, in which order they are numbered, whether a model's are the data's."""
+"""Class names: their spelling, their order, and whether a model and the data have the same ones."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -6,27 +6,27 @@ from unicodedata import normalize
 
 
 def spelled(names: Iterable[str]) -> tuple[str, ...]:
-    """Return names with composed accents: macOS stores one name in another form than other systems."""
+    """Return names with composed accents; macOS stores accents in another form than other systems."""
     return tuple(normalize("NFC", name) for name in names)
 
 
 def natural_order(name: str) -> tuple[list[int | str], str]:
     """Return a key that sorts names as timm does, 2 before 10 and upper case beside lower case.
 
-    Names that are equal for timm (Cat and cat, 1 and 01) are ordered by their characters, so that there is
-    one order only, in every process and on every machine.
+    Names that timm sorts as equal (Cat and cat, 1 and 01) are sorted by their characters, so the order is the
+    same in every process and on every machine.
     """
     parts = re.split(r"(\d+)", name.lower())  # every second part is digits
     return [int(part) if number % 2 else part for number, part in enumerate(parts)], name
 
 
 def same_classes(names: Sequence[str], others: Sequence[str]) -> bool:
-    """Return whether these are the same names, each once, in whatever order."""
+    """Return whether both hold the same names, each once, in any order."""
     return len({*names}) == len(names) and sorted(spelled(names)) == sorted(spelled(others))
 
 
 def class_misfit(data: Sequence[str], num_classes: int, names: Sequence[str] | None) -> str:
-    """Return why a model's classes cannot be the data's; empty where they can, in whatever order."""
+    """Return why a model's classes cannot be the data's; empty if they can, in any order."""
     if not num_classes:
         return "the model has no classes, it gives features"
     if len(data) != num_classes:

@@ -14,7 +14,7 @@ from scala_cli.data.images import open_image, suffixes
 from scala_cli.errors import DataError
 
 JUNK = {"thumbs.db", "desktop.ini", "__macosx", "@eadir"}
-"""What systems leave beside images, in lower case; as what is hidden, it is ignored."""
+"""Files that systems leave beside images, in lower case; ignored like hidden files."""
 
 
 @dataclass
@@ -23,9 +23,9 @@ class Folder:
 
     Args:
         classes: the names of the classes, in natural order.
-        directories: where each lies.
-        names: of its image files.
-        others: how many files were passed over, by their suffix.
+        directories: the folder of each class.
+        names: image files of each class.
+        others: number of skipped files by suffix.
     """
 
     classes: tuple[str, ...]
@@ -45,7 +45,7 @@ class Folder:
         return open_image(path), target
 
     def name(self, index: int) -> str:
-        """Return the path of an image, with what is no text in it escaped."""
+        """Return the path of an image, with undecodable bytes escaped."""
         return os.fsencode(self.find(index)[0]).decode(errors="backslashreplace")
 
     def find(self, index: int) -> tuple[str, int]:
@@ -59,7 +59,7 @@ def read_folder(folder: Path) -> Folder:
     """Return the images of a folder of class folders.
 
     Raises:
-        DataError: images outside of a class folder or deeper in one, a class without images, and as
+        DataError: images outside a class folder or in a subfolder of one, a class without images; also as
             `class_folders`.
     """
     directories = class_folders(folder)
@@ -88,9 +88,9 @@ def read_folder(folder: Path) -> Folder:
 
 
 def read_images(folder: Path) -> Folder:
-    """Return all images of a folder, however deep they lie, each folder counted as a class of its own.
+    """Return all images of a folder and its subfolders; each folder counts as a class.
 
-    Raises DataError where there is none.
+    Raises DataError if there is none.
     """
     directories: list[str] = []
     names: list[list[str]] = []
@@ -126,7 +126,7 @@ def read_images(folder: Path) -> Folder:
 def class_folders(folder: Path) -> dict[str, Path]:
     """Return the class folders by name, in natural order, the same in every process.
 
-    Raises DataError where there is none, for a name that is no text, and for two spellings of one name.
+    Raises DataError if there is none, if a name cannot be decoded, or if two spellings name one class.
     """
     found: dict[str, Path] = {}
     for entry in visible(folder):
@@ -152,7 +152,7 @@ def class_folders(folder: Path) -> dict[str, Path]:
 
 
 def visible(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Yield what lies in a folder, except for what is hidden or junk."""
+    """Yield the entries of a folder, except hidden ones and junk."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name[0] != "." and entry.name.lower() not in JUNK:
@@ -160,7 +160,7 @@ def visible(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def refuse_images_in(folder: Path, top: Path) -> None:
-    """Raise DataError where a folder within a class folder holds images, at whatever depth."""
+    """Raise DataError if a subfolder of a class folder holds images, at any depth."""
     for entry in visible(folder):
         if entry.is_dir(follow_symlinks=False):
             refuse_images_in(Path(entry.path), top)
@@ -172,7 +172,7 @@ def refuse_images_in(folder: Path, top: Path) -> None:
 
 
 def suffix(name: str) -> str:
-    """Return how the name of a file ends, in lower case with the dot; empty where it has no dot."""
+    """Return the suffix of a file name in lower case, with the dot; empty if it has none."""
     return "".join(name.lower().rpartition(".")[1:]) if "." in name else ""
 
 
@@ -181,7 +181,7 @@ def is_image(entry: os.DirEntry[str]) -> bool:
 
 
 def counted(others: Mapping[str, int]) -> str:
-    """Return numbers of files as a person reads them: 3 .heic, 1 .txt, the most frequent first."""
+    """Return the counts as text, most frequent first: 3 .heic, 1 .txt."""
     frequent = sorted(others.items(), key=lambda each: (-each[1], each[0]))
     listed = [f"{count} {end or 'without a suffix'}" for end, count in frequent[:5]]
     return ", ".join([*listed, *(["and more"] if len(frequent) > 5 else [])])

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from PIL.ExifTags import Base
 
 NOT_READ = {"EPS", "WMF", "MPEG", "FLI", "FITS", "BUFR", "GRIB", "HDF5", "IPTC"}
-"""Formats that are not read: they hold no photographs, and some of Pillow's readers run other programs."""
+"""Formats that are not read: they hold no photographs, or Pillow runs another program to read them."""
 
 SIXTEEN_BITS = {"PNG", "PPM"}
 """Formats whose 32-bit integers hold 16 bits."""
@@ -19,36 +19,36 @@ SIXTEEN_BITS = {"PNG", "PPM"}
 
 @cache
 def formats() -> tuple[str, ...]:
-    """Return Pillow's names of the formats that are read, of those that are installed."""
+    """Return Pillow's names of the installed formats that are read."""
     Image.init()
     return tuple(name for name in Image.ID if name not in NOT_READ)
 
 
 @cache
 def suffixes() -> frozenset[str]:
-    """Return how the names of files end that are read, in lower case with the dot."""
+    """Return the suffixes of files that are read, in lower case with the dot."""
     known = {*formats(), "MPO"}  # which Pillow reads as JPEG
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known)
 
 
 def open_image(file: "str | IO[bytes]") -> Image.Image:
-    """Return the image in a file, of a format that is read. Raises as `Image.open`."""
+    """Open an image file in one of the `formats`. Raises as `Image.open`."""
     return Image.open(file, formats=formats())
 
 
 def as_rgb(image: Image.Image, upright: bool) -> Image.Image:
-    """Return an image in 8-bit RGB, as timm does, except for pixels of more bits, which Pillow would cut off.
+    """Return an image as 8-bit RGB, as timm does, except that pixels of more bits are scaled, not clipped.
 
-    Transparency is dropped, of several frames the first is taken.
+    Transparency is dropped; only the first of several frames is used.
 
     Args:
         upright: turn it as its EXIF data says. Pillow does so with a TIFF file in any case.
 
     Raises:
-        ValueError: pixels that are numbers of no known range. Others as Pillow, for a file that is broken.
+        ValueError: pixel values of unknown range. Others as Pillow, for a broken file.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of metadata and palettes, of which nothing is used
+        warnings.simplefilter("ignore")  # about metadata and palettes, which are not used
         image.load()
         if upright:
             with suppress(Exception):  # broken metadata says nothing about the pixels

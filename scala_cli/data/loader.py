@@ -18,10 +18,10 @@ from scala_cli.world import ALONE, World
 
 
 class Loader:
-    """Batches of one split. What could not be read is in `skipped`, once each; it may leave a batch empty.
+    """Batches of one split. `skipped` names each unreadable image once; a batch may thus be empty.
 
     Args:
-        training: shuffled and augmented, and an incomplete last batch is left out.
+        training: shuffle, augment, and leave out an incomplete last batch.
         world: the processes among which each batch is divided, `batch_size` for each.
 
     Raises (on iteration):
@@ -51,11 +51,11 @@ class Loader:
             collate_fn=collate,
             worker_init_fn=ignore_stop_signals,
             pin_memory=torch.cuda.is_initialized(),  # of use only where this process has a GPU
-            generator=torch.Generator(),  # or each epoch would draw from the random numbers of others
+            generator=torch.Generator(),  # otherwise each epoch would advance torch's global generator
         )
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Returns the number of batches per epoch."""
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -63,9 +63,9 @@ class Loader:
         return self.of_epoch(0)
 
     def of_epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images, targets) of an epoch from its batch number `first` on.
+        """Yields (images, targets) of an epoch, from batch number `first` on.
 
-        They depend on the seed, the epoch and the number alone.
+        They depend only on the seed, the epoch and the number.
         """
         self.batches.epoch, self.batches.first = epoch, first
         for batch in self.read():
@@ -76,19 +76,19 @@ class Loader:
             yield batch.images, torch.tensor(batch.targets, dtype=torch.long)
 
     def read(self) -> Iterator[Batch]:
-        """What the loader reads. Raises DataError where one of its processes dies."""
+        """Yields the batches that the loader reads. Raises DataError if one of its processes dies."""
         with naming_a_dead_reader():
             with stop_signals_blocked():
                 batches = iter(self.loader)
             yield from batches
 
     def nothing_read(self) -> DataError:
-        """The error where all that there is was skipped; it names one."""
+        """Returns the error for when every image was skipped; it names one of them."""
         one = "".join(f": {name} ({why})" for name, why in list(self.skipped.items())[:1])
         return DataError(f"not one of the images could be read{one}.", "Mend them, or give others.")
 
     def tell_skipped(self, watch: Watcher) -> None:
-        """Notes how many images were skipped, and each by name as far as the first ten."""
+        """Notes how many images were skipped, and the names of the first ten."""
         if self.skipped:
             named = ", ".join(f"{name} ({why})" for name, why in list(self.skipped.items())[:10])
             watch.note(f"unreadable and skipped: {len(self.skipped)}: {named}")

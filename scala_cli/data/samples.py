@@ -1,4 +1,4 @@
-"""Raw images with class numbers, from where timm or torchvision reads them, and chosen or numbered anew."""
+"""Raw images with class numbers: from timm or torchvision readers, as subsets, or renumbered."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ class Samples(Protocol):
 
 
 class FromReader:
-    """The samples of a timm reader, as of hfds."""
+    """The samples of a timm reader such as hfds."""
 
     def __init__(self, reader: Any) -> None:
         self.reader = reader
@@ -28,11 +28,11 @@ class FromReader:
         return open_image(file), target
 
     def name(self, index: int) -> str:
-        return self.reader.filename(index, absolute=True) or f"image {index}"  # which may lie in a table
+        return self.reader.filename(index, absolute=True) or f"image {index}"  # it may be a row of a table
 
 
 class FromDataset:
-    """The samples of what opens its images itself, as torchvision's data sets do."""
+    """The samples of a data set that opens its images itself, like torchvision's."""
 
     def __init__(self, dataset: Any, label: str) -> None:
         self.dataset, self.label = dataset, label
@@ -48,7 +48,7 @@ class FromDataset:
 
 
 class Renumbered:
-    """Other samples, class number n being `numbers[n]`."""
+    """Samples with class n renumbered to `numbers[n]`."""
 
     def __init__(self, samples: Samples, numbers: Sequence[int]) -> None:
         self.samples, self.numbers = samples, numbers
@@ -65,7 +65,7 @@ class Renumbered:
 
 
 class Some:
-    """Some of other samples, by their numbers."""
+    """A subset of samples, by index."""
 
     def __init__(self, samples: Samples, numbers: Sequence[int]) -> None:
         self.samples, self.numbers = samples, numbers

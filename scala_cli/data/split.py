@@ -1,4 +1,4 @@
-"""Parts of a data set: which images there are, and of which class."""
+"""Parts of a data set: its images and their classes."""
 
 import sys
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from scala_cli.errors import DataError
 from scala_cli.watch import Watcher
 
 VALIDATION = ("val", "validation", "valid", "test")
-"""Where validation images may lie; the first that is there counts."""
+"""Folders that may hold validation images; the first that exists is used."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """One part of a data set, and what the user should know of how it was read."""
+    """One part of a data set, and notes for the user on how it was read."""
 
     samples: Samples
     classes: tuple[str, ...]
@@ -33,18 +33,18 @@ class Split:
         return len(self.samples)
 
     def tell(self, watch: Watcher) -> None:
-        """Note what the user should know of it."""
+        """Pass these notes to `watch`."""
         for note in self.notes:
             watch.note(note)
 
     def numbered_as(self, names: Sequence[str] | None) -> "Split":
-        """Return the same images with their classes numbered as a model's, where these are the same names."""
+        """Return the same images with classes numbered like a model's, if the names are the same."""
         if names is None or spelled(names) == self.classes or not same_classes(names, self.classes):
             return self
         return self.renumbered(spelled(names))
 
     def renumbered(self, classes: Sequence[str]) -> "Split":
-        """Return the same images, each class numbered by its place in `classes`, which has all of them."""
+        """Return the same images, each class numbered by its position in `classes`."""
         if tuple(classes) == self.classes:
             return self
         place = {name: number for number, name in enumerate(classes)}
@@ -60,8 +60,8 @@ def open_split(
     Args:
         data: a folder with train/ and val/ (or validation/, valid/, test/) of class folders; `digits`,
             scikit-learn's handwritten digits; or a timm data set name such as torch/cifar10.
-        data_dir: where the named data set lies.
-        classes: those of the training part, where it is open already.
+        data_dir: the directory of a named data set.
+        classes: those of the training part, if it is already open.
 
     Raises:
         DataError: missing or empty folders, a class without images, classes that differ between parts.
@@ -74,10 +74,10 @@ def open_split(
 
 
 def open_images(data: str, data_dir: str | None = None) -> Split:
-    """All images to be looked at without their labels.
+    """Return all images, to be used without labels.
 
     Args:
-        data: as `open_split`, whose training part is taken; or any folder of images, flat or nested.
+        data: as for `open_split` (its training part), or any folder of images, flat or nested.
 
     Raises DataError where there is none.
     """
@@ -90,7 +90,7 @@ def open_images(data: str, data_dir: str | None = None) -> Split:
 
 
 def refuse_unknown(data: str, data_dir: str | None = None) -> None:
-    """Raises DataError for what is neither a folder nor the name of a data set; reads nothing yet."""
+    """Raises DataError unless `data` is a folder or the name of a data set; reads no images."""
     kind, _, name = data.partition("/")
     if data == "digits" or Path(data).expanduser().is_dir():
         return
@@ -135,17 +135,17 @@ def open_folder(folder: Path, training: bool, classes: Sequence[str] | None = No
 
 
 def open_named(name: str, training: bool, data_dir: str | None) -> Split:
-    """A data set timm knows by name. Raises DataError where it does not lie in `data_dir`."""
+    """A data set that timm knows by name. Raises DataError if it is not in `data_dir`."""
     split = "train" if training else "validation"
     try:
-        with redirect_stdout(sys.stderr):  # timm prints there what is not installed
+        with redirect_stdout(sys.stderr):  # timm prints what is not installed
             dataset = create_dataset(name, data_dir, split=split, is_training=training)
     except (AssertionError, RuntimeError, OSError, ImportError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:160] or "not found"
         where = name if data_dir is None else f"{name} in {data_dir}"
         raise DataError(f"{where}: {reason}.", remedy="data_dir") from None
     if hasattr(dataset, "loader"):
-        dataset.loader = open_image  # torchvision's own cuts off what is beyond 8 bits
+        dataset.loader = open_image  # torchvision's own clips values beyond 8 bits
     samples = FromReader(dataset.reader) if hasattr(dataset, "reader") else FromDataset(dataset, name)
     classes = getattr(dataset, "classes", None)
     if classes is None and hasattr(dataset, "reader"):
@@ -171,7 +171,7 @@ def digits(training: bool) -> Split:
 
 
 def hold_out(split: Split, share: float) -> tuple[Split, Split]:
-    """The training images without a share of them, and that share, spread evenly."""
+    """Splits the training images in two: those kept, and an evenly spread share held out."""
     exact = Fraction(share).limit_denominator(10_000)
     numbers = range(len(split))
     held = [number for number in numbers if int((number + 1) * exact) > int(number * exact)]

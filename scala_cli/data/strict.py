@@ -18,7 +18,7 @@ from scala_cli.data.samples import Samples
 
 @dataclass(frozen=True)
 class Corrupt:
-    """An image that could not be read, on its way from a worker to whoever decides what to do."""
+    """An image that a worker could not read, passed on to the code that decides what to do."""
 
     name: str
     why: str
@@ -28,8 +28,8 @@ class Corrupt:
 class Batch:
     """Images (B, C, H, W), B class numbers, and what could not be read.
 
-    The numbers are no tensor on their way from a worker: with no shared memory left for so small a one, torch
-    would wait for it for ever.
+    A worker sends the class numbers as a list, not a tensor: if shared memory is full, torch would wait for
+    ever on so small a tensor.
     """
 
     images: Tensor
@@ -37,13 +37,13 @@ class Batch:
     corrupt: tuple[Corrupt, ...]
 
     def pin_memory(self) -> "Batch":
-        """The same in memory that a GPU reads by itself; torch's loader calls this."""
+        """Returns the batch in pinned memory; torch's loader calls this."""
         return Batch(self.images.pin_memory(), self.targets, self.corrupt)
 
 
 @contextmanager
 def own_randomness(seed: str) -> Iterator[None]:
-    """Lets what happens within draw from random numbers of its own, and leaves the others as they were."""
+    """Seeds the random generators for the block, and restores their state afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     number = random.Random(seed).getrandbits(32)
     random.seed(number)
@@ -58,10 +58,10 @@ def own_randomness(seed: str) -> Iterator[None]:
 
 
 class Strict(Dataset):
-    """Transformed images; one that cannot be read comes as `Corrupt`, never as its neighbour.
+    """Transformed images; an unreadable one gives `Corrupt`, never its neighbour instead.
 
-    Asked for by number and seed. The transform depends on the seed alone, not on which process runs it after
-    which other images, so that training goes on in the middle of an epoch, with any number of processes.
+    Indexed by number and seed. The transform depends only on the seed, not on the process or on the images
+    before, so training can resume in the middle of an epoch, with any number of workers.
 
     Args:
         upright: turn photographs as their EXIF data says.
@@ -80,7 +80,7 @@ class Strict(Dataset):
             image = as_rgb(image, self.upright)
         except MemoryError:
             raise
-        except Exception as error:  # of a broken file Pillow's decoders raise errors of many kinds
+        except Exception as error:  # Pillow's decoders raise many kinds of error for a broken file
             said = str(error).partition(":")[0] or type(error).__name__
             why = "no image" if isinstance(error, UnidentifiedImageError) else said
             return Corrupt(self.samples.name(index), why)

@@ -1,4 +1,4 @@
-"""timm's transforms, with what a model and a user say of images."""
+"""timm's transforms, from the settings of a model and a user."""
 
 from functools import partial
 from itertools import chain
@@ -13,7 +13,7 @@ from scala_cli.settings import AugmentSettings
 
 
 def transform_for(spec: Spec, augment: AugmentSettings | None = None) -> Any:
-    """timm's transform with the model's size, mean and deviation; augmenting where told how."""
+    """Returns timm's transform for the model's size, mean and deviation; augmenting if `augment` is given."""
     if spec.input_size[0] != 3:
         raise DataError(
             f"the model takes images of {spec.input_size[0]} channels; only RGB images are read.",
@@ -37,7 +37,7 @@ def transform_for(spec: Spec, augment: AugmentSettings | None = None) -> Any:
 
 
 def keep_a_bit(transform: Any) -> Any:
-    """Return the transform, which now leaves a bit where it posterizes: of none Pillow 13 makes an error."""
+    """Make posterize keep at least one bit (Pillow 13 raises an error for none); return the transform."""
     for step in transform.transforms:
         for op in [*getattr(step, "ops", ()), *chain(*getattr(step, "policy", ()))]:
             if op.aug_fn is posterize:

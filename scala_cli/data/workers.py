@@ -1,4 +1,4 @@
-"""The processes that read images: which signals they obey, and what is said where one fails."""
+"""The processes that read images: which signals they obey, and the error when one fails."""
 
 import os
 import re
@@ -12,14 +12,14 @@ from scala_cli.errors import DataError
 
 STOPPING = {signal.SIGINT, signal.SIGTERM}
 NO_ROOM = re.compile(r"(shared memory object|shared memory\(shm\)|file </torch_|signal: Bus error).*")
-"""What torch says where the memory in which batches are handed over is full, or cannot be had."""
+"""Messages of torch when the shared memory for batches is full or unavailable."""
 
 
 def ignore_stop_signals(_: int) -> None:
     """Block a terminal's Ctrl-C and a scheduler's SIGTERM, which also reach the processes that read.
 
-    They go on until training has saved; then they are told to end, and they end with their parent. Its own
-    SIGTERM they obey: Python sends that to what is left when it exits.
+    They run until training has saved and stops them, and they end with their parent. They still obey SIGTERM
+    from the parent: Python sends it to remaining children when it exits.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     if hasattr(signal, "sigwaitinfo"):
@@ -29,7 +29,7 @@ def ignore_stop_signals(_: int) -> None:
 
 
 def obey_the_parent() -> None:
-    """End this process at a SIGTERM from its parent, and at nobody else's."""
+    """End this process on SIGTERM from its parent only."""
     parent = parent_process()  # which is not always the one that forked this process
     while parent and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
@@ -48,7 +48,7 @@ def stop_signals_blocked() -> Iterator[None]:
 
 @contextmanager
 def naming_a_dead_reader() -> Iterator[None]:
-    """Turn what torch raises, at any moment, where a process that reads has failed into a DataError."""
+    """Turn the errors that torch raises when a reading process has failed into a DataError."""
     try:
         yield
     except RuntimeError as error:

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 METHODS = {"scala": "Scala", "usnet": "USNet", "separate": "Separate"}
 ONE_POINT = "separate"
-"""The method that trains one width by itself, as the full one is where it has to learn new classes first."""
+"""The method that trains one width alone; also used when the full width learns new classes first."""
 
 
 def method_named(name: str) -> "type[Method]":
-    """The class of a method. Raises KeyError for a name that METHODS does not have."""
+    """Return the class of a method. Raises KeyError for a name that is not in METHODS."""
     return getattr(import_module(f"scala_cli.methods.{name}"), METHODS[name])

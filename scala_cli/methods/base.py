@@ -1,4 +1,4 @@
-"""What a training method is."""
+"""The interface of a training method."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ OFF: Mapping[str, Any] = {
     "teacher": "none",
     **{part.name: False for part in fields(MethodSettings) if part.type in (bool, bool | None)},
 }
-"""The parts that a method may have, each a field of MethodSettings, with the value that leaves it out."""
+"""The optional parts of methods, as fields of MethodSettings, each with the value that turns it off."""
 
 
 class Batch(NamedTuple):
@@ -36,7 +36,7 @@ class Batch(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """One forward of a step: the point, its loss, and how much that counts in the sum that is minimised."""
+    """One forward of a step: the point, its loss, and the weight of that loss in the sum."""
 
     point: Point
     loss: Tensor
@@ -62,10 +62,10 @@ class Method(ABC):
     """
 
     parts: ClassVar[frozenset[str]] = frozenset()
-    """The keys of OFF that mean something to the method. With "teacher", the frozen start takes part."""
+    """The keys of OFF that affect the method. With "teacher", the frozen starting model takes part."""
 
     one_point: ClassVar[bool] = False
-    """Whether a run trains one point only; a family then takes a run for each."""
+    """Whether a run trains one point only; a family then needs one run per point."""
 
     isolated: ClassVar[bool] = False
     """Whether the method trains with Isolated Activation unless the user says otherwise."""
@@ -78,10 +78,10 @@ class Method(ABC):
 
     @abstractmethod
     def draw(self, random: Random) -> list[Point]:
-        """The points that one step trains, largest first.
+        """Returns the points that one step trains, largest first.
 
         Args:
-            random: the step's own, alike on every machine that takes part.
+            random: the generator of this step, the same in every process.
         """
 
     @abstractmethod
@@ -92,11 +92,11 @@ class Method(ABC):
 
         Args:
             teacher: the frozen full-width model, or None.
-            drawn: what `draw` gave.
+            drawn: the points that `draw` returned.
         """
 
     def modules(self, width: int) -> nn.Module:
-        """Parts that only training needs: trained and resumed with the model, in no checkpoint.
+        """Returns the modules that only training needs: trained and resumed, but in no checkpoint.
 
         Args:
             width: channels of the full model.
@@ -105,12 +105,12 @@ class Method(ABC):
 
     @classmethod
     def idle(cls, settings: MethodSettings, points: Sequence[Point]) -> str:
-        """Why leaving out a part changes nothing for so few points; empty where it does change something."""
+        """Returns why turning a part off has no effect for so few points; empty if it has one."""
         return ""
 
     @classmethod
     def effective(cls, settings: MethodSettings) -> MethodSettings:
-        """The settings with every part off that has no effect in this method."""
+        """Returns the settings with every part turned off that has no effect in this method."""
         settings = replace(settings, **{part: off for part, off in OFF.items() if part not in cls.parts})
         if settings.isolation is None:
             settings = replace(settings, isolation=cls.isolated and settings.order != "importance")

@@ -10,7 +10,7 @@ from scala_cli.settings import MethodSettings
 from scala_cli.slicing.point import Point
 
 PASSES = 4
-"""Widths trained in one step, where there are as many."""
+"""Widths trained in one step, if the family has as many."""
 
 
 class Scala(Method):
@@ -18,7 +18,7 @@ class Scala(Method):
 
     In the paper each width is taught by the one before it, and the first by the frozen pretrained model. From
     pretrained weights that model is the best teacher for every width (docs/results/pretrained.md), so here
-    it teaches all where there is one. Isolated Activation is the fourth part; it lives in the slicing rule.
+    it teaches all, if there is one. Isolated Activation is the fourth part; it lives in the slicing rule.
     """
 
     parts = frozenset(OFF)
@@ -56,10 +56,10 @@ class Scala(Method):
                 lesson = output.detach()
 
     def weight(self, point: Point, drawn: Sequence[Point]) -> float:
-        """The narrowest counts as much as all others of the step together.
+        """Returns the weight of the loss: the narrowest counts as much as all others of the step together.
 
-        Its channels are pulled at by every wider width as well, so that it has the least say in what is
-        all it has; trained alone it would have them to itself.
+        Every wider width trains its channels too, so the narrowest has the least influence on the only
+        channels it has.
         """
         favoured = self.settings.favour_narrowest and point == self.points[0]
         return max(1, len(drawn) - 1) if favoured else 1
@@ -72,7 +72,7 @@ class Scala(Method):
 
     @classmethod
     def effective(cls, settings: MethodSettings) -> MethodSettings:
-        """Where the frozen model teaches all widths, none teaches the next."""
+        """If the frozen model teaches all widths, turns off teaching from width to width."""
         settings = super().effective(settings)
         return replace(settings, progressive_transfer=False) if settings.teacher == "all" else settings
 
@@ -80,8 +80,8 @@ class Scala(Method):
 def stable_sample(points: Sequence[Point], random: Random) -> list[Point]:
     """Stable Sampling: l > m2 > m1 > s with m1 drawn from (s, m] and m2 from (m, l), m = (s + l) / 2.
 
-    So the gap in capacity between the four stays even. An interval that holds no width gives none, so
-    one, two and three widths are all trained every step.
+    This keeps the gaps in capacity between the four even. An interval without a width gives none, so a
+    family of one, two or three widths trains all of them every step.
     """
     smallest, largest = points[0].ratio, points[-1].ratio
     middle = (smallest + largest) / 2

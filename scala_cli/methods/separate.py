@@ -1,4 +1,4 @@
-"""Separate training: one width alone, what a family of widths is measured against."""
+"""Separate training of one width: the baseline that a family is compared with."""
 
 from collections.abc import Iterator, Sequence
 from random import Random
@@ -11,7 +11,7 @@ from scala_cli.tasks.base import Task
 
 
 class Separate(Method):
-    """One width from its slice of the starting weights, with labels and, where there is one, the teacher."""
+    """One width, from its slice of the starting weights, with labels and the teacher if there is one."""
 
     parts = frozenset({"order", "teacher"})
     one_point = True

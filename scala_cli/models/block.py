@@ -1,4 +1,4 @@
-"""timm's transformer block, which may compute only the tokens that somebody reads."""
+"""timm's transformer block, able to compute only the tokens that the head reads."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 class SlimBlock(Block):
     """timm's block bit for bit, unless `read` says that only the first tokens are needed.
 
-    timm builds a model of these where it is given this class as `block_fn`.
+    Pass this class to timm as `block_fn` to build a model of these blocks.
     """
 
     read: int | None = None
@@ -26,8 +26,8 @@ class SlimBlock(Block):
     def attend(self, x: Tensor, read: int) -> Tensor:
         """(B, N, C) -> (B, read, C): attention whose queries are the first tokens alone.
 
-        torch's own attention takes queries of their own. For so few the explicit one, which has the
-        attention's weights at hand, is at least as fast as the fused (docs/performance.md).
+        torch's attention accepts fewer queries than keys. For so few, explicit attention, which computes the
+        attention weights, is at least as fast as the fused kernel (docs/performance.md).
         """
         attn: Any = self.attn
         tokens = x.transpose(0, 1)

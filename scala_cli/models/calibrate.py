@@ -1,9 +1,9 @@
 """One slice, fitted to the full model in closed form on a few hundred images without labels.
 
-A slice keeps the first channels of a model in order (`order.py`), so it computes something else than the full
-model, and more so with every block. Here its layers are fitted by ridge regression, from the first to the
-last: from what the layer reads in the slice so far, onto what the full model has at that place. So each layer
-makes good what those before it did wrong. A slice stands alone: nothing has to nest.
+A slice keeps the first channels of a model in order (`order.py`), so its output differs from the full
+model's, more with every block. This module fits its layers by ridge regression, first to last: from the
+inputs of a layer in the slice so far to the full model's activations at the same place. So each layer
+corrects the errors of those before it. A slice stands alone: nothing has to nest.
 """
 
 import math
@@ -26,11 +26,11 @@ from scala_cli.slicing.table import axes_of
 from scala_cli.watch import QUIET, Watcher
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
-"""Of the pull towards the weights in order, as shares of the inputs' mean square; a layer takes its best."""
+"""Strengths of the pull to the ordered weights, relative to the inputs' mean square; each layer picks one."""
 BATCH = 64
-"""Images that are computed at once where they come as a whole."""
+"""Batch size if the images come as one tensor."""
 HELD_OUT = 8
-"""One of so many images is kept from the fit, to choose the strengths and to judge it."""
+"""One image in this many is held out of the fit, to choose the strengths and to evaluate it."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Streams:
     held: list[Tensor]
 
     def of_images(self, held_out: bool) -> list[tuple[Tensor, Tensor]]:
-        """The slice's and the full model's tokens of the images that are held out, or of the others."""
+        """Returns the slice's and the full model's tokens of the held-out images, or of the others."""
         batches = zip(self.own, self.wanted, self.held, strict=True)
         return [(own[held == held_out], wanted[held == held_out]) for own, wanted, held in batches]
 
@@ -58,14 +58,14 @@ class Fit:
     """How well the fitted slice does on images it was not fitted to.
 
     Each figure is R^2 = 1 - (squared errors) / (squared deviations from the mean), summed over all channels
-    and tokens: 1 is the full model itself, 0 is its mean. None where there is no such image or token.
+    and tokens: 1 is the full model itself, 0 is its mean. None if there is no such image or token.
 
     Args:
         images: how many the slice was fitted to.
         held_out: how many it was judged on.
-        class_token: of the full model's final normed class token, from the best linear map of the slice's.
+        class_token: of the full model's final normed class token, by the best linear map from the slice's.
         patches: likewise of the patch tokens.
-        output: of what the full model returns, from what the slice returns.
+        output: of the full model's output, predicted by the slice's output.
     """
 
     images: int
@@ -75,7 +75,7 @@ class Fit:
     output: float | None
 
     def told(self) -> dict[str, Any]:
-        """As rows and JSON hold it: "r2" is that of what the model returns."""
+        """Returns the figures for rows and JSON; "r2" is that of the output."""
         judged = {"r2": self.output, "class_token": self.class_token, "patches": self.patches}
         rounded = {name: None if r2 is None else round(r2, 4) for name, r2 in judged.items()}
         return {**rounded, "images": self.images, "held_out": self.held_out}
@@ -91,7 +91,7 @@ class Pair:
     point: Point
 
     def embed(self, batches: Iterable[Tensor]) -> Streams:
-        """The tokens before the first block of images (B, C, H, W)."""
+        """Returns both models' tokens before the first block, for images (B, C, H, W)."""
         device = next(self.full.parameters()).device
         streams, seen = Streams([], [], []), 0
         for images in batches:
@@ -105,7 +105,7 @@ class Pair:
         return streams
 
     def keep(self, name: str, values: Tensor) -> Tensor:
-        """(..., channels) of the full layer of this name -> a copy of those that the slice has."""
+        """Copies the channels that the slice keeps from (..., channels) of the full layer of this name."""
         axis = axes_of(f"{name}.weight", self.rule.table)[0]
         end = kept_end(self.point.ratio, self.rule.span, self.rule.isolated)
         kept = slice_tensor(values, [None] * (values.ndim - 1) + [axis], self.point.ratio, end).clone()
@@ -122,21 +122,21 @@ def calibrate(
     every_token: bool = False,
     watch: Watcher = QUIET,
 ) -> tuple[VisionTransformer, Fit]:
-    """A plain timm model of one width, fitted to the full one, in evaluation mode.
+    """Returns a plain timm model of one width, fitted to the full one, in evaluation mode.
 
-    What the embedding writes (patches, class token, registers, positions) is the full model's already and
-    stays. Every linear layer and norm behind it is fitted: the one that ends a branch onto the full model's
-    stream less what the slice's stream has so far, all others onto the full model's own values. A layer
-    without a bias is fitted without one. In memory are the two streams, and the targets of half a block.
+    The output of the embedding (patches, class token, registers, positions) already equals the full model's.
+    Every later linear layer and norm is fitted: the last of a branch to the full model's stream minus the
+    slice's stream so far, all others to the full model's activations. A layer without a bias is fitted
+    without one. Memory holds the two streams and the targets of half a block.
 
     Args:
-        net: its channels in order (`put_first_what_matters`).
-        batches: images (N, C, H, W), normalised, as a whole or in batches; read once. One in eight is held
-            out from the fit.
-        strengths: of the pull towards the weights in order, as a share of the inputs' mean square. Each layer
-            takes the one that does best on the images held out.
-        every_token: whether the head reads every token, not only the pooled one: where features are the task.
-        watch: told of every half block.
+        net: a family with its channels in order (`put_first_what_matters`).
+        batches: images (N, C, H, W), normalised, as one tensor or in batches; read once. One in eight is
+            held out of the fit.
+        strengths: of the pull to the ordered weights, as a share of the inputs' mean square. Each layer takes
+            the one that does best on the held-out images.
+        every_token: whether the head is applied to every token, not only the pooled one, as for features.
+        watch: is notified of every half block.
 
     Raises:
         PointError: where the model has no such width.
@@ -159,7 +159,7 @@ def calibrate(
 
 
 def absorb_layer_scale(vit: VisionTransformer) -> None:
-    """Moves LayerScale, which may be next to nothing, into the layers before it."""
+    """Moves LayerScale, which may be close to zero, into the layers before it."""
     blocks: Any = vit.blocks
     for block in blocks:
         for scale, writer in (("ls1", block.attn.proj), ("ls2", block.mlp.fc2)):
@@ -172,7 +172,7 @@ def absorb_layer_scale(vit: VisionTransformer) -> None:
 
 
 def fit_stage(pair: Pair, stage: Stage, streams: Streams, strengths: Sequence[float]) -> Streams:
-    """Fits the slice's layers of a stage, in place. Returns the streams behind it."""
+    """Fits the slice's layers of a stage, in place. Returns the streams after the stage."""
     targets: dict[str, list[Tensor]] = {}
 
     def record(name: str) -> Callable[..., None]:
@@ -193,7 +193,7 @@ def fit_stage(pair: Pair, stage: Stage, streams: Streams, strengths: Sequence[fl
 
 
 def queries_of(vit: VisionTransformer, name: str, written: Tensor) -> Tensor:
-    """What of a layer's kept output scales the logits, which timm divides by the root of fewer channels."""
+    """Returns the part of a layer's kept output that scales the logits: timm divides by a smaller root."""
     if name.endswith(("attn.q_norm", "attn_pool.q")):
         return written
     if name.endswith("attn.qkv") and isinstance(vit.get_submodule(name[:-3] + "q_norm"), nn.Identity):
@@ -207,7 +207,7 @@ def fit_layer(
     """Fits a linear layer, or the scale and shift of a norm, in place.
 
     Args:
-        batches: what it reads, what it should write, and which images are held out.
+        batches: its inputs, its targets, and which images are held out.
     """
     is_norm = layer.weight.ndim == 1
     seen, unseen = Moments(diagonal=is_norm), Moments(diagonal=is_norm)
@@ -218,7 +218,7 @@ def fit_layer(
     start = torch.ones_like(layer.weight) if is_norm else layer.weight
     shift = getattr(layer, "bias", None)  # RMSNorm has none
     weight, bias = best_ridge(seen, unseen, start, strengths, shift is not None)
-    if is_norm:  # fitted to what the norm gave, whose scale and shift it follows
+    if is_norm:  # fitted on the norm's output, so combined with its scale and shift
         bias = None if bias is None or shift is None else bias + weight * shift.to(weight)
         weight = weight * layer.weight.to(weight)
     layer.weight.copy_(weight)
@@ -227,11 +227,11 @@ def fit_layer(
 
 
 def judge(pair: Pair, last: Streams, output: Streams) -> Fit:
-    """Measures the fit on the images held out.
+    """Measures the fit on the held-out images.
 
     Args:
-        last: behind the last block.
-        output: behind the head.
+        last: tokens after the last block.
+        output: outputs of the head.
     """
     full, narrow, seen = pair.full, pair.narrow, Moments()
     for own, wanted in last.of_images(held_out=False):
@@ -253,7 +253,7 @@ def judge(pair: Pair, last: Streams, output: Streams) -> Fit:
 
 
 def explained(guess: Tensor, truth: Tensor) -> float | None:
-    """R^2 of (..., channels); None where nothing varies."""
+    """Returns R^2 over (..., channels); None if `truth` is constant."""
     guess, truth = in_double(guess).flatten(0, -2), in_double(truth).flatten(0, -2)
     spread = (truth - truth.mean(0)).square().sum().item() if len(truth) else 0.0
     return 1 - (guess - truth).square().sum().item() / spread if spread else None

@@ -13,23 +13,23 @@ from scala_cli.models.inputs import RGB, checked
 from scala_cli.models.vit import Spec, describe, skeleton
 
 SOURCES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"}
-"""Of timm's `pretrained_cfg`: where it takes weights from, and how it reads them."""
+"""Fields of timm's `pretrained_cfg` that say where its weights come from and how to read them."""
 RUNTIME = {"device", "dtype", "weight_init"}
-"""Where a model is made, and from which random numbers: nothing of what it is."""
+"""Arguments for device, dtype and initialisation, which do not define the model."""
 ARGS = inspect.signature(VisionTransformer).parameters.keys() - RUNTIME
-"""Arguments that make up a ViT."""
+"""Arguments that define a ViT."""
 FACTORY = {*inspect.signature(timm.create_model).parameters, *RUNTIME, "pretrained_strict", "out_indices"}
-"""Arguments that timm takes beside those: for weights to read, a place to put them, and the like."""
+"""Other arguments of timm: for weights to read, a directory to keep them in, and the like."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """What timm builds.
+    """A model for timm to build.
 
     Args:
-        architecture: timm's name, with a tag where its own weights are meant.
+        architecture: timm's name, with a tag if timm's own weights are meant.
         model_args: for timm's constructor, JSON-able.
-        pretrained_cfg: timm's settings of input and labels; none for those of the name itself.
+        pretrained_cfg: timm's settings of input and labels; None for the defaults of the name.
     """
 
     architecture: str
@@ -40,23 +40,23 @@ class Config:
         return replace(self, model_args={**self.model_args, **args})
 
     def create(self, **more: Any) -> Any:
-        """timm's model, of whatever class, with random weights unless `more` says otherwise."""
+        """Returns timm's model, of any class, with random weights unless `more` says otherwise."""
         more["pretrained_cfg"] = {**self.pretrained_cfg, **more.pop("pretrained_cfg", {})}
         return timm.create_model(self.architecture, **{**self.model_args, **more})
 
     def skeleton(self) -> Any:
-        """The same on the meta device, without weights."""
+        """Returns the same model on the meta device, without weights."""
         return skeleton(self.architecture, pretrained_cfg=dict(self.pretrained_cfg), **self.model_args)
 
 
 def read_settings(config: Mapping[str, Any]) -> Config:
-    """The model that a config.json of timm describes.
+    """Returns the model that a config.json of timm describes.
 
-    Every config.json passes here before timm sees any of it. What would make timm download or open
-    something is left out.
+    Every config.json passes through here before timm sees it. Anything that would make timm download or
+    open something is removed.
 
-    Raises CheckpointError where a key is missing, for an architecture timm lacks, for settings that are not
-    of their kind, and where it has timm build something other than a ViT's own constructor does.
+    Raises CheckpointError for a missing key, an architecture that timm lacks, a setting of the wrong type,
+    and arguments that are not of a ViT's own constructor.
     """
     hint = "Convert or download it again."
     if "architecture" not in config:
@@ -65,7 +65,7 @@ def read_settings(config: Mapping[str, Any]) -> Config:
     cfg = config.get("pretrained_cfg", single_object(config))
     if not (isinstance(name, str) and isinstance(args, dict) and isinstance(cfg, dict)):
         raise CheckpointError("config.json is damaged: a name, or an object, is something else.", hint)
-    if not timm.is_model(name):  # of others, as hf-hub:org/name, timm would read the weights
+    if not timm.is_model(name):  # for others, such as hf-hub:org/name, timm would read the weights
         raise CheckpointError(
             f"config.json is damaged: this timm ({timm.__version__}) has no architecture {name!r}.",
             "Name one that it has; or upgrade: pip install -U timm",
@@ -88,13 +88,13 @@ def read_settings(config: Mapping[str, Any]) -> Config:
 
 
 def single_object(config: Mapping[str, Any]) -> dict[str, Any]:
-    """timm's settings where they are not apart, as it wrote them once."""
+    """Returns timm's settings from the older format, which has them in one object."""
     names = {"label_names": config["labels"]} if "labels" in config else {}
     return {**{key: value for key, value in config.items() if key in vars(PretrainedCfg())}, **names}
 
 
 def settings_for(architecture: str, told: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """timm's settings of an architecture, for weights of which it knows neither license nor labels."""
+    """Returns timm's settings of an architecture, for weights whose license and labels it does not know."""
     known = asdict(get_pretrained_cfg(architecture) or PretrainedCfg())
     not_theirs = {*SOURCES, "license", "label_names", "label_descriptions"}
     ours = {key: value for key, value in known.items() if key not in not_theirs}
@@ -112,7 +112,7 @@ def spec_of(config: Mapping[str, Any]) -> Spec:
 
 
 def spec_for(config: Config) -> Spec:
-    """The Spec of what timm builds. Raises CheckpointError where it builds nothing, or no plain ViT."""
+    """Returns the Spec of the model timm builds. Raises CheckpointError if that fails or is no plain ViT."""
     damaged = f"config.json is damaged: timm cannot build {config.architecture}"
     with naming_failure(damaged, "Convert or download it again.", CheckpointError):
         return describe(config.skeleton(), config.model_args)

@@ -25,19 +25,19 @@ def create(
     classes: int | None = None,
     pretrained: bool = False,
 ) -> VisionTransformer:
-    """timm's model: on somebody's state dict, with the pretrained weights of its name, or random.
+    """Returns timm's model with a given state dict, with the pretrained weights of its name, or random.
 
-    timm resamples position and patch embeddings that differ. Somebody's weights must fit in all else, then
-    their head gives way to one of the wanted number of classes.
+    timm resamples position and patch embeddings of another size. All other weights of a state dict must fit;
+    then its head is replaced by one with the wanted number of classes.
 
     Args:
-        classes: of a new head; None keeps the one that there is.
+        classes: of a new head; None keeps the present head.
 
     Raises CheckpointError for what timm cannot build, what cannot be sliced, and weights that do not fit.
     """
     name, more = config.architecture, {}
     if state is not None:
-        own = len(state.get("head.weight", ()))  # features alone have none
+        own = len(state.get("head.weight", ()))  # a model of features has none
         own = config.model_args.get("num_classes", own)
         more = {"num_classes": own, "pretrained_cfg": {"num_classes": own, "state_dict": dict(state)}}
     elif pretrained and not timm.is_model_pretrained(name):
@@ -54,12 +54,12 @@ def create(
         except DAMAGED as error:
             raise misfit(config, state, error) from None
     settings: Any = vit.pretrained_cfg
-    settings.pop("state_dict", None)  # it is loaded
+    settings.pop("state_dict", None)  # loaded separately
     return vit
 
 
 def skeleton_of(config: Config) -> VisionTransformer:
-    """timm's model without weights. Raises CheckpointError for what timm cannot build, or is no plain ViT."""
+    """Returns timm's model without weights. Raises CheckpointError if timm cannot, or it is no plain ViT."""
     try:
         return refuse_unless_plain(config.skeleton())
     except DAMAGED as error:
@@ -67,7 +67,7 @@ def skeleton_of(config: Config) -> VisionTransformer:
 
 
 def misfit(config: Config, state: Mapping[str, Tensor] | None, error: Exception) -> CheckpointError:
-    """The error for a model that timm does not build, or weights that it does not take."""
+    """Returns the error for a model that timm cannot build, or weights that do not fit it."""
     key = re.search(r'(?:Missing|Unexpected) key[^"]*"[^"]+"|size mismatch for [^.]+[^,]+', str(error))
     reason = key[0] if key else " ".join(str(error).split())
     message = f"cannot build {config.architecture}: {reason}."
@@ -101,7 +101,7 @@ def refuse_broken(model: nn.Module, origin: str) -> None:
 
 
 def check_patches(spec: Spec) -> None:
-    """Raises CheckpointError where the image is no multiple of the patch."""
+    """Raises CheckpointError unless the image size is a multiple of the patch size."""
     patch = spec.model_args["patch_size"]
     sides = (patch, patch) if isinstance(patch, int) else patch
     for what, pixels, side in zip(("height", "width"), spec.input_size[1:], sides, strict=True):

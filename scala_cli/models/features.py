@@ -1,7 +1,7 @@
-"""A ViT without a classifier, as one whose classifier is the identity.
+"""A ViT without a classifier, given the identity as its classifier.
 
-Then its stream can be rotated like any other's, the full width computes what it did, and every slice answers
-in the full model's own features: as many numbers, whatever its width. To timm it is an ordinary ViT.
+Its stream can then be rotated like any other, the full width computes the same as before, and every slice
+returns the full model's features, as many at every width. To timm it is an ordinary ViT.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ def give_identity_head(vit: Any) -> bool:
     """Gives a timm ViT without a classifier the identity as its classifier, in place.
 
     Returns:
-        Whether it had none.
+        Whether the model had no classifier.
     """
     if vit.num_classes:
         return False

@@ -15,12 +15,12 @@ from scala_cli.watch import QUIET, Watcher
 
 
 class FittedViT(SlimmableViT):
-    """Answers at a width with the slice that was fitted for it, elsewhere as the family it was made from.
+    """Runs the fitted slice at each width that has one, and the original family at all others.
 
     Args:
         net: the family.
-        slices: of each width, a plain timm model.
-        fits: how well each does.
+        slices: a plain timm model for each fitted width.
+        fits: how well each slice fits.
     """
 
     def __init__(
@@ -33,12 +33,12 @@ class FittedViT(SlimmableViT):
             self.add_module(f"slice_{number}", vit)
 
     def with_rule(self, rule: Rule) -> "FittedViT":
-        """The same weights, cut by another rule; the slices that were fitted stay."""
+        """Returns the same weights with another rule; the fitted slices stay."""
         slices = {width: vit for width in self.widths if (vit := self.fitted(Point(width))) is not None}
         return FittedViT(super().with_rule(rule), slices, self.fits)
 
     def fitted(self, ratio: Ratio) -> VisionTransformer | None:
-        """The slice of a width, where it was fitted."""
+        """Returns the fitted slice of a width, or None."""
         width = Point.of(ratio).ratio
         return self.get_submodule(f"slice_{self.widths.index(width)}") if width in self.widths else None  # type: ignore
 
@@ -59,11 +59,11 @@ class FittedViT(SlimmableViT):
 def fit_widths(
     net: SlimmableViT, points: Iterable[Point], images: Iterable[Tensor], watch: Watcher = QUIET, **how: Any
 ) -> FittedViT:
-    """Fits the slices of these points, each by itself, the full width left as it is.
+    """Fits the slice of each point separately; the full width stays as it is.
 
     Args:
-        net: its channels in order.
-        images: (B, C, H, W), normalised, in batches; read once a width.
+        net: a family with its channels in order.
+        images: batches (B, C, H, W), normalised; read once per width.
         how: other arguments of `calibrate`.
 
     Raises as `calibrate`.

@@ -1,4 +1,4 @@
-"""From a timm model that is in memory to a slimmable ViT, which shares its parameters and leaves it alone."""
+"""A slimmable ViT from a timm model in memory: shares its parameters, changes nothing else in it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -28,16 +28,16 @@ from scala_cli.slicing.rule import Rule
 
 
 def slimmable(model: nn.Module, ratios: str = DEFAULT_RATIOS) -> SlimmableViT:
-    """A timm model that is in memory already, at every width.
+    """Returns a slimmable ViT made from a timm model in memory.
 
-    The result shares the model's parameters, so that training one trains the other. All else is its own:
-    whatever becomes of the result, the model keeps its head, its flags and its settings.
+    The result shares the model's parameters, so training one trains the other. Nothing else is shared: the
+    model keeps its head, its flags and its settings, whatever is done to the result.
 
     Args:
         ratios: the widths, "0.25,0.5,0.75,1".
 
     Raises:
-        CheckpointError: a model that cannot be sliced, or that timm does not build again from what it shows.
+        CheckpointError: a model that cannot be sliced, or that timm cannot rebuild from its attributes.
         PointError: a width that does not divide its channels.
     """
     vit, spec, points = refuse_unless_plain(model), read_off(model), parse_points(ratios)
@@ -59,9 +59,9 @@ def slimmable(model: nn.Module, ratios: str = DEFAULT_RATIOS) -> SlimmableViT:
 
 
 def built_on(vit: VisionTransformer, spec: Spec) -> VisionTransformer:
-    """timm's model of that spec with the parameters of `vit`, in evaluation mode, which runs as `vit` does.
+    """Returns timm's model of that spec with the parameters and behaviour of `vit`, in evaluation mode.
 
-    Raises CheckpointError where they do not fit.
+    Raises CheckpointError if they do not fit.
     """
     again = spec.build()
     hint = "Its layers are not as timm makes them: give the model as it was before."
@@ -99,21 +99,21 @@ TRAITS: Mapping[str, Callable[[Any], Any]] = {
     "patch_drop_rate": lambda vit: rate_of(vit.patch_drop),
     "proj_drop_rate": lambda vit: rate_of(vit.blocks[0].attn.proj_drop),
     "attn_drop_rate": lambda vit: rate_of(vit.blocks[0].attn.attn_drop),
-    "drop_path_rate": lambda vit: rate_of(vit.blocks[-1].drop_path1),  # timm's grow evenly to the last
+    "drop_path_rate": lambda vit: rate_of(vit.blocks[-1].drop_path1),  # timm's rates grow evenly to this
 }
-"""Arguments of timm's constructor that a model shows."""
+"""Arguments of timm's constructor that can be read from a model."""
 
 
 def rate_of(dropout: Any) -> float:
-    """How much one of timm's or torch's dropouts drops; 0 of the identity in its place."""
+    """Returns the rate of a dropout of timm or torch; 0 for an identity in its place."""
     rates = (getattr(dropout, name, 0.0) for name in ("p", "prob", "drop_prob"))
     return round(max(rates), 6)  # timm spreads drop_path over the blocks in float32
 
 
 def read_off(model: nn.Module) -> Spec:
-    """The Spec of a model of which nobody knows what `timm.create_model` was given beside the name.
+    """Returns the Spec of a model whose arguments to `timm.create_model` are unknown.
 
-    Raises CheckpointError as `describe`, and where what can be read off the model does not rebuild it.
+    Raises CheckpointError as `describe`, and if the arguments read from the model do not rebuild it.
     """
     vit: Any = refuse_unless_plain(model)
     sizes = {

@@ -10,7 +10,7 @@ INTERPOLATION = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 CROP_MODES = ("center", "squash", "border")
 RGB = 3
 FLOAT32 = 3.4e38
-"""What float32 can hold; what is not a number is not below it."""
+"""Largest float32; NaN does not compare as below it."""
 
 
 def checked(
@@ -20,15 +20,15 @@ def checked(
     origin: object,
     hint: str = "Mend it, or leave it out.",
 ) -> dict[str, Any]:
-    """The same settings, where one number for all of RGB is repeated for each; those that are None left out.
+    """Returns the settings without those that are None; one number for all of RGB becomes three.
 
     Args:
-        channels: that the model takes. timm leaves the three of RGB in the settings of a model that takes
-            another number, so these pass.
-        classes: of its head; 0 or None where that is not known, or there is none.
+        channels: of the model's input. timm keeps three values for RGB in the settings of a model with
+            another number of channels, so these pass.
+        classes: of its head; 0 or None if unknown, or if there is no head.
         origin: the file, for messages.
 
-    Raises CheckpointError, naming `origin` and the setting, for one that is not of its kind.
+    Raises CheckpointError, naming `origin` and the setting, for one of the wrong type.
     """
     cfg = {name: value for name, value in cfg.items() if value is not None}
     flaws = {
@@ -67,7 +67,7 @@ def is_of_channels(values: Any, channels: int) -> bool:
 
 
 def is_of_classes(names: Any, classes: Any) -> bool:
-    """Whether these are the names of as many classes, where their number is known; or no names at all."""
+    """Whether these are names of `classes` classes (any number if unknown), or no names at all."""
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         return False
     return not names or not classes or len(names) == classes

@@ -1,4 +1,4 @@
-"""What a user calls a model (MODEL), and what it is made from."""
+"""Resolves the name of a model (MODEL) to its configuration and weights."""
 
 from dataclasses import replace
 from functools import partial
@@ -16,14 +16,14 @@ from scala_cli.models.huggingface import PREPROCESSOR, is_transformers, read_tra
 from scala_cli.models.locate import ALIASES, CONFIG, INDEX, STATE, WEIGHT_FILES, path_of, read_config
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
-"""How names of weight files end, so that one that is missing is not taken for a model's name."""
+"""Suffixes of weight files, so that a missing file is not taken for a model's name."""
 LOCAL, HUB = "local-dir:", "hf-hub:"
 
 
 def find_source(model: str, weights: Path | None, scratch: bool, average: bool) -> Source:
-    """What MODEL is made from, with the weights of the file `weights` where one is given.
+    """Returns the source of MODEL, with the weights of the file `weights` if given.
 
-    Raises CheckpointError where there is no such model, or two sources of weights are named, or none.
+    Raises CheckpointError if there is no such model, or not exactly one source of weights.
     """
     file = weight_file(model)
     if weights is not None and (scratch or file):
@@ -49,7 +49,7 @@ def find_source(model: str, weights: Path | None, scratch: bool, average: bool) 
 
 
 def source_in_file(file: Path, model: str | None, average: bool) -> Source:
-    """The weights of a file for a named model, or for the one that the file names."""
+    """Returns the weights of a file for a named model, or for the model that the file names."""
     beside = file.parent / CONFIG
     if (
         model is None
@@ -65,11 +65,11 @@ def source_in_file(file: Path, model: str | None, average: bool) -> Source:
     args = {name: value for name, value in config.model_args.items() if name != "num_classes"}
     strange = {"label_names": None, "label_descriptions": None, "license": None}
     cfg = {**config.pretrained_cfg, **strange} if config.pretrained_cfg else settings_for(config.architecture)
-    return replace(held, config=Config(config.architecture, args, cfg))  # its head is the file's
+    return replace(held, config=Config(config.architecture, args, cfg))  # with the head of the file
 
 
 def config_of(model: str) -> Config:
-    """What timm builds for MODEL: an alias, a timm name, a directory or `hf-hub:org/repo`.
+    """Returns the Config of MODEL: an alias, a timm name, a directory or `hf-hub:org/repo`.
 
     Raises CheckpointError if there is none of that name, or its config.json is not timm's.
     """
@@ -114,7 +114,7 @@ def directory_of(model: str) -> Path | None:
 
 
 def with_weights(model: str, directory: Path) -> Path:
-    """The same directory once its weights are in it too: those of a repository come from the same commit."""
+    """Returns the directory with its weights; those of a repository are fetched from the same commit."""
     if not model.startswith(HUB):
         return directory
     repo, _, _ = model.removeprefix(HUB).partition("@")
@@ -132,20 +132,20 @@ def own_weights(model: str, directory: Path) -> dict[str, Tensor]:
 
 
 def with_classes(config: Config) -> Config:
-    """The same, with its number of classes among the arguments: its own weights must have as many."""
+    """Adds the number of classes to the arguments, because the weights must have as many."""
     count = config.pretrained_cfg.get("num_classes")
     declared = "num_classes" in config.model_args or count is None
     return config if declared else config.with_args(num_classes=count)
 
 
 def weight_file(model: str) -> Path | None:
-    """The file of weights that MODEL names, where it does."""
+    """Returns the weight file that MODEL names, or None."""
     path = None if model.startswith(LOCAL) else path_of(model)
     return path if path and path.is_file() else None
 
 
 def no_model(path: Path) -> CheckpointError:
-    """The error for a path at which no model lies."""
+    """Returns the error for a path without a model."""
     if (path / STATE).is_file():
         return CheckpointError(f"{path} is a training run.", remedy="resume_or_slice", run=path)
     if path.is_dir():

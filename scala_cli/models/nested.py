@@ -1,4 +1,4 @@
-"""Which tensors of all that a training script saved are the ViT: wherever they lie, under whatever prefix."""
+"""Finds the ViT in a file that a training script saved: under any keys and any prefix."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -13,11 +13,11 @@ from scala_cli.errors import CheckpointError
 State = dict[str, Tensor]
 CONTAINERS = (Mapping, list, tuple)
 BLOCK, PATCHES = "blocks.0.norm1.weight", "patch_embed."
-"""Names that every ViT of timm has; what stands before the first is a prefix."""
+"""Names that every ViT of timm has; whatever precedes the first is a prefix."""
 AVERAGE = re.compile(r"(?i)(^|[._ ])(ema|swa|averaged?|teacher|target|momentum)([._,]|$)")
-"""How training scripts call the moving average of the weights: model_ema, state_dict_ema, teacher."""
+"""Names of the moving average of the weights in training scripts: model_ema, state_dict_ema, teacher."""
 USUAL = ("state_dict", "model", "model_state_dict", "module", "net")
-"""Keys of the weights, where nothing in them has timm's names."""
+"""Keys to look under if no tensor has one of timm's names."""
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 """What DistributedDataParallel and torch.compile put before every name."""
 
@@ -27,7 +27,7 @@ class Candidate:
     """A ViT somewhere in a file.
 
     Args:
-        place: the keys to it and the prefix of its names: "state_dict, model."; "" where there are none.
+        place: the keys to it and the prefix of its names: "state_dict, model."; "" if there are none.
         state: its tensors under their names without the prefix.
         left_out: names beside it, without its prefix.
     """
@@ -42,13 +42,13 @@ class Candidate:
 
 
 def find_state(content: Any, average: bool, file: Path) -> tuple[State, list[str]]:
-    """The weights in what a file holds, and what the user should know of the choice.
+    """Returns the weights in the content of a file, and notes for the user on the choice.
 
     Args:
-        average: take the moving average, not the weights it is taken of.
+        average: take the moving average instead of the weights.
 
     Raises:
-        CheckpointError: where there is no ViT, several, or no average where one is asked for.
+        CheckpointError: no ViT, several, or no average when `average` is set.
     """
     found = candidates(content)
     wanted = [one for one in found if one.is_average is average]
@@ -78,7 +78,7 @@ def find_state(content: Any, average: bool, file: Path) -> tuple[State, list[str
 
 
 def candidates(content: Any) -> list[Candidate]:
-    """All ViTs under timm's names; where there is none, what is most likely to be one under other names."""
+    """Returns all ViTs under timm's names; if none, the likeliest under other names."""
     dictionaries = list(walk(content))
     found = [one for place, tensors in dictionaries for one in under_prefixes(place, tensors)]
     if found:
@@ -96,9 +96,9 @@ def candidates(content: Any) -> list[Candidate]:
 
 
 def walk(content: Any) -> Iterator[tuple[str, State]]:
-    """(keys to it, tensors) of every dictionary that holds any by name, but for an optimizer's.
+    """Yields (keys to it, tensors) of every dictionary that holds named tensors, except an optimizer's.
 
-    A file may hold one thing in several places, itself included, and as deep as it likes.
+    A file may hold one object in several places, even inside itself, at any depth.
     """
     waiting: list[tuple[str, Any]] = [("", content)] if isinstance(content, CONTAINERS) else []
     entered: set[int] = set()
@@ -120,7 +120,7 @@ def walk(content: Any) -> Iterator[tuple[str, State]]:
 
 
 def under_prefixes(place: str, tensors: State) -> Iterator[Candidate]:
-    """The ViTs with timm's names in one dictionary, each under its prefix."""
+    """Yields the ViTs with timm's names in one dictionary, one per prefix."""
     for name in tensors:
         prefix = name.removesuffix(BLOCK)
         whole = name.endswith(BLOCK) and (not prefix or prefix.endswith("."))
@@ -152,6 +152,6 @@ def keys_of(content: Any) -> str:
 
 
 def examples(names: list[str] | tuple[str, ...]) -> str:
-    """The first few names and how many more there are."""
+    """Returns the first few names and the number of others."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(map(repr, names[:3])) + more

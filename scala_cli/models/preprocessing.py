@@ -12,7 +12,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "ViT": {"resample": 2, "size": 224, "do_center_crop": False},
     "DeiT": {"resample": 3, "size": 256, "do_center_crop": True, "crop_size": 224},
 }
-"""What transformers does where the file does not say, by the beginning of the processor's name."""
+"""Defaults of transformers for missing settings, by the prefix of the processor's name."""
 
 Size = tuple[int, int]
 """(height, width)"""
@@ -21,15 +21,15 @@ Size = tuple[int, int]
 def timm_settings(
     told: Mapping[str, Any], image: Size, origin: object, channels: int = 3
 ) -> tuple[dict[str, Any], list[str]]:
-    """timm's mean, std, interpolation, crop_pct and crop_mode, and notes on what timm does otherwise.
+    """Returns timm's mean, std, interpolation, crop_pct and crop_mode, and notes on where timm differs.
 
     Args:
         told: the content of preprocessor_config.json.
-        image: pixels that the model takes.
+        image: input size of the model in pixels.
         origin: the file, for messages.
-        channels: that the model takes.
+        channels: of the model's input.
 
-    Raises CheckpointError where a setting is not of its kind.
+    Raises CheckpointError for a setting of the wrong type.
     """
     kind = told.get("image_processor_type", told.get("feature_extractor_type", "ViT"))
     of_kind = DEFAULTS["DeiT" if str(kind).startswith("DeiT") else "ViT"]
@@ -47,7 +47,7 @@ def timm_settings(
 
 
 def pixels(seen: Mapping[str, Any]) -> dict[str, Any]:
-    """Mean and deviation of pixels between 0 and 1, which is timm's scale and need not be transformers'."""
+    """Returns mean and deviation for pixels in 0 to 1: timm's scale, not always that of transformers."""
     scale = 255 * seen["rescale_factor"] if seen.get("do_rescale", True) else 255
     mean, std = (
         (seen["image_mean"], seen["image_std"]) if seen.get("do_normalize", True) else ([0.0] * 3, [1.0] * 3)
@@ -58,7 +58,7 @@ def pixels(seen: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def crop(seen: Mapping[str, Any], image: Size) -> tuple[dict[str, Any], list[str]]:
-    """How a picture comes to its size. Where an odd number of pixels is cut off, timm may be one aside."""
+    """Returns resize and crop settings, and notes. For odd margins timm's crop may be off by one pixel."""
     if not seen.get("do_resize", True):
         return {}, ["pictures are not resized there, but are here; give them the model's size"]
     mode, height, width = resized(seen["size"])
@@ -89,6 +89,6 @@ def resized(size: Any) -> tuple[str, int, int]:
 
 
 def kept(cut: int, whole: int) -> float:
-    """The share of which timm's floor(cut / share) is the whole again."""
+    """Returns the share for which timm's floor(cut / share) gives `whole`."""
     share = cut / whole
     return share if math.floor(cut / share) == whole else cut / (whole + 0.5)

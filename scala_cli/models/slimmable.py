@@ -23,7 +23,7 @@ class SlimmableViT(nn.Module):
     """Every width of one ViT in one set of full-width weights.
 
     The forward at a width is timm's own forward, run on views of the kept channels; in training the last
-    block may be spared what is not read (`vit.skip_unread`). Several threads may call it at once.
+    block may skip tokens that are not read (`vit.skip_unread`). Several threads may call it at once.
 
     Args:
         vit: the full-width timm model.
@@ -54,7 +54,7 @@ class SlimmableViT(nn.Module):
         return self.points[-1]
 
     def with_points(self, points: Sequence[Point]) -> "SlimmableViT":
-        """The same weights, answering at other widths, each cut from the end it was trained at."""
+        """Returns the same weights with other points, each cut from the end it was trained at."""
         bounds = self.rule.span if self.rule.isolated else None
         return self.with_rule(replace(self.rule, ratios=ratios_of(points), bounds=bounds))
 
@@ -70,9 +70,9 @@ class SlimmableViT(nn.Module):
     def forward(self, images: Tensor, ratio: Ratio | None = None) -> Tensor:
         """Logits at a width.
 
-        Without gradients the views of a width are kept until the weights change, so that switching to it
-        again costs a fraction of a millisecond (docs/performance.md). What changes weights through `.data`
-        is not noticed.
+        Without gradients the views of a width are kept until the weights change, so switching to it
+        again costs a fraction of a millisecond (docs/performance.md). Changes made to weights through `.data`
+        are not noticed.
 
         Args:
             images: (B, C, H, W), normalised.
@@ -102,18 +102,18 @@ class SlimmableViT(nn.Module):
         """A plain timm model of one width with its own copy of the weights, in evaluation mode.
 
         Args:
-            fixed_size: where timm's model takes images of any size, one that takes those of its own size
-                only: what exporters can trace.
+            fixed_size: return a model that takes only images of its own size, which exporters can trace, even
+                if timm's takes any size.
         """
         ratio = find_point(ratio, self.points).ratio
         state, spec = self.rule.slice_state(self.vit.state_dict(), ratio, copy=True), self.spec.at(ratio)
         return (spec.of_fixed_size() if fixed_size else spec).build_with(state)
 
     def _skeleton(self, ratio: Fraction) -> VisionTransformer:
-        """The narrower model of a width on views of the present weights, computing as the full model does.
+        """Returns the narrower model on views of the current weights, in the same mode as the full model.
 
-        A thread that wants gradients never shares a skeleton with one that does not: views made without
-        them would cut it off from the weights.
+        Threads with and without gradients never share a skeleton: views made without gradients are detached
+        from the weights.
         """
         graded, weights = torch.is_grad_enabled(), weights_of(self.vit)
         with self._lock:

@@ -9,9 +9,9 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 PRE_NORM = (("norm1", "attn", "ls1"), ("norm2", "mlp", "ls2"))
-"""The two branches of timm's Block, as the parts that tokens pass in turn; each is added to the stream."""
+"""The two branches of timm's Block, each a sequence of modules whose output is added to the stream."""
 POST_NORM = (("attn", "norm1"), ("mlp", "norm2"))
-"""Likewise of timm's ResPostBlock."""
+"""The same for timm's ResPostBlock."""
 HEAD = ("norm", "attn_pool", "fc_norm", "head", "head_dist")
 
 
@@ -21,8 +21,8 @@ class Stage:
 
     Args:
         parts: names of its modules.
-        run: (model, tokens) -> tokens behind it.
-        residual: whether `run` adds what its last layer writes to the tokens it was given.
+        run: (model, tokens) -> tokens after the stage.
+        residual: whether `run` adds the output of its last layer to its input tokens.
     """
 
     parts: tuple[str, ...]
@@ -40,7 +40,7 @@ class Stage:
 
 
 def stages(vit: VisionTransformer, every_token: bool = False) -> list[Stage]:
-    """All behind the embedding, first to last: the halves of each block, and the head.
+    """Returns all stages after the embedding, in order: the halves of each block, then the head.
 
     Args:
         every_token: whether the head reads every token instead of the pooled one.
@@ -56,7 +56,7 @@ def stages(vit: VisionTransformer, every_token: bool = False) -> list[Stage]:
 
 
 def add_branch(parts: tuple[str, ...]) -> Callable[[Any, Tensor], Tensor]:
-    """tokens -> tokens plus what these parts make of them in turn."""
+    """Returns a function: tokens -> tokens plus the output of these modules, applied in sequence."""
 
     def run(vit: VisionTransformer, tokens: Tensor) -> Tensor:
         written = tokens
@@ -73,19 +73,19 @@ def embed(vit: VisionTransformer, images: Tensor) -> Tensor:
 
 
 def normed(vit: VisionTransformer, tokens: Tensor) -> Tensor:
-    """(B, N, C) tokens behind the last block, through the final norm, be it before or after pooling."""
+    """Applies the final norm to (B, N, C) tokens after the last block, be it before or after pooling."""
     return vit.fc_norm(vit.norm(tokens))
 
 
 class Reached(Exception):
-    """A forward came to the layer it was for."""
+    """Ends a forward at the layer whose input was wanted."""
 
     def __init__(self, read: Tensor) -> None:
         self.read = read
 
 
 def read_by(layer: nn.Module, stage: Stage, vit: VisionTransformer, tokens: Tensor) -> Tensor:
-    """What a layer of the stage reads, given the tokens before the stage. What follows is not computed."""
+    """Returns the input of a layer for the tokens before its stage; stops the forward at that layer."""
 
     def stop(_: nn.Module, read: tuple[Tensor, ...]) -> None:
         raise Reached(read[0])
@@ -100,7 +100,7 @@ def read_by(layer: nn.Module, stage: Stage, vit: VisionTransformer, tokens: Tens
 
 @contextmanager
 def hooked(hooks: Iterable[Any]) -> Iterator[None]:
-    """The hooks are gone afterwards."""
+    """Removes the hooks after the block."""
     placed = list(hooks)
     try:
         yield

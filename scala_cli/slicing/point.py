@@ -24,7 +24,7 @@ class Point:
         ratio: share of the full model's channels, exact, so that 0.1 read from a command line, a file and a
             float are one key.
         size: pixels a side; None is the size of the family.
-        keep: share of the patch tokens that each dropping block passes on.
+        keep: share of the patch tokens that each token-dropping block keeps.
     """
 
     ratio: Fraction
@@ -56,7 +56,7 @@ class Point:
     def of(cls, point: "str | float | Fraction | Point") -> "Point":
         """The point of "0.5", "1/3", "0.5@160", "0.5@160~0.7", of a float or a Fraction.
 
-        Raises PointError for anything else. A float, as JSON holds it, is the simplest fraction next to it.
+        Raises PointError for anything else. A float, as in JSON, becomes the simplest fraction close to it.
         """
         if isinstance(point, Point):
             return point
@@ -80,7 +80,7 @@ class Point:
         return cls.of(f"{label}~{cls.of(float(row.get('keep', 1)))}")
 
     def columns(self) -> dict[str, Any]:
-        """What names the point in rows and JSON: {"ratio"}, and "size" and "keep" where they are set."""
+        """Returns the fields that name the point in rows and JSON: {"ratio"}, "size" and "keep" if set."""
         sized = {} if self.size is None else {"size": self.size}
         kept = {} if self.keep == 1 else {"keep": float(self.keep)}
         return {"ratio": float(self.ratio), **sized, **kept}
@@ -121,7 +121,7 @@ def parse_points(text: str) -> tuple[Point, ...]:
 
 
 def ratios_of(points: Iterable[Point]) -> tuple[Fraction, ...]:
-    """The widths of points that are nothing but widths, narrowest first. Raises PointError for others."""
+    """Returns the widths of points without size or keep, narrowest first. Raises PointError for others."""
     points = set(points)
     odd = [point for point in points if point != Point(point.ratio)]
     if odd:
@@ -133,10 +133,10 @@ def ratios_of(points: Iterable[Point]) -> tuple[Fraction, ...]:
 
 
 def find_point(wanted: "str | float | Fraction | Point", trained: Iterable[Point]) -> Point:
-    """The trained point asked for.
+    """Returns the trained point that equals `wanted`.
 
-    Widths between the trained ones collapse (Scala, Table 7: 1.6 % top-1 at 0.46875), so one that was
-    not trained is refused with PointError, naming its nearest trained neighbours.
+    Accuracy collapses between trained widths (Scala, Table 7: 1.6 % top-1 at 0.46875), so a point that was
+    not trained raises PointError, naming its nearest trained neighbours.
     """
     point, points = Point.of(wanted), sorted(trained)
     if point in points:
@@ -151,5 +151,5 @@ def find_point(wanted: "str | float | Fraction | Point", trained: Iterable[Point
 
 
 def choose_points(wanted: Iterable[str] | None, trained: Sequence[Point]) -> list[Point]:
-    """The trained points asked for, each once; all where none is."""
+    """Returns the wanted trained points, each once; all if none is named."""
     return list(dict.fromkeys(find_point(ratio, trained) for ratio in wanted or trained))

@@ -1,4 +1,4 @@
-"""Linear regression in closed form, from moments that are counted batch by batch."""
+"""Linear regression in closed form, from moments accumulated batch by batch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,12 +10,12 @@ from torch import Tensor
 class Moments:
     """First and second moments of inputs x and targets t over tokens.
 
-    Products are computed in the precision of what comes in, about the means of the first batch, so that a
-    large mean costs no digits; their sums are kept in float64.
+    Products are computed in the precision of the inputs, about the means of the first batch, so a large mean
+    costs no digits; sums are kept in float64.
 
     Args:
-        diagonal: each input has one target of its own, as in the affine part of a norm: of the second
-            moments only the diagonals are kept.
+        diagonal: each input has its own target, as in the affine part of a norm; only the diagonals of the
+            second moments are kept.
     """
 
     def __init__(self, diagonal: bool = False) -> None:
@@ -29,7 +29,7 @@ class Moments:
         self.products_tx: Any = 0.0
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
-        """Counts (..., i) inputs and (..., o) targets in."""
+        """Adds (..., i) inputs and (..., o) targets."""
         x, t = inputs.flatten(0, -2), targets.flatten(0, -2)
         if not len(x):
             return
@@ -65,13 +65,13 @@ class Moments:
 def ridge(
     seen: Moments, weight: Tensor, strengths: Sequence[float], bias: bool
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """For each strength the layer that maps the inputs onto the targets best and stays near what it was.
+    """Returns, for each strength, the layer that best maps inputs to targets, regularised towards W0.
 
     W = W0 + (T - W0 X) X^T (X X^T + lambda I)^-1 and b = mean(t) - W mean(x), where X and T are inputs and
-    targets about their means; about zero where the layer has no bias, as a shift cannot be fitted then.
+    targets about their means, or about zero if the layer has no bias to fit a shift.
 
     Args:
-        weight: W0, (o, i), or where the moments are diagonal (i,).
+        weight: W0, (o, i), or (i,) if the moments are diagonal.
         strengths: lambda, each as a share of the inputs' mean square about the mean (zero).
         bias: whether the layer has one.
 
@@ -95,7 +95,7 @@ def ridge(
 
 
 def solve(gram: Tensor, left: Tensor) -> Tensor:
-    """(o, i) X with X gram = left, of a symmetric (i, i) gram, positive but for rounding."""
+    """Returns (o, i) X with X gram = left, for a symmetric (i, i) gram, positive up to rounding."""
     root, failed = torch.linalg.cholesky_ex(gram)
     if failed:
         return torch.linalg.solve(gram, left, left=False)
@@ -105,13 +105,13 @@ def solve(gram: Tensor, left: Tensor) -> Tensor:
 def best_ridge(
     seen: Moments, held: Moments, weight: Tensor, strengths: Sequence[float], bias: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The one of `ridge`'s layers that errs least on what was held out.
+    """Returns the layer of `ridge` with the least error on held-out data.
 
-    A layer's inputs on images it was fitted to are better than on others, as the layers before it were fitted
-    to these too. So the pull that does best on others grows with depth, and no constant suits all layers.
+    Earlier layers were fitted on the same images, so the inputs of a layer are better there than on others.
+    So the strength that does best on other images grows with depth, and no constant suits all layers.
 
     Args:
-        held: moments of inputs and targets that are not in `seen`; of nothing, the middle strength is taken.
+        held: moments of data that is not in `seen`; if empty, the middle strength is taken.
     """
     if not held.count:
         strengths = strengths[len(strengths) // 2 :][:1]
@@ -127,16 +127,16 @@ def best_ridge(
 
 
 def origins(seen: Moments, bias: bool) -> tuple[Tensor, Tensor]:
-    """What inputs and targets are counted from: their means, or without a bias zero."""
+    """Returns the origins of inputs and targets: their means, or zero without a bias."""
     return (seen.mean_x, seen.mean_t) if bias else (0 * seen.mean_x, 0 * seen.mean_t)
 
 
 ROUNDING = 1e-10
-"""What float32 can tell of a variance, as a share of the mean square: inputs that vary less are constant."""
+"""Smallest variance that float32 resolves, relative to the mean square; less counts as constant."""
 TINY = 1e-30
-"""Keeps from a division by zero where all inputs are zero."""
+"""Prevents division by zero if all inputs are zero."""
 
 
 def in_double(tensor: Tensor) -> Tensor:
-    """The tensor in float64, on the CPU where its device has none (Apple's GPUs)."""
+    """Returns the tensor in float64, on the CPU if its device has no float64 (Apple's GPUs)."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

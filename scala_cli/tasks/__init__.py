@@ -8,7 +8,7 @@ TASKS: dict[str, Task] = {"classification": Classification()}
 
 
 def task_named(name: str) -> Task:
-    """The task of that name. Raises CheckpointError where this version has none."""
+    """Return the task of that name. Raises CheckpointError if this version has none."""
     if name not in TASKS:
         raise CheckpointError(
             f"the checkpoint is for the task {name!r}, which this version does not have.",

@@ -1,4 +1,4 @@
-"""What a task is: what a model is for decides its loss, its metrics and its images."""
+"""The interface of a task: the loss, the metrics and the images of a kind of model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -12,13 +12,13 @@ from scala_cli.world import ALONE, World
 
 
 class Meter(Protocol):
-    """Counts what one point answers."""
+    """Accumulates the metrics of one point."""
 
     def update(self, output: Tensor, targets: Tensor) -> None:
-        """Counts a batch in: what the model answers, and what it should."""
+        """Adds a batch: the model's outputs and the targets."""
 
     def result(self, world: World) -> dict[str, Any]:
-        """The task's columns over the images of all processes, and "images": how many these were."""
+        """Returns the task's columns over the images of all processes, and their number, "images"."""
         ...
 
 
@@ -27,7 +27,7 @@ class Task(Protocol):
 
     @property
     def columns(self) -> Mapping[str, str]:
-        """Each metric's name in rows and JSON, and its title; the first is what points are compared by."""
+        """Each metric's name in rows and JSON with its title; points are compared by the first."""
         ...
 
     @property
@@ -45,24 +45,24 @@ class Task(Protocol):
         """The training and the validation images.
 
         Args:
-            names: of a model's classes. Where they are the data's in another order, that order counts.
+            names: a model's class names. If the data has the same ones, it is numbered in their order.
 
-        Raises DataError, also where a process sees other images or classes than the others.
+        Raises DataError, also if the processes see different images or classes.
         """
         ...
 
     def loss(
         self, output: Tensor, targets: Tensor | None, lesson: Tensor | None, settings: MethodSettings
     ) -> Tensor:
-        """How far an answer is from the targets, and from what a teacher answered; None leaves out either."""
+        """Returns the loss against the targets and against a teacher's output; None leaves either out."""
         ...
 
     def meter(self) -> Meter:
-        """A fresh one."""
+        """Returns a new meter."""
         ...
 
     def score(self, row: Mapping[str, Any]) -> float:
-        """What the best epoch is best at, of a row of metrics.jsonl."""
+        """Returns the score of a row of metrics.jsonl; the best epoch has the highest."""
         ...
 
 

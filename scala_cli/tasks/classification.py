@@ -22,7 +22,7 @@ class Accuracy:
         self.meters = {"top1": AverageMeter(), "top5": AverageMeter()}
 
     def update(self, output: Tensor, targets: Tensor) -> None:
-        """Counts (B, classes) logits and (B,) class numbers in."""
+        """Adds (B, classes) logits and (B,) class numbers."""
         shares = accuracy(output.float(), targets, topk=(1, 5))
         for meter, share in zip(self.meters.values(), shares, strict=True):
             meter.update(share.item(), len(targets))
@@ -49,12 +49,12 @@ class Classification:
         watch: Watcher = QUIET,
         world: World = ALONE,
     ) -> tuple[Split, Split]:
-        """The training and the validation images; these are held out of the former where asked for.
+        """Returns the training and the validation images; the latter are held out of the former on request.
 
         Args:
-            names: of a model's classes. Where they are the data's in another order, that order counts.
+            names: a model's class names. If the data has the same ones, it is numbered in their order.
 
-        Raises DataError for one class alone, and where the processes see different images or classes.
+        Raises DataError for a single class, or if the processes see different images or classes.
         """
         data, place = settings.data, settings.read.data_dir
         training = open_split(data, True, place)
@@ -98,5 +98,5 @@ class Classification:
         return Accuracy()
 
     def score(self, row: Mapping[str, Any]) -> float:
-        """Top-1, mean over the widths."""
+        """Returns the mean top-1 over the widths."""
         return fmean(point["top1"] for point in row["points"])

@@ -30,12 +30,12 @@ def finetune(
 ) -> Row:
     """Trains every width of `start` at once and returns the row of the best epoch.
 
-    Where the model's classes are not the data's it gets a new head, and its full width learns them first,
-    alone, in a run of its own. The frozen model teaches wherever it has been trained for these classes.
+    If the model's classes differ from the data's, it gets a new head and the full width learns them first,
+    alone, in a run of its own. The frozen model teaches if it has been trained for these classes.
 
     Raises:
-        ScalaError: its kinds for data, points, checkpoints and training; nothing is written before all
-            of the input has been checked.
+        ScalaError: the subclasses for data, points, checkpoints and training; nothing is written before
+            all input has been checked.
     """
     device = choose_device(settings.device)
     note_emulation(device, settings.device, watch)
@@ -70,15 +70,15 @@ def go_on(run: Run, watch: Watcher, changes: Mapping[str, Any] | None = None) ->
     Args:
         changes: other values of `settings.ON_RESUME`, by name.
 
-    Raises TrainingError where the directory holds no run, or one that another process trains, DataError where
-    the images or classes are others.
+    Raises TrainingError if the directory holds no run or another process trains it, DataError if the images
+    or classes have changed.
     """
     with run.held():
         return go_on_from(run.read_state(), run, watch, changes)
 
 
 def go_on_from(state: dict[str, Any], run: Run, watch: Watcher, changes: Mapping[str, Any] | None) -> Row:
-    """Trains from a state that was saved, as `go_on`, in a run that this process holds."""
+    """Trains from a saved state, like `go_on`, in a run that this process has locked."""
     settings = Settings.of(state["settings"], changes)
     device = choose_device(settings.device)
     world = World.join(device)
@@ -159,7 +159,7 @@ def widen(
 
 
 def refuse_other_images(now: Mapping[str, object], then: Mapping[str, object], run: Run) -> None:
-    """Raises DataError where a run would go on with other images or classes than it began with."""
+    """Raises DataError if a run would resume with other images or classes than it began with."""
     for name, before in then.items():
         if now[name] != before:
             change = f"{before} {name} then, {now[name]} now" if isinstance(before, int) else f"other {name}"

@@ -24,8 +24,8 @@ class Macs:
     """Multiply-accumulates of one forward of one image.
 
     Args:
-        points: of every point that is trained.
-        full: of the full-width model, which teaches whether or not it is one of the points.
+        points: of each trained point.
+        full: of the full-width model, which teaches even if it is not one of the points.
     """
 
     points: Mapping[Point, int]
@@ -37,10 +37,10 @@ class Macs:
 
 
 def training_macs(macs: Macs, method: MethodSettings, task: str, pretrained: bool) -> float:
-    """Multiply-accumulates that one training image costs: a backward pass counts as two forwards.
+    """Returns the multiply-accumulates per training image: a backward pass counts as two forwards.
 
-    What a method draws is averaged over 1,000 steps. A method that trains one point a run is counted with
-    a run for each.
+    The drawn points are averaged over 1,000 steps. A method that trains one point per run is counted with one
+    run for each.
 
     Args:
         task: a name of tasks.TASKS.
@@ -57,11 +57,11 @@ def training_macs(macs: Macs, method: MethodSettings, task: str, pretrained: boo
 
 
 def price_of_run(net: SlimmableViT, record: Record, checkpoint: Path) -> dict[str, float] | None:
-    """What the run that wrote a checkpoint has spent; None where none of all widths lies beside it.
+    """Returns the cost of the run that wrote a checkpoint; None unless a run of all widths lies beside it.
 
     Returns:
-        {"minutes", "separate"}: of its training, with that of a new head; and how many times the
-        multiply-accumulates of an image the separate training of each width takes, with the same teacher.
+        {"minutes", "separate"}: minutes of training, including a new head; and the multiply-accumulates per
+        image of training each width separately, with the same teacher, relative to this run.
     """
     run = checkpoint.resolve().parent
     files = [file for file in (run / METRICS, run / "teacher" / METRICS) if file.is_file()]
@@ -70,7 +70,7 @@ def price_of_run(net: SlimmableViT, record: Record, checkpoint: Path) -> dict[st
     try:
         rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
         minutes = sum(row["minutes"] for row in rows)
-    except (ValueError, KeyError, TypeError):  # of another tool
+    except (ValueError, KeyError, TypeError):  # another tool wrote it
         return None
     counted, taught = Macs.of(net), bool(record.provenance.get("teacher"))
     joint, apart = (

@@ -1,4 +1,4 @@
-"""A run directory: everything one training run leaves behind, whole at every moment."""
+"""A run directory: all files of one training run, complete at every moment."""
 
 import json
 import os
@@ -43,12 +43,12 @@ class Run:
     """One run directory.
 
     `start/` holds the model training started from, `last/` and `best/` what it became (all checkpoint
-    directories); `teacher/` is a run of its own, where the head was new; `state.pt` what resuming needs;
+    directories); `teacher/` is a run of its own, if the head was new; `state.pt` is for resuming;
     `metrics.jsonl` and `summary.csv` the epochs so far.
 
     Args:
         newest: whether runs/last is to point here once there is something to see.
-        writes: whether this process writes the run; of torchrun's processes the others only read it.
+        writes: whether this process writes the run; the other processes of torchrun only read it.
     """
 
     path: Path
@@ -57,19 +57,19 @@ class Run:
 
     @property
     def teacher(self) -> "Run":
-        """The run in which the full width alone learnt classes that are new to it."""
+        """The run in which the full width alone learnt new classes."""
         return Run(self.path / "teacher", writes=self.writes)
 
     @property
     def weights(self) -> Path:
-        """The checkpoint to go on from where the run itself cannot: the last epoch's, else the first."""
+        """The checkpoint to use if the run cannot be resumed: that of the last epoch, else the start."""
         return self.path / ("last" if (self.path / "last").is_dir() else "start")
 
     @contextmanager
     def claimed(self, settings: Settings, force: bool) -> Iterator[None]:
-        """Holds the directory for a new run; with `force` nothing is kept of a former run in it.
+        """Locks the directory for a new run; with `force` removes a former run in it.
 
-        Raises ScalaError where it is occupied, or another process trains in it.
+        Raises ScalaError if it is occupied, or another process trains in it.
         """
         if not self.writes:
             yield
@@ -90,9 +90,9 @@ class Run:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Holds a run that goes on, if there is one, less what a process that was killed left half written.
+        """Locks a run to resume, if there is one, and removes files that a killed process left half written.
 
-        Raises TrainingError where another process trains it.
+        Raises TrainingError if another process trains it.
         """
         if not self.writes or not self.holds_state():
             yield
@@ -106,13 +106,13 @@ class Run:
             yield
 
     def begin(self, start: SlimmableViT, record: Record, state: Mapping[str, Any]) -> None:
-        """Saves what training starts with, so that from here on it can be resumed."""
+        """Saves the starting model and state, so that training can be resumed from now on."""
         if self.writes:
             save(start, record, self.path / "start")
             self.write_state(state)
 
     def make_newest(self) -> None:
-        """Points runs/last here, where the working directory can be written to."""
+        """Points runs/last here, if the working directory is writable."""
         with suppress(OSError):
             LAST_RUN.parent.mkdir(exist_ok=True)
             if LAST_RUN.is_symlink() or not LAST_RUN.exists():
@@ -121,9 +121,9 @@ class Run:
                 link.replace(LAST_RUN)
 
     def discard_if_no_step_was_saved(self) -> None:
-        """Leaves the directory free again, unless there is something in it to resume."""
+        """Removes the files of the run unless they hold a step to resume from."""
         parts = [part for part in (self, self.teacher) if part.holds_state()]
-        if not any(part.read_state().get("step") for part in parts):  # to learn classes is no step yet
+        if not any(part.read_state().get("step") for part in parts):  # none yet while learning classes
             clear(self.path, FILES)
             with suppress(OSError):
                 self.path.rmdir()
@@ -164,7 +164,7 @@ class Run:
         return (self.path / STATE).is_file()
 
     def read_state(self) -> dict[str, Any]:
-        """What `write_state` wrote. Raises TrainingError where there is nothing to resume."""
+        """Returns the state from `write_state`. Raises TrainingError if there is nothing to resume."""
         file = self.path / STATE
         if not self.holds_state():
             raise TrainingError(

@@ -1,4 +1,4 @@
-"""What training starts from: which classes are known, the order of the channels, which end a width keeps."""
+"""The starting model of training: its classes, the order of its channels, and Isolated Activation."""
 
 import shlex
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from scala_cli.watch import Watcher
 
 
 def unlearnt(start: SlimmableViT, record: Record, classes: Sequence[str]) -> str:
-    """Why the model has to learn these classes first; empty where it knows them."""
+    """Returns why the model has to learn these classes first; empty if it knows them."""
     if record.new_head and len(classes) == start.spec.num_classes:
         return f"none of its {len(classes)} classes has been learnt"
     return class_misfit(classes, start.spec.num_classes, start.spec.label_names)
@@ -40,7 +40,7 @@ def with_new_head(start: SlimmableViT, classes: Sequence[str], seed: int) -> Sli
 def prepare(
     start: SlimmableViT, record: Record, settings: Settings, images: Split, watch: Watcher
 ) -> tuple[SlimmableViT, Record]:
-    """The start as it is trained: its channels in order where that is free, isolated or not."""
+    """Returns the model to train: its channels in order if the order is free, with or without isolation."""
     if record.order_is_free(start.rule) and settings.method.order == "importance":
         watch.note("putting the channels in order of importance on some training images.")
         device = choose_device(settings.device)
@@ -52,10 +52,10 @@ def prepare(
 
 
 def isolation(start: SlimmableViT, record: Record, settings: Settings) -> bool:
-    """Whether to isolate: as told, else as the checkpoint was trained, else as the method does.
+    """Whether to isolate: as the settings say, else as the checkpoint was trained, else the method's way.
 
-    Only training with a width between the smallest and the largest leaves a mark. Where the best channels
-    come first, the other end has the worst, so nothing is isolated.
+    Past training shows its isolation only if it had a width between the smallest and the largest. Channels in
+    order have the worst last, so nothing is isolated then.
     """
     if settings.method.isolation is not None:
         return settings.method.isolation
@@ -65,7 +65,7 @@ def isolation(start: SlimmableViT, record: Record, settings: Settings) -> bool:
 
 
 def trained_by(record: Record, points: Sequence[Point], settings: Settings, taught: bool) -> Record:
-    """The record of the model that comes of training: of the one it came from, and how."""
+    """Returns the record of the trained model: that of the starting model, and how it was trained."""
     former = record.provenance.get("command")
     model = "CKPT" if former else str(record.provenance.get("model", "MODEL"))
     data = Path(settings.data).name if Path(settings.data).is_dir() else settings.data
