@@ -3,10 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
-from torch import Tensor
-
 from scala_cli.data.calibration import calibration_images
-from scala_cli.data.split import open_images
+from scala_cli.data.split import Split
 from scala_cli.device import choose_device
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.fitted import fit_widths
@@ -27,7 +25,7 @@ def cut_without_training(
     net: SlimmableViT,
     record: Record,
     points: Iterable[Point],
-    data: str,
+    split: Split,
     settings: CalibrationSettings,
     read: ReadSettings,
     where: DeviceSettings,
@@ -36,7 +34,7 @@ def cut_without_training(
     """Returns the family with its channels in order, if the order is free, and the slices of `points` fitted.
 
     Args:
-        data: any folder of images, or a data set's name; labels are not looked at.
+        split: the images; their labels are not used.
         settings: with `calibrate` False the channels are put in order and no slice is fitted.
 
     Returns:
@@ -46,7 +44,6 @@ def cut_without_training(
         DataError: no images, or none that can be read. Others as `put_first_what_matters` and `calibrate`.
     """
     device = choose_device(where)
-    split = open_images(data, read.data_dir)
     split.tell(watch)
     count = settings.calibration_images or max(LEAST, PATCHES // net.spec.patches)
     images = [*calibration_images(split, net.spec, read, watch, count)]
@@ -56,9 +53,5 @@ def cut_without_training(
         net, record = put_first_what_matters(net, images), replace(record, order="importance")
     if settings.calibrate is not False:
         net = fit_widths(net, points, images, watch, every_token=net.spec.features)
-        record = replace(record, calibrated=count_of(images))
+        record = replace(record, calibrated=sum(map(len, images)))
     return net.to("cpu").eval(), record
-
-
-def count_of(batches: Iterable[Tensor]) -> int:
-    return sum(map(len, batches))

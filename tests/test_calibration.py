@@ -12,6 +12,7 @@ from conftest import slimmable, write_timm_directory
 from PIL import Image
 
 import scala_cli
+from scala_cli.errors import PointError
 from scala_cli.models.fitted import fit_widths
 from scala_cli.slicing.point import parse_points
 
@@ -46,6 +47,7 @@ def test_a_slice_right_from_a_model_and_unlabelled_images(scala, pictures, image
         "slice", "vit", "--ratio", "0.5", "--data", pictures, *QUICK, "--no-calibrate", "-o", "plain"
     )
     assert plain.code == 0 and not plain.json["calibrated"] and "fit" not in plain.json
+    assert "nothing is fitted" not in plain.told  # as was asked
     ordered = timm.create_model("local-dir:plain", pretrained=True).eval()
     wanted = full(images)
     assert (again(images) - wanted).norm() < (ordered(images) - wanted).norm()
@@ -129,4 +131,7 @@ def test_a_fitted_family_answers_with_its_slices(images):
         assert torch.equal(kept.slice(0.5)(images), piece(images))
         assert torch.equal(kept(images), net(images))
     assert torch.equal(family(images, 0.25), net(images, 0.25))  # which was not fitted
+    for asked in (0.5, "0.25@160"):  # neither is a point: not any more, and never
+        with pytest.raises(PointError, match="was not trained"):
+            family.with_points(parse_points("0.25,1"))(images, asked)
     assert family.slice(0.5, fixed_size=True)(images).shape == (3, 5)

@@ -7,10 +7,8 @@ import pickle
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from contextlib import chdir, contextmanager
+from contextlib import chdir
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +25,6 @@ from scala_cli.methods.scala import Scala
 from scala_cli.models.checkpoint import Record
 from scala_cli.settings import AugmentSettings, MethodSettings, ReadSettings
 from scala_cli.swap import temporary
-from scala_cli.training.compare import claimed
 from scala_cli.training.finetune import finetune, go_on
 from scala_cli.training.run import FILES, Run
 from scala_cli.training.step import Step
@@ -151,90 +148,6 @@ def test_a_kill_between_two_renames_loses_no_checkpoint(photos):
         Path("cut", name).rename(temporary(Path("cut", name)).with_suffix(".former"))
     go_on(Run(Path("cut")), Listener())
     assert same_runs("whole", "cut") and [path.name for path in Path("cut").glob(".*")] == [LOCK]
-
-
-HOLDS = """
-import sys
-from pathlib import Path
-from scala_cli.lock import locked
-with locked(Path(sys.argv[1])):
-    print(flush=True)
-    sys.stdin.read()
-"""
-
-
-@contextmanager
-def trained_elsewhere(run: str):
-    """Another process holds the run."""
-    words = [sys.executable, "-c", HOLDS, run]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"\n"
-        yield
-
-
-def test_two_processes_do_not_train_one_run(photos):
-    with pytest.raises(Stopped):
-        finetune(start(), Record(), settings(photos), Run(Path("cut")), Listener(stop_at=2, kind=Stopped))
-    before = Path("cut/state.pt").read_bytes()
-    with trained_elsewhere("cut"):
-        for again in (
-            lambda: go_on(Run(Path("cut")), Listener()),
-            lambda: finetune(start(), Record(), settings(photos), Run(Path("cut")), Listener(), force=True),
-        ):
-            with pytest.raises(TrainingError, match="another process is training cut"):
-                again()
-        assert Path("cut/state.pt").read_bytes() == before
-        elsewhere = Run(Path("cut"), writes=False)  # of torchrun's processes one writes, and one holds
-        go_on(elsewhere, Listener())
-        assert Path("cut/state.pt").read_bytes() == before
-    Path("new").mkdir()
-    with trained_elsewhere("new"), pytest.raises(TrainingError, match="another process"):
-        finetune(start(), Record(), settings(photos), Run(Path("new")), Listener())
-    go_on(Run(Path("cut")), Listener())
-
-
-def test_two_processes_do_not_train_one_comparison():
-    folder, what = Path("side-by-side"), {"model": "tiny"}
-    with claimed(folder, what):
-        assert json.loads((folder / "compare.json").read_text()) == {"of": what, "arms": []}
-    elsewhere, refused = trained_elsewhere(str(folder)), pytest.raises(TrainingError, match="another process")
-    with elsewhere, refused, claimed(folder, what):
-        pytest.fail("two train one comparison")
-    for name in ("compare.json", "compare.csv"):
-        (folder / name).rename(temporary(folder / name))  # all that a process that was killed has come to
-    with claimed(folder, what):
-        assert {path.name for path in folder.iterdir()} == {"compare.json", "compare.csv", LOCK}
-    Path("mine").mkdir()
-    Path("mine/thesis.tex").write_text("")
-    with pytest.raises(TrainingError, match="not of a comparison"), claimed(Path("mine"), what):
-        pytest.fail("it holds other files")
-    assert [path.name for path in Path("mine").iterdir()] == ["thesis.tex"]
-
-
-def test_both_parts_of_a_run_with_a_new_head_are_held(photos):
-    with pytest.raises(Stopped):
-        finetune(slimmable(), Record(), settings(photos), Run(Path("cut")), Listener(stop_at=1, kind=Stopped))
-    for run in ("cut", "cut/teacher"):
-        with trained_elsewhere(run), pytest.raises(TrainingError, match=f"another process is training {run}"):
-            go_on(Run(Path("cut")), Listener())
-
-
-def test_force_takes_a_run_and_nothing_that_lies_in_it(photos):
-    """A link in it goes, what it points to stays; a file of somebody else's keeps the whole run as it is."""
-    chosen = settings(photos, epochs=1)
-    finetune(slimmable(), Record(), chosen, Run(Path("mine")), Listener())
-    Path("mine/best").rename("far")
-    Path("mine/best").symlink_to("../far")
-    thesis = Path("mine/teacher/last/thesis.tex")
-    thesis.write_text("")
-    before = sorted(Path("mine").rglob("*"))
-    with pytest.raises(ScalaError, match=r"not ours \(teacher/last/thesis\.tex\)"):
-        finetune(start(), Record(), chosen, Run(Path("mine")), Listener(), force=True)
-    assert sorted(Path("mine").rglob("*")) == before
-    thesis.unlink()
-    finetune(start(), Record(), chosen, Run(Path("mine")), Listener(), force=True)
-    assert not Path("mine/teacher").exists() and not Path("mine/best").is_symlink()
-    assert Path("far/model.safetensors").is_file()
 
 
 def test_resuming_a_run_stopped_in_its_first_epoch(photos):

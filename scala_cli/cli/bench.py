@@ -84,6 +84,7 @@ def bench(
 
     from scala_cli.bench.run import bench as bench_predictions
     from scala_cli.calibration import cut_without_training
+    from scala_cli.data.split import open_images
     from scala_cli.evaluate import validation_loader
     from scala_cli.plot import as_svg, bench_picture, refuse_picture, save
     from scala_cli.report import write_csv, write_page
@@ -114,7 +115,8 @@ def bench(
                 images.split.tell(live)
             if calibration.calibrate:
                 assert data is not None
-                net, _ = cut_without_training(net, record, points, data, calibration, read, device, live)
+                seen = open_images(data, read.data_dir)
+                net, _ = cut_without_training(net, record, points, seen, calibration, read, device, live)
             document = bench_predictions(net, record, points, compare or (), settings, device, live, images)
             if images:
                 images.tell_skipped(live)

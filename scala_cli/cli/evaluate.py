@@ -48,6 +48,7 @@ def evaluate(
 
     from scala_cli.calibration import cut_without_training
     from scala_cli.cascade import Cascade
+    from scala_cli.data.split import open_images
     from scala_cli.device import choose_device
     from scala_cli.evaluate import evaluate, evaluate_cascade, validation_loader
     from scala_cli.models.checkpoint import load_with_record
@@ -66,7 +67,8 @@ def evaluate(
     document: dict[str, Any]
     with out.progress() as live:
         if calibration.calibrate:
-            net, _ = cut_without_training(net, record, net.points, data, calibration, read, device, live)
+            images = open_images(data, read.data_dir)
+            net, _ = cut_without_training(net, record, net.points, images, calibration, read, device, live)
         net.to(place)
         choose_attention(net, place, uses_bfloat16(place, device))
         note_emulation(place, device, live)

@@ -70,8 +70,7 @@ def slice(
     is_model = data is not None and checkpoint is not None and not is_checkpoint(checkpoint)
     if (weights or changes.given()) and not is_model:
         raise typer.BadParameter("--weights, --img-size and --patch-size go with a MODEL and --data.")
-    if data is not None:
-        open_images(data, read.data_dir)  # before any download
+    split = open_images(data, read.data_dir) if data is not None else None  # before any download
     rows = []
     with out.progress() as live:
         if is_model:
@@ -86,11 +85,11 @@ def slice(
             point = Point.of_row(choose(rows, budget))
         points = [point] if point else net.points
         fits = record.is_untrained(points) if calibration.calibrate is None else calibration.calibrate
-        cut_anew = data is not None and (fits or is_model)
-        if data is not None and cut_anew:
+        cut_anew = split is not None and (fits or is_model)
+        if split is not None and cut_anew:
             chosen = replace(calibration, calibrate=fits)
-            net, record = cut_without_training(net, record, points, data, chosen, read, device, live)
-        elif data is not None:
+            net, record = cut_without_training(net, record, points, split, chosen, read, device, live)
+        elif split is not None and calibration.calibrate is None:
             live.note("nothing is fitted: the width is trained, or the full one. To fit it: --calibrate")
         if point is None:
             if data is not None and cut_anew:

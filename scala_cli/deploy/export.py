@@ -6,7 +6,6 @@ import struct
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from shutil import copyfile
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from scala_cli.formats import (
     to_onnx,
     write,
 )
+from scala_cli.models.checkpoint import copy_files
 from scala_cli.models.locate import CONFIG, EXTRA, WEIGHTS
 from scala_cli.models.slimmable import Ratio, SlimmableViT
 from scala_cli.models.views import fill, weights_of
@@ -216,8 +216,7 @@ def export_all(
     watch.phase("export", len(net.points), "widths")
     rows = []
     with whole_directory(target) as fresh:
-        for name in [name for name in (CONFIG, WEIGHTS, EXTRA) if (checkpoint / name).is_file()]:
-            copyfile(checkpoint / name, fresh / name)
+        copy_files(checkpoint, fresh)
         places = places_of(fresh / WEIGHTS)
         for point, name in names.items():
             model = AtWidth(net, point).eval()

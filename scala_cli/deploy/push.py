@@ -1,7 +1,6 @@
 """A family, or one width of it, as a repository on the Hugging Face Hub."""
 
 from pathlib import Path
-from shutil import copyfile
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -12,9 +11,9 @@ from scala_cli.deploy.card import model_card
 from scala_cli.deploy.slice import slice_model, tell_untrained
 from scala_cli.errors import ScalaError
 from scala_cli.files import refuse_occupied, whole_directory
-from scala_cli.models.checkpoint import read_about
+from scala_cli.models.checkpoint import copy_files, read_about
 from scala_cli.models.hub import TRANSPORT, quiet_hub
-from scala_cli.models.locate import CARD, CONFIG, EXTRA, FILES, WEIGHTS
+from scala_cli.models.locate import CARD, FILES
 from scala_cli.models.slimmable import Ratio
 from scala_cli.plot import arms_picture, can_draw, save
 from scala_cli.slicing.point import Point, find_point
@@ -60,8 +59,7 @@ def write_repository(
     drawn = ratio is None and can_draw() and all(row[main] is not None for row in rows)
     with whole_directory(target) as fresh:
         if ratio is None:
-            for name in [name for name in (CONFIG, WEIGHTS, EXTRA) if (checkpoint / name).is_file()]:
-                copyfile(checkpoint / name, fresh / name)
+            copy_files(checkpoint, fresh)
             tell_untrained(record, points, watch)
         else:
             slice_model(checkpoint, points[0], fresh, force=True, watch=watch)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
+from shutil import copyfile
 from typing import Any, get_args, get_origin, get_type_hints
 
 import safetensors
@@ -226,6 +227,13 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{file} is truncated or is no safetensors file ({error}).", "Convert or download it again."
         ) from None
+
+
+def copy_files(directory: Path, target: Path) -> None:
+    """Copies all that makes up a checkpoint into another directory."""
+    for name in (CONFIG, WEIGHTS, EXTRA):
+        if (directory / name).is_file():
+            copyfile(directory / name, target / name)
 
 
 class TensorByTensor(Mapping[str, Tensor]):

@@ -33,13 +33,14 @@ class FittedViT(SlimmableViT):
             self.add_module(f"slice_{number}", vit)
 
     def with_rule(self, rule: Rule) -> "FittedViT":
-        """Returns the same weights with another rule; the fitted slices stay."""
-        slices = {width: vit for width in self.widths if (vit := self.fitted(Point(width))) is not None}
+        """Returns the same weights with another rule, and the fitted slices of its widths."""
+        kept = [width for width in self.widths if width in rule.ratios]
+        slices = {width: vit for width in kept if (vit := self.fitted(width)) is not None}
         return FittedViT(super().with_rule(rule), slices, self.fits)
 
     def fitted(self, ratio: Ratio) -> VisionTransformer | None:
-        """Returns the fitted slice of a width, or None."""
-        width = Point.of(ratio).ratio
+        """Returns the fitted slice of one of `points`, or None. Raises PointError for any other point."""
+        width = find_point(ratio, self.points).ratio
         return self.get_submodule(f"slice_{self.widths.index(width)}") if width in self.widths else None  # type: ignore
 
     def forward(self, images: Tensor, ratio: Ratio | None = None) -> Tensor:

@@ -68,10 +68,8 @@ def read_transformers(directory: Path) -> Source:
         args = timm_args(config)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{directory / CONFIG} lacks {error}.", "Download it again.") from None
-    if kind in (
-        "DeiTForImageClassification",
-        "DeiTModel",
-    ):  # no head reads the distillation token: a register
+    if kind in ("DeiTForImageClassification", "DeiTModel"):
+        # no head reads the distillation token, so it is a register token of timm
         args["reg_tokens"] = 1
         if "dist_token" in state:
             state["reg_token"] = state.pop("dist_token")

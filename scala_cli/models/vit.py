@@ -288,10 +288,10 @@ def skip_unread(vit: VisionTransformer) -> None:
 
 
 def imitate(skeleton: VisionTransformer, vit: VisionTransformer) -> None:
-    """Lets a skeleton compute in the way the full model does.
+    """Sets a skeleton's modes to those of the full model.
 
-    That is: for training or evaluation, with or without gradient checkpointing, with fused or explicit
-    attention, with or without what no head reads.
+    They are training or evaluation, gradient checkpointing, fused or explicit attention, and whether the last
+    block skips the tokens that the head does not read.
     """
     if skeleton.training != vit.training:
         skeleton.train(vit.training)

@@ -54,8 +54,8 @@ def prepare(
 def isolation(start: SlimmableViT, record: Record, settings: Settings) -> bool:
     """Whether to isolate: as the settings say, else as the checkpoint was trained, else the method's way.
 
-    Past training shows its isolation only if it had a width between the smallest and the largest. Channels in
-    order have the worst last, so nothing is isolated then.
+    A checkpoint shows how it was trained only if it had a width between the smallest and the largest. The
+    method's way applies only to channels that are not in order, for those in order have the worst last.
     """
     if settings.method.isolation is not None:
         return settings.method.isolation
