@@ -35,6 +35,9 @@ class MethodSettings:
     order: Literal["importance", "none"] = option(
         "importance", "How to put the channels of pretrained weights in order first; see scala convert."
     )
+    calibrate: bool = option(
+        True, "Do not fit the widths to the full model, without labels, before training.", only="off"
+    )
     isolation: bool | None = option(
         None, "Cut the widths between from the other end. Default: not where channels are in order, see docs."
     )
@@ -143,10 +146,22 @@ class CalibrationSettings:
     calibrate: bool | None = option(
         None,
         "Fit each slice to the full model on images of --data, without their labels. "
-        "Default: in scala slice, where its width has not been trained.",
+        "Default: in scala convert, and in scala slice where its width has not been trained.",
     )
     calibration_images: int | None = option(
         None, "How many images to look at. Default: as many as have 40,960 patches, 128 at least.", min=8
+    )
+
+
+@dataclass(frozen=True)
+class FamilySettings:
+    """How all widths of a family are fitted at once."""
+
+    keep_full: float = option(
+        0.99,
+        "Least R² of the fitted full width's output; the more it keeps, the less the narrower widths do.",
+        min=0,
+        max=0.9999,
     )
 
 

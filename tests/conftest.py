@@ -7,6 +7,7 @@ from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -93,6 +94,17 @@ def photos(tmp_path_factory) -> Path:
             for number in range(count):
                 Image.new("RGB", (20, 20), colour).save(folder / f"{number}.png")
     return root
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """24 pictures of noise without classes, some of them in a folder of their own."""
+    drawn = np.random.default_rng(0)
+    for number in range(24):
+        folder = tmp_path / "pictures" / ("more" if number % 3 == 0 else "")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(drawn.integers(0, 255, (18, 20, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    return tmp_path / "pictures"
 
 
 @pytest.fixture

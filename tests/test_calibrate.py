@@ -1,6 +1,7 @@
 """A slice fitted to the full model: what each layer is fitted to, for every kind of model."""
 
 import math
+from typing import Any
 
 import pytest
 import timm
@@ -15,7 +16,7 @@ from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.stages import embed, stages
 from scala_cli.models.vit import describe
 from scala_cli.slicing.point import parse_points, ratios_of
-from scala_cli.slicing.ridge import Moments, best_ridge, ridge
+from scala_cli.slicing.ridge import Moments, Normal, best_solution
 from scala_cli.slicing.rule import Rule
 from scala_cli.watch import Watcher
 
@@ -207,6 +208,14 @@ def test_it_tells_how_far_it_is():
     ]  # a norm that may be, two halves of each block, the head
 
 
+def ridge(seen: Moments, start: Tensor, strengths: list[float], bias: bool) -> list[tuple[Tensor, Any]]:
+    """The weights of each strength, and the bias that goes with them."""
+    origins = seen.origins(bias)
+    fits = Normal.of(seen, origins).solutions(start, strengths)
+    mapped = [fit * seen.mean_x if seen.diagonal else fit @ seen.mean_x for fit in fits]
+    return [(fit, seen.mean_t - mean if bias else None) for fit, mean in zip(fits, mapped, strict=True)]
+
+
 def correlated(count: int, mean: float = 0.0) -> tuple[Tensor, Tensor]:
     """(count, 6) inputs and (count, 4) targets that they explain in part."""
     generator = torch.Generator().manual_seed(3)
@@ -281,5 +290,7 @@ def test_the_best_pull_is_the_one_that_errs_least_on_what_was_held_out(bias):
         errors.append((x[12:] @ weight.T + (0 if shift is None else shift) - t[12:]).square().sum().item())
     best = ridge(seen, torch.zeros(4, 6), strengths, bias)[errors.index(min(errors))]
     assert 0 < errors.index(min(errors)) < 4
-    chosen = best_ridge(seen, held, torch.zeros(4, 6), strengths, bias)
-    torch.testing.assert_close(chosen[0], best[0])
+    origins = seen.origins(bias)
+    equations = [Normal.of(moments, origins) for moments in (seen, held)]
+    chosen = best_solution(*equations, torch.zeros(4, 6), strengths)
+    torch.testing.assert_close(chosen, best[0])

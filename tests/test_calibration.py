@@ -4,29 +4,15 @@ import json
 from copy import deepcopy
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
 from conftest import slimmable, write_timm_directory
-from PIL import Image
 
 import scala_cli
 from scala_cli.errors import PointError
 from scala_cli.models.fitted import fit_widths
 from scala_cli.slicing.point import parse_points
-
-
-@pytest.fixture
-def pictures(tmp_path) -> Path:
-    """24 pictures of noise without classes, some of them in a folder of their own."""
-    drawn = np.random.default_rng(0)
-    for number in range(24):
-        folder = tmp_path / "pictures" / ("more" if number % 3 == 0 else "")
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(drawn.integers(0, 255, (18, 20, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-    return tmp_path / "pictures"
-
 
 QUICK = ("--calibration-images", 24, "-j", 0, "--json")
 

@@ -62,18 +62,18 @@ def test_every_width_drops_as_the_model_does(kind, rate, tmp_path):
     """In memory, and once it is saved and read again."""
     vit, _ = build(kind, depth=3, **{rate: RATES[rate]})
     net = slimmable(vit, "0.5,1")
-    assert dropouts(net.vit) == dropouts(vit) == dropouts(net._skeleton(net.rule.ratios[0]))
+    assert dropouts(net.vit) == dropouts(vit) == dropouts(net.at(net.rule.ratios[0]))
     assert dropouts(vit) != dropouts(build(kind, depth=3)[0])
     save(net, Record(), tmp_path / "net")
     again = load(tmp_path / "net")
-    assert dropouts(again.vit) == dropouts(again._skeleton(again.rule.ratios[0])) == dropouts(vit)
+    assert dropouts(again.vit) == dropouts(again.at(again.rule.ratios[0])) == dropouts(vit)
 
 
 def test_a_schedule_of_drop_path_that_no_argument_of_timm_gives():
     vit, _ = build("deit", depth=3, drop_path_rate=0.2)
     vit.blocks[0].drop_path1 = type(vit.blocks[1].drop_path1)(0.5)
     net = slimmable(vit, "0.5,1")
-    assert dropouts(net.vit) == dropouts(vit) == dropouts(net._skeleton(net.rule.ratios[0]))
+    assert dropouts(net.vit) == dropouts(vit) == dropouts(net.at(net.rule.ratios[0]))
 
 
 @torch.no_grad()
@@ -140,7 +140,7 @@ def test_attention_is_chosen_for_a_model_and_its_widths_not_for_the_process(imag
     net(images, 0.5)
     choose_attention(net.vit, torch.device("cpu"), bfloat16=True)
     net(images, 0.5)
-    for vit in (net.vit, net._skeleton(net.rule.ratios[0])):
+    for vit in (net.vit, net.at(net.rule.ratios[0])):
         assert not any(block.attn.fused_attn for block in vit.blocks)
     assert build()[0].blocks[0].attn.fused_attn
 

@@ -235,7 +235,7 @@ def test_a_loss_that_is_not_finite_names_width_and_step(photos):
     finetune(net, Record(), replace(chosen, optimizer=replace(chosen.optimizer, epochs=1)), run, Listener())
     before = (run.path / "last/model.safetensors").read_bytes()
     state = run.read_state()
-    state["weights"]["blocks.0.mlp.fc1.bias"][0] = math.nan
+    state["weights"]["vit.blocks.0.mlp.fc1.bias"][0] = math.nan
     state["settings"]["optimizer"]["epochs"] = 3
     run.write_state(state)
     with pytest.raises(TrainingError, match="loss of width 1 is nan at step 4"):

@@ -72,7 +72,7 @@ def test_what_the_head_does_not_read_is_skipped_for_the_same_logits_and_gradient
     sparing = whole.copied()
     skip_unread(sparing.vit)
     tokens = []
-    for vit in (sparing.vit, sparing._skeleton(sparing.rule.ratios[1])):
+    for vit in (sparing.vit, sparing.at(sparing.rule.ratios[1])):
         vit.blocks[-1].mlp.register_forward_pre_hook(lambda _, given: tokens.append(given[0].shape[1]))
     for ratio in (1, 0.5):
         answers = whole(images, ratio), sparing(images, ratio)
@@ -132,10 +132,10 @@ def test_views_are_kept_only_as_long_as_the_weights(images, change):
     net(images, 0.5).sum().backward()
     with torch.no_grad():
         before = net(images, 0.5)
-        first = net._skeleton(net.rule.ratios[1]).blocks[0].attn.qkv.weight
+        first = net.at(net.rule.ratios[1]).blocks[0].attn.qkv.weight
         net(images, 0.25)
         assert torch.equal(net(images, 0.5), before)
-        assert net._skeleton(net.rule.ratios[1]).blocks[0].attn.qkv.weight is first
+        assert net.at(net.rule.ratios[1]).blocks[0].attn.qkv.weight is first
         CHANGES[change](net)
         assert torch.equal(net(images, 0.5), net.slice(0.5)(images))
         assert not torch.equal(net(images, 0.5), before)
@@ -176,7 +176,7 @@ def test_threads_may_share_a_family(images):
 def test_a_thread_that_predicts_does_not_cut_another_off_from_its_gradients(images):
     """Between another thread's filling of a width and its forward."""
     net = slimmable()
-    skeleton = net._skeleton(net.rule.ratios[1])
+    skeleton = net.at(net.rule.ratios[1])
     with ThreadPoolExecutor(1) as pool:
         pool.submit(lambda: torch.no_grad()(net)(images, 0.5)).result()
     skeleton(images).sum().backward()

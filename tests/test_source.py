@@ -277,7 +277,7 @@ def test_an_alias_is_not_shadowed_by_a_file_or_a_directory(timm_directory, tmp_p
 def test_what_timm_saved_with_dropout_drops_at_every_width(tmp_path):
     write_timm_directory(tmp_path / "vit", drop_path_rate=0.25, attn_drop_rate=0.125)
     net, _ = open_model(str(tmp_path / "vit"), FOUR)
-    for vit in (net.vit, net._skeleton(FOUR[0].ratio)):
+    for vit in (net.vit, net.at(FOUR[0].ratio)):
         assert (vit.blocks[1].drop_path1.drop_prob, vit.blocks[0].attn.attn_drop.p) == (0.25, 0.125)
 
 

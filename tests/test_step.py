@@ -33,7 +33,7 @@ TASK = task_named("classification")
 
 def trainer(photos, **groups) -> Trainer:
     chosen = settings(photos, **groups)
-    return Trainer(start(), TASK, True, chosen, TASK.open(chosen))
+    return Trainer(start(), TASK, start(), chosen, TASK.open(chosen))
 
 
 def step(photos, **groups) -> Step:
@@ -171,7 +171,7 @@ def test_gradient_checkpointing_computes_blocks_again_for_the_same_gradients(pho
         chosen = OptimizerSettings(epochs=1, batch_size=4, grad_checkpointing=again)
         ready = step(photos, optimizer=chosen)
         ready.optimizer.zero_grad = lambda: None
-        models = [ready.net.vit, *(ready.net._skeleton(ratio) for ratio in ready.net.rule.ratios[:-1])]
+        models = [ready.net.vit, *(ready.net.at(ratio) for ratio in ready.net.rule.ratios[:-1])]
         count = [0] * len(models)
         for number, model in enumerate(models):
 
@@ -195,7 +195,7 @@ def test_compiled_widths_are_compiled_once_and_compute_the_same(photos, monkeypa
     for compiled in (False, True):
         chosen = OptimizerSettings(epochs=1, batch_size=4, torchcompile=compiled)
         start_of_two = start(ratios="0.5,1")
-        ready = Step(start_of_two, TASK, False, settings(photos, optimizer=chosen), torch.device("cpu"))
+        ready = Step(start_of_two, TASK, None, settings(photos, optimizer=chosen), torch.device("cpu"))
         ready.net.train()
         ready.gather_gradients(images, targets)
         gradients.append([p.grad for p in ready.net.vit.parameters()])
@@ -276,7 +276,7 @@ def test_what_training_starts_from_stays_as_it_was(photos, tmp_path):
     begun = load(tmp_path / "start")
     assert any(parameter.data_ptr() % 64 for parameter in begun.vit.parameters())
     weights = {name: tensor.clone() for name, tensor in begun.vit.state_dict().items()}
-    ready = Step(begun, TASK, True, settings(photos), torch.device("cpu"))
+    ready = Step(begun, TASK, begun, settings(photos), torch.device("cpu"))
     ready(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]))
     assert all(torch.equal(tensor, weights[name]) for name, tensor in begun.vit.state_dict().items())
     assert all(parameter.requires_grad for parameter in begun.vit.parameters())
@@ -303,7 +303,9 @@ def test_what_moves_uncounted_is_cut_anew(photos, monkeypatch, averaged):
 
     monkeypatch.setattr("torch._foreach_lerp_", uncounted)
     chosen = settings(photos, optimizer=OptimizerSettings(batch_size=4, model_ema=averaged))
-    ready = Step(start(ratios="0.25,0.375,0.5,0.625,0.75,0.875,1"), TASK, True, chosen, torch.device("cpu"))
+    ready = Step(
+        start(ratios="0.25,0.375,0.5,0.625,0.75,0.875,1"), TASK, start(), chosen, torch.device("cpu")
+    )
     ready.optimizer = SGD([*ready.net.vit.parameters()])
     images = torch.randn(4, 3, 16, 16)
     for _ in range(2):

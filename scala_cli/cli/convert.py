@@ -1,6 +1,7 @@
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -9,8 +10,11 @@ from scala_cli.cli.options import Force, ImgSize, PatchSize, Ratios, Target, Wei
 from scala_cli.errors import ScalaError
 from scala_cli.files import refuse_occupied
 from scala_cli.models.locate import FILES, path_of, short_name
-from scala_cli.settings import ReadSettings
-from scala_cli.slicing.point import parse_points
+from scala_cli.settings import CalibrationSettings, DeviceSettings, FamilySettings, ReadSettings
+from scala_cli.slicing.point import Point, parse_points
+
+if TYPE_CHECKING:
+    from scala_cli.models.fit import Fit
 
 
 def convert(
@@ -56,35 +60,49 @@ def convert(
         ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option("--data", help="Images to judge importance by. Default: noise.")
+        str | None,
+        typer.Option(
+            "--data",
+            help="Images for --order importance, and to fit the narrower widths on: any folder of them, "
+            "labels are not needed.",
+        ),
     ] = None,
     force: Force = False,
     *,
+    calibration: CalibrationSettings,
+    kept: FamilySettings,
     read: ReadSettings,
+    device: DeviceSettings,
     out: Output,
 ) -> None:
     """Turn pretrained weights into a slimmable checkpoint.
 
-    The full width computes what the pretrained model does; timm loads the result as it is.
+    The full width computes what the pretrained model does; timm loads the result as it is. With --data the
+    narrower widths work as well, without training: they are fitted to the full one in closed form, and its
+    own output changes a little.
 
-    Example: scala convert deit_s -o deit_s-slimmable
+    Example: scala convert deit_s -o deit_s-slimmable; and: scala convert deit_s --data PHOTOS
     """
-    if data is not None and order != "importance":
+    if data is not None and order == "none":
         raise typer.BadParameter("--data is for --order importance.")
+    if data is None and calibration.calibrate:
+        raise typer.BadParameter("--calibrate needs images, without labels: --data DIR")
+    if data is not None and (scratch or layout == "fused"):
+        raise typer.BadParameter("--data is for pretrained weights in layout aligned.")
     points = parse_points(ratios) if ratios else None
     target = output or Path(f"{short_name(model)}-slimmable")
     refuse_occupied(target, force, FILES, weights or path_of(model))
 
+    from scala_cli.calibration import fit_family
     from scala_cli.cost import cost
-    from scala_cli.data.calibration import calibration_images
-    from scala_cli.data.split import open_split
+    from scala_cli.data.split import open_images
     from scala_cli.models.checkpoint import save
     from scala_cli.models.order import put_first_what_matters
     from scala_cli.models.slimmable import SlimmableViT
     from scala_cli.models.source import Changes, distance, open_source
     from scala_cli.models.vit import random_images
 
-    split = open_split(data, True, read.data_dir) if data is not None else None  # before any download
+    split = open_images(data, read.data_dir) if data is not None else None  # before any download
     changes = Changes(num_classes, img_size, patch_size)
     with out.progress() as live:
         opened = open_source(
@@ -101,25 +119,33 @@ def convert(
         if labels is not None:
             spec = net.spec.naming(read_labels(labels, net.spec.num_classes))
             net = SlimmableViT(net.vit, spec, net.rule, net.extra)
-        if order == "importance":
-            if split:
-                split.tell(live)
-            noise = random_images(net.spec, 256).split(64)
-            images = calibration_images(split, net.spec, read, live) if split else noise
-            net = put_first_what_matters(net, images)
-    difference = distance(net, opened.original)
+        fits: Mapping[Point, Fit] = {}
+        if split is not None:
+            net, record, fits = fit_family(net, record, split, calibration, read, device, live, kept)
+        elif order == "importance":
+            net = put_first_what_matters(net, random_images(net.spec, 256).split(64))
+    difference = distance(net, opened.original, exact=not fits)
     save(net, replace(record, order=order or record.order), target)
-    rows = [{**point.columns(), **cost(net.spec.at(point.ratio))} for point in net.points]
+    rows = [
+        {**point.columns(), **cost(net.spec.at(point.ratio)), **r2_of(fits.get(point))}
+        for point in net.points
+    ]
     out.result(
         {
             "path": str(target),
             "arch": net.spec.architecture,
             "max_abs_diff": difference,
+            **({"calibrated": record.calibrated} if fits else {}),
             "points": rows,
         },
         rows,
         title="widths",
     )
+
+
+def r2_of(fit: "Fit | None") -> dict[str, float]:
+    """Returns the R^2 of a fitted width's output as a column; none if that is not known."""
+    return {} if fit is None or fit.output is None else {"r2": round(fit.output, 4)}
 
 
 def read_labels(file: Path, count: int) -> list[str]:

@@ -36,6 +36,7 @@ from scala_cli.models.locate import CONFIG, EXTRA, WEIGHTS
 from scala_cli.models.slimmable import Ratio, SlimmableViT
 from scala_cli.models.views import fill, weights_of
 from scala_cli.models.vit import Spec
+from scala_cli.slicing.own import own_vectors
 from scala_cli.slicing.point import Point, find_point
 from scala_cli.timing import Predictor
 from scala_cli.watch import QUIET, Watcher
@@ -171,7 +172,8 @@ class AtWidth(nn.Module):
             self.add_module(name, part)
         for name, parameter in full.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
-        self.cut = lambda state: net.rule.slice_state(state, point.ratio)
+        own = {name: tensor.detach() for name, tensor in own_vectors(net.extra, point.ratio).items()}
+        self.cut = lambda state: net.rule.slice_state(state, point.ratio, own=own)
         # in a list, for its parameters are not this model's
         self.skeleton = [net.spec.at(point.ratio).of_fixed_size().build()]
 

@@ -14,13 +14,21 @@ from scala_cli.cost import cost
 from scala_cli.deploy.card import model_card
 from scala_cli.errors import CheckpointError
 from scala_cli.files import refuse_occupied, whole_directory
-from scala_cli.models.calibrate import Fit
-from scala_cli.models.checkpoint import Record, TensorByTensor, read_about, versions, write_timm
+from scala_cli.models.checkpoint import (
+    Record,
+    TensorByTensor,
+    read_about,
+    read_extra,
+    versions,
+    write_timm,
+)
+from scala_cli.models.fit import Fit
 from scala_cli.models.fitted import FittedViT
 from scala_cli.models.locate import CARD, FILES, WEIGHTS, resolve, short_name
 from scala_cli.models.slimmable import Ratio, SlimmableViT
 from scala_cli.models.views import fill
 from scala_cli.models.vit import Spec, random_images, refuse_misfit
+from scala_cli.slicing.own import own_vectors
 from scala_cli.slicing.point import Point, find_point
 from scala_cli.watch import QUIET, Watcher
 
@@ -54,14 +62,16 @@ def slice_model(
     refuse_occupied(target, force, FILES, source=checkpoint)
     spec = full.at(point.ratio)
     weights, probe = TensorByTensor(checkpoint / WEIGHTS), random_images(spec, 1)
-    views, skeleton = rule.slice_state(weights, point.ratio), spec.build(slim=True)
+    cut = partial(
+        rule.slice_state, weights, point.ratio, own=own_vectors(read_extra(checkpoint), point.ratio)
+    )
+    views, skeleton = cut(), spec.build(slim=True)
     refuse_misfit(skeleton, views, weights.file)
     tell_untrained(record, [point], watch)
     fill(skeleton, views)
     expected = skeleton(probe)  # as SlimmableViT.forward
     del views, skeleton
-    cut = partial(rule.slice_state, weights, point.ratio, copy=True)
-    return write_slice(target, spec, record, point, cut, expected)
+    return write_slice(target, spec, record, point, partial(cut, copy=True), expected)
 
 
 @torch.inference_mode()

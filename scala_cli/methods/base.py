@@ -112,6 +112,8 @@ class Method(ABC):
     def effective(cls, settings: MethodSettings) -> MethodSettings:
         """Returns the settings with every part turned off that has no effect in this method."""
         settings = replace(settings, **{part: off for part, off in OFF.items() if part not in cls.parts})
+        if settings.order == "none" or settings.isolation:
+            settings = replace(settings, calibrate=False)
         if settings.isolation is None:
             settings = replace(settings, isolation=cls.isolated and settings.order != "importance")
         return settings

@@ -26,7 +26,9 @@ class Scala(Method):
     recipes: ClassVar[Mapping[str, Recipe]] = {
         # what the authors' released code does with pretrained weights (Table 8): qkv cut as one block
         "paper": Recipe(
-            MethodSettings(order="none", isolation=True, teacher="full", favour_narrowest=False),
+            MethodSettings(
+                order="none", calibrate=False, isolation=True, teacher="full", favour_narrowest=False
+            ),
             "fused",
             "fixed",
         )

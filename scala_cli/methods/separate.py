@@ -13,7 +13,7 @@ from scala_cli.tasks.base import Task
 class Separate(Method):
     """One width, from its slice of the starting weights, with labels and the teacher if there is one."""
 
-    parts = frozenset({"order", "teacher"})
+    parts = frozenset({"order", "calibrate", "teacher"})
     one_point = True
 
     def __init__(self, points: Sequence[Point], settings: MethodSettings, task: Task) -> None:

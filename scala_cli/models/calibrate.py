@@ -1,28 +1,31 @@
-"""One slice, fitted to the full model in closed form on a few hundred images without labels.
+"""All widths of a family, fitted to the full model in closed form on a few hundred images without labels.
 
 A slice keeps the first channels of a model in order (`order.py`), so its output differs from the full
 model's, more with every block. This module fits its layers by ridge regression, first to last: from the
 inputs of a layer in the slice so far to the full model's activations at the same place. So each layer
-corrects the errors of those before it. A slice stands alone: nothing has to nest.
+corrects the errors of those before it. Where several widths share a layer, their normal equations are added
+up, and each width has norms and biases of its own. A single slice is a family of one width.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
 from timm.models import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from scala_cli.errors import DataError
+from scala_cli.models.fit import Fit, judge
 from scala_cli.models.slimmable import Ratio, SlimmableViT
-from scala_cli.models.stages import Stage, embed, hooked, normed, read_by, stages
+from scala_cli.models.stages import Stage, embed, hooked, read_by, stages
 from scala_cli.models.views import evaluating
+from scala_cli.slicing.own import own_name, own_vectors
 from scala_cli.slicing.point import Point, find_point
-from scala_cli.slicing.ridge import Moments, best_ridge, in_double, ridge
-from scala_cli.slicing.rule import Rule, kept_end, slice_tensor
-from scala_cli.slicing.table import axes_of
+from scala_cli.slicing.ridge import Moments, Normal, Part, best_solution, fit_shared
+from scala_cli.slicing.rule import kept_channels
 from scala_cli.watch import QUIET, Watcher
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
@@ -31,108 +34,61 @@ BATCH = 64
 """Batch size if the images come as one tensor."""
 HELD_OUT = 8
 """One image in this many is held out of the fit, to choose the strengths and to evaluate it."""
+FULL_WEIGHT = 8.0
+"""How much the full width counts in a family, where each other width counts once."""
 
 
 @dataclass(frozen=True)
 class Streams:
-    """Tokens at one place of both models, batch by batch.
+    """Tokens at one place of the models, batch by batch.
 
     Args:
         wanted: of the full model, (B, N, C).
-        own: of the slice, (B, N, C_r).
+        own: of each width, (B, N, C_r).
         held: (B,) which images are held out from the fit.
     """
 
     wanted: list[Tensor]
-    own: list[Tensor]
+    own: dict[Fraction, list[Tensor]]
     held: list[Tensor]
-
-    def of_images(self, held_out: bool) -> list[tuple[Tensor, Tensor]]:
-        """Returns the slice's and the full model's tokens of the held-out images, or of the others."""
-        batches = zip(self.own, self.wanted, self.held, strict=True)
-        return [(own[held == held_out], wanted[held == held_out]) for own, wanted, held in batches]
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How well the fitted slice does on images it was not fitted to.
-
-    Each figure is R^2 = 1 - (squared errors) / (squared deviations from the mean), summed over all channels
-    and tokens: 1 is the full model itself, 0 is its mean. None if there is no such image or token.
-
-    Args:
-        images: how many the slice was fitted to.
-        held_out: how many it was judged on.
-        class_token: of the full model's final normed class token, by the best linear map from the slice's.
-        patches: likewise of the patch tokens.
-        output: of the full model's output, predicted by the slice's output.
-    """
-
-    images: int
-    held_out: int
-    class_token: float | None
-    patches: float | None
-    output: float | None
-
-    def told(self) -> dict[str, Any]:
-        """Returns the figures for rows and JSON; "r2" is that of the output."""
-        judged = {"r2": self.output, "class_token": self.class_token, "patches": self.patches}
-        rounded = {name: None if r2 is None else round(r2, 4) for name, r2 in judged.items()}
-        return {**rounded, "images": self.images, "held_out": self.held_out}
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The full model, and the slice that is being fitted to it."""
-
-    full: VisionTransformer
-    narrow: VisionTransformer
-    rule: Rule
-    point: Point
-
-    def embed(self, batches: Iterable[Tensor]) -> Streams:
-        """Returns both models' tokens before the first block, for images (B, C, H, W)."""
-        device = next(self.full.parameters()).device
-        streams, seen = Streams([], [], []), 0
-        for images in batches:
-            numbers = torch.arange(seen, seen + len(images), device=device)
-            streams.held.append(numbers % HELD_OUT == HELD_OUT - 1)
-            for vit, stream in ((self.full, streams.wanted), (self.narrow, streams.own)):
-                stream.append(embed(vit, images.to(device)))
-            seen += len(images)
-        if not seen:
-            raise DataError("there are no images to fit the slice to.", "Give some images.")
-        return streams
-
-    def keep(self, name: str, values: Tensor) -> Tensor:
-        """Copies the channels that the slice keeps from (..., channels) of the full layer of this name."""
-        axis = axes_of(f"{name}.weight", self.rule.table)[0]
-        end = kept_end(self.point.ratio, self.rule.span, self.rule.isolated)
-        kept = slice_tensor(values, [None] * (values.ndim - 1) + [axis], self.point.ratio, end).clone()
-        queries_of(self.full, name, kept).mul_(math.sqrt(self.point.ratio))
-        return kept
 
 
 @torch.no_grad()
 def calibrate(
-    net: SlimmableViT,
-    ratio: Ratio,
-    batches: Tensor | Iterable[Tensor],
-    strengths: Sequence[float] = STRENGTHS,
-    every_token: bool = False,
-    watch: Watcher = QUIET,
+    net: SlimmableViT, ratio: Ratio, batches: Tensor | Iterable[Tensor], **how: Any
 ) -> tuple[VisionTransformer, Fit]:
     """Returns a plain timm model of one width, fitted to the full one, in evaluation mode.
 
+    Arguments and errors are those of `calibrate_family`.
+    """
+    point = find_point(ratio, net.points)
+    family, fits = calibrate_family(net.with_points([point]), batches, **how)
+    return family.slice(point), fits[point]
+
+
+@torch.no_grad()
+def calibrate_family(
+    net: SlimmableViT,
+    batches: Tensor | Iterable[Tensor],
+    *,
+    full_weight: float = FULL_WEIGHT,
+    strengths: Sequence[float] = STRENGTHS,
+    every_token: bool = False,
+    watch: Watcher = QUIET,
+) -> tuple[SlimmableViT, dict[Point, Fit]]:
+    """Returns the family with all its widths fitted to the full model, and how well each does.
+
     The output of the embedding (patches, class token, registers, positions) already equals the full model's.
-    Every later linear layer and norm is fitted: the last of a branch to the full model's stream minus the
-    slice's stream so far, all others to the full model's activations. A layer without a bias is fitted
-    without one. Memory holds the two streams and the targets of half a block.
+    Every later linear layer is fitted: the last of a branch to the full model's stream minus the width's
+    stream so far, all others to the full model's activations. So are norms, but for those through which the
+    stream is read (`with_own_vectors`). A layer without a bias is fitted without one. Memory holds the
+    streams and the targets of half a block.
 
     Args:
         net: a family with its channels in order (`put_first_what_matters`).
         batches: images (N, C, H, W), normalised, as one tensor or in batches; read once. One in eight is
             held out of the fit.
+        full_weight: how much the full width counts, if it is one of several; each other counts once.
         strengths: of the pull to the ordered weights, as a share of the inputs' mean square. Each layer takes
             the one that does best on the held-out images.
         every_token: whether the head is applied to every token, not only the pooled one, as for features.
@@ -142,24 +98,54 @@ def calibrate(
         PointError: where the model has no such width.
         DataError: where there is no image to fit to.
     """
-    point = find_point(ratio, net.points)
-    rule = replace(net.rule, attn_scale="fixed")
-    state = rule.slice_state(net.vit.state_dict(), point.ratio, copy=True)
-    narrow = net.spec.at(point.ratio).build_with(state)
-    absorb_layer_scale(narrow)
-    pair = Pair(net.vit, narrow, rule, point)
+    family = with_own_vectors(net)
+    weights = {ratio: full_weight if ratio == 1 else 1.0 for ratio in net.rule.ratios}
     with evaluating(net.vit):
-        streams = pair.embed(batches.split(BATCH) if isinstance(batches, Tensor) else batches)
-        todo = stages(pair.full, every_token)
+        streams = embedded(net, family, batches.split(BATCH) if isinstance(batches, Tensor) else batches)
+        todo = stages(net.vit, every_token)
         watch.phase("calibrate", len(todo), "stages")
         for stage in todo:
-            before, streams = streams, fit_stage(pair, stage, streams, strengths)
+            before, streams = streams, fit_stage(net.vit, family, stage, streams, weights, strengths)
             watch.step(1)
-        return narrow, judge(pair, before, streams)
+    fits = {}
+    for point in net.points:
+        last = (family.at(point.ratio), before.own[point.ratio], streams.own[point.ratio])
+        fits[point] = judge((net.vit, before.wanted, streams.wanted), last, streams.held)
+    return family, fits
+
+
+def with_own_vectors(net: SlimmableViT) -> SlimmableViT:
+    """Returns a copy in which every narrower width has norms and biases of its own.
+
+    If widths share their weights, the norms through which the stream is read are multiplied by ratio^-1/2: a
+    narrow norm divides by the deviation of few channels, which hold nearly all the energy. Attention keeps
+    the full model's scale at every width. LayerScale, which may be close to zero, moves into the layers
+    before it.
+    """
+    vit = net.spec.build_with({name: tensor.clone() for name, tensor in net.vit.state_dict().items()})
+    absorb_layer_scale(vit)
+    weights = vit.state_dict()
+    extra: dict[str, Tensor] = {}
+    vectors = [
+        name
+        for name, tensor in weights.items()
+        if tensor.ndim == 1 and not name.startswith("patch_embed.") and not name.endswith(".gamma")
+    ]
+    unscaled = replace(net.rule, attn_scale="native")
+    share = len(net.rule.ratios) > 1
+    gained = {f"{norm}.weight" for stage in stages(vit) for norm in stage.norms if share}
+    for ratio in net.rule.ratios:
+        if ratio < 1:
+            own = own_vectors(net.extra, ratio)
+            cut = unscaled.slice_state(weights, ratio, copy=True, own=own)
+            for name in gained & (cut.keys() - own.keys()):
+                cut[name] *= ratio**-0.5
+            extra |= {own_name(ratio, name): cut[name] for name in vectors}
+    return SlimmableViT(vit, net.spec, replace(net.rule, attn_scale="fixed"), extra).eval()
 
 
 def absorb_layer_scale(vit: VisionTransformer) -> None:
-    """Moves LayerScale, which may be close to zero, into the layers before it."""
+    """Moves LayerScale into the layers before it, in place."""
     blocks: Any = vit.blocks
     for block in blocks:
         for scale, writer in (("ls1", block.attn.proj), ("ls2", block.mlp.fc2)):
@@ -171,89 +157,135 @@ def absorb_layer_scale(vit: VisionTransformer) -> None:
                 gamma.fill_(1)
 
 
-def fit_stage(pair: Pair, stage: Stage, streams: Streams, strengths: Sequence[float]) -> Streams:
-    """Fits the slice's layers of a stage, in place. Returns the streams after the stage."""
+def embedded(net: SlimmableViT, family: SlimmableViT, batches: Iterable[Tensor]) -> Streams:
+    """Returns all models' tokens before the first block, for images (B, C, H, W)."""
+    device = next(net.vit.parameters()).device
+    streams, seen = Streams([], {ratio: [] for ratio in net.rule.ratios}, []), 0
+    for images in batches:
+        numbers, images = torch.arange(seen, seen + len(images), device=device), images.to(device)
+        streams.held.append(numbers % HELD_OUT == HELD_OUT - 1)
+        streams.wanted.append(embed(net.vit, images))
+        for ratio, tokens in streams.own.items():
+            tokens.append(embed(family.at(ratio), images))
+        seen += len(images)
+    if not seen:
+        raise DataError("there are no images to fit the slice to.", "Give some images.")
+    return streams
+
+
+def fit_stage(
+    full: VisionTransformer,
+    family: SlimmableViT,
+    stage: Stage,
+    streams: Streams,
+    weights: Mapping[Fraction, float],
+    strengths: Sequence[float],
+) -> Streams:
+    """Fits the family's layers of a stage, in place. Returns the streams after the stage."""
     targets: dict[str, list[Tensor]] = {}
-
-    def record(name: str) -> Callable[..., None]:
-        return lambda _, read, wrote: targets.setdefault(name, []).append(pair.keep(name, wrote))
-
-    layers = stage.layers(pair.full)
-    with hooked(layers[name].register_forward_hook(record(name)) for name in layers):
-        wanted = [stage.run(pair.full, tokens) for tokens in streams.wanted]
-    if stage.residual:
-        writer = list(targets)[-1]
-        steps = zip(wanted, streams.own, strict=True)
-        targets[writer] = [pair.keep(writer, after) - tokens for after, tokens in steps]
+    layers = stage.layers(full)
+    hooks = [
+        layer.register_forward_hook(
+            lambda _, read, wrote, name=name: targets.setdefault(name, []).append(wrote)
+        )
+        for name, layer in layers.items()
+    ]
+    with hooked(hooks):
+        wanted = [stage.run(full, tokens) for tokens in streams.wanted]
+    writer = list(targets)[-1] if stage.residual else None
+    if writer:
+        targets[writer] = wanted
     for name, values in targets.items():
-        layer: Any = pair.narrow.get_submodule(name)
-        read = (read_by(layer, stage, pair.narrow, tokens) for tokens in streams.own)
-        fit_layer(layer, zip(read, values, streams.held, strict=True), strengths)
-    return Streams(wanted, [stage.run(pair.narrow, tokens) for tokens in streams.own], streams.held)
+        if name in stage.norms:
+            continue
+        parts = {
+            ratio: moments(family, ratio, name, stage, streams, values, name == writer) for ratio in weights
+        }
+        if layers[name].weight.ndim == 1:
+            fit_norm(family, name, parts, strengths)
+        else:
+            fit_linear(family, name, parts, weights, strengths)
+    own = {ratio: [stage.run(family.at(ratio), tokens) for tokens in streams.own[ratio]] for ratio in weights}
+    return Streams(wanted, own, streams.held)
 
 
-def queries_of(vit: VisionTransformer, name: str, written: Tensor) -> Tensor:
-    """Returns the part of a layer's kept output that scales the logits: timm divides by a smaller root."""
-    if name.endswith(("attn.q_norm", "attn_pool.q")):
-        return written
-    if name.endswith("attn.qkv") and isinstance(vit.get_submodule(name[:-3] + "q_norm"), nn.Identity):
-        return written[..., : written.shape[-1] // 3]
-    return written[..., :0]
-
-
-def fit_layer(
-    layer: Any, batches: Iterable[tuple[Tensor, Tensor, Tensor]], strengths: Sequence[float]
-) -> None:
-    """Fits a linear layer, or the scale and shift of a norm, in place.
+def moments(
+    family: SlimmableViT,
+    ratio: Fraction,
+    name: str,
+    stage: Stage,
+    streams: Streams,
+    values: Sequence[Tensor],
+    is_writer: bool,
+) -> tuple[Moments, Moments]:
+    """Returns the moments of a layer's inputs at a width and of its targets; and those held out.
 
     Args:
-        batches: its inputs, its targets, and which images are held out.
+        values: the full model's activations (B, N, channels) that the layer is fitted to.
+        is_writer: whether they are the stream after the stage, to which the layer's output is added.
     """
+    vit = family.at(ratio)
+    layer: Any = vit.get_submodule(name)
     is_norm = layer.weight.ndim == 1
+    kept = kept_channels(family.rule, f"{name}.weight", 0, values[0].shape[-1], ratio).to(values[0].device)
     seen, unseen = Moments(diagonal=is_norm), Moments(diagonal=is_norm)
-    for read, target, held in batches:
-        inputs = layer(read) if is_norm else read
-        seen.add(inputs[~held], target[~held])
-        unseen.add(inputs[held], target[held])
-    start = torch.ones_like(layer.weight) if is_norm else layer.weight
-    shift = getattr(layer, "bias", None)  # RMSNorm has none
-    weight, bias = best_ridge(seen, unseen, start, strengths, shift is not None)
-    if is_norm:  # fitted on the norm's output, so combined with its scale and shift
-        bias = None if bias is None or shift is None else bias + weight * shift.to(weight)
-        weight = weight * layer.weight.to(weight)
-    layer.weight.copy_(weight)
-    if shift is not None:
-        shift.copy_(bias)
+    for tokens, value, held in zip(streams.own[ratio], values, streams.held, strict=True):
+        read = read_by(layer, stage, vit, tokens)
+        if is_norm:
+            read = layer(read) / (math.sqrt(ratio) if name.endswith("attn.q_norm") else 1)  # not as folded
+        target = value[..., kept] - tokens if is_writer else value[..., kept]
+        seen.add(read[~held], target[~held])
+        unseen.add(read[held], target[held])
+    return seen, unseen
 
 
-def judge(pair: Pair, last: Streams, output: Streams) -> Fit:
-    """Measures the fit on the held-out images.
+def fit_norm(
+    family: SlimmableViT,
+    name: str,
+    parts: Mapping[Fraction, tuple[Moments, Moments]],
+    strengths: Sequence[float],
+) -> None:
+    """Fits the scale and shift of a norm, in place, each width's to its own.
 
     Args:
-        last: tokens after the last block.
-        output: outputs of the head.
+        parts: of each width, moments of what the norm gives so far and of its targets.
     """
-    full, narrow, seen = pair.full, pair.narrow, Moments()
-    for own, wanted in last.of_images(held_out=False):
-        seen.add(normed(narrow, own), normed(full, wanted))
-    weight = ridge(seen, torch.zeros_like(seen.products_tx), [1e-6], bias=True)[0][0]
-    judged = last.of_images(held_out=True)
-    guess = torch.cat([in_double(normed(narrow, own)) - seen.mean_x for own, _ in judged]) @ weight.mT
-    guess += seen.mean_t
-    truth = torch.cat([normed(full, wanted) for _, wanted in judged])
-    own, wanted = (torch.cat(side) for side in zip(*output.of_images(held_out=True), strict=True))
-    classes, prefix = int(full.cls_token is not None), full.num_prefix_tokens
-    return Fit(
-        images=sum(map(len, last.own)) - len(own),
-        held_out=len(own),
-        class_token=explained(guess[:, :classes], truth[:, :classes]),
-        patches=explained(guess[:, prefix:], truth[:, prefix:]),
-        output=explained(own, wanted),
-    )
+    for ratio, (seen, unseen) in parts.items():
+        scale, shift = (vector_of(family, ratio, f"{name}.{part}") for part in ("weight", "bias"))
+        origins = seen.origins(shift is not None)
+        held = Normal.of(unseen, origins) if unseen.count else None
+        factor = best_solution(Normal.of(seen, origins), held, torch.ones_like(scale), strengths)
+        if shift is not None:
+            shift.copy_(factor * shift.to(factor) + seen.mean_t - factor * seen.mean_x)
+        scale.copy_(factor * scale.to(factor))
 
 
-def explained(guess: Tensor, truth: Tensor) -> float | None:
-    """Returns R^2 over (..., channels); None if `truth` is constant."""
-    guess, truth = in_double(guess).flatten(0, -2), in_double(truth).flatten(0, -2)
-    spread = (truth - truth.mean(0)).square().sum().item() if len(truth) else 0.0
-    return 1 - (guess - truth).square().sum().item() / spread if spread else None
+def fit_linear(
+    family: SlimmableViT,
+    name: str,
+    moments: Mapping[Fraction, tuple[Moments, Moments]],
+    weights: Mapping[Fraction, float],
+    strengths: Sequence[float],
+) -> None:
+    """Fits a linear layer that all widths share, and the bias that each has of its own, in place."""
+    layer: Any = family.vit.get_submodule(name)
+    parts = {}
+    for ratio, (seen, held) in moments.items():
+        rows, columns = (
+            kept_channels(family.rule, f"{name}.weight", dim, length, ratio)
+            for dim, length in enumerate(layer.weight.shape)
+        )
+        parts[ratio] = Part(seen, held, rows, columns, weights[ratio])
+    fitted = fit_shared([*parts.values()], layer.weight, strengths, layer.bias is not None)
+    layer.weight.copy_(fitted)
+    if layer.bias is not None:
+        for ratio, part in parts.items():
+            bias = vector_of(family, ratio, f"{name}.bias")
+            bias.copy_(part.shift(fitted[part.rows[:, None], part.columns]))
+
+
+def vector_of(family: SlimmableViT, ratio: Fraction, name: str) -> Any:
+    """Returns a vector of a width, or None if the model has none of this name."""
+    if ratio < 1:
+        return family.extra.get(own_name(ratio, name))
+    return dict(family.vit.named_parameters()).get(name)

@@ -47,7 +47,7 @@ class Record:
         provenance: where the weights came from, and the versions that wrote them.
         new_head: whether the head, alone of trained weights, is still random.
         task: what the model is for, a name of `tasks.TASKS`.
-        calibrated: to how many images without labels a slice was fitted.
+        calibrated: to how many images without labels its widths were fitted.
     """
 
     trained: bool = True
@@ -81,8 +81,12 @@ class Record:
 
     def order_is_free(self, rule: Rule) -> bool:
         """Whether the channels may still be put in order: only the full width is trained, nothing decided."""
+        return self.widths_are_free(rule) and self.order is None
+
+    def widths_are_free(self, rule: Rule) -> bool:
+        """Whether the narrower widths may still be fitted: only the full width is trained, in any order."""
         narrow = any(Point.of_row(metric).ratio < 1 for metric in self.metrics)
-        return self.trained and self.order is None and not narrow and rule.layout == "aligned"
+        return self.trained and not narrow and self.order != "none" and rule.layout == "aligned"
 
     def measured(self, point: Point, column: str) -> float | None:
         """What was measured of a point in training; None where that is not known."""
@@ -115,7 +119,7 @@ def save(net: SlimmableViT, record: Record, directory: Path) -> None:
     with whole_directory(directory) as fresh:
         write_timm(net.vit.state_dict(), net.spec, about, fresh)
         if net.extra:
-            save_file({name: tensor.contiguous() for name, tensor in net.extra.items()}, fresh / EXTRA)
+            save_file({name: t.detach().contiguous() for name, t in net.extra.items()}, fresh / EXTRA)
 
 
 def write_timm(state: Mapping[str, Tensor], spec: Spec, about: Mapping[str, Any], directory: Path) -> None:
@@ -143,8 +147,7 @@ def load_with_record(directory: Path) -> tuple[SlimmableViT, Record]:
     """The model of a resolved checkpoint directory, and what its config.json records."""
     spec, rule, record = read_about(directory)
     file = directory / WEIGHTS
-    extra = read_weights(directory / EXTRA) if (directory / EXTRA).is_file() else {}
-    net = SlimmableViT(spec.build_with(read_weights(file), origin=file), spec, rule, extra)
+    net = SlimmableViT(spec.build_with(read_weights(file), origin=file), spec, rule, read_extra(directory))
     return net.eval(), record
 
 
@@ -227,6 +230,12 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{file} is truncated or is no safetensors file ({error}).", "Convert or download it again."
         ) from None
+
+
+def read_extra(directory: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a checkpoint that timm has no place for. Raises CheckpointError."""
+    file = directory / EXTRA
+    return read_weights(file) if file.is_file() else {}
 
 
 def copy_files(directory: Path, target: Path) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 from timm.models import VisionTransformer
 from torch import Tensor
 
-from scala_cli.models.calibrate import Fit, calibrate
+from scala_cli.models.calibrate import calibrate
+from scala_cli.models.fit import Fit
 from scala_cli.models.slimmable import Ratio, SlimmableViT
 from scala_cli.slicing.point import Point, find_point
 from scala_cli.slicing.rule import Rule

@@ -82,11 +82,11 @@ def put_first_what_matters(net: SlimmableViT, batches: Iterable[Tensor]) -> Slim
 
     Raises:
         CheckpointError: where rounding would make more of a difference than TOLERANCE, or the widths have
-            been trained already, isolated.
+            been fitted or, isolated, trained already.
     """
-    if net.rule.isolated:
+    if net.rule.isolated or net.extra:
         raise CheckpointError(
-            "this is a trained family: in another order its widths are lost.",
+            "the widths of this family are fitted or trained: in another order they are lost.",
             remedy="leave_out",
             setting="order",
         )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from scala_cli.models.views import Stamp, fill, stamp, weights_of
 from scala_cli.models.vit import Spec, drop_alike, imitate, rebuilt
+from scala_cli.slicing.own import own_of_widths, own_vectors
 from scala_cli.slicing.point import Point, find_point, ratios_of
 from scala_cli.slicing.rule import Rule
 from scala_cli.slicing.table import axes_of
@@ -29,7 +30,8 @@ class SlimmableViT(nn.Module):
         vit: the full-width timm model.
         spec: what `vit` is built from.
         rule: which channels each width keeps; its ratios are the widths this model answers at.
-        extra: tensors that timm has no place for, by their own names; `extra.safetensors` of a checkpoint.
+        extra: tensors that timm has no place for, as in `extra.safetensors` of a checkpoint: the vectors that
+            single widths have of their own (`slicing/own.py`).
 
     Raises:
         PointError: where a width does not divide the model's channels.
@@ -40,7 +42,9 @@ class SlimmableViT(nn.Module):
         self, vit: VisionTransformer, spec: Spec, rule: Rule, extra: Mapping[str, Tensor] | None = None
     ) -> None:
         super().__init__()
-        self.vit, self.spec, self.rule, self.extra = vit, spec, rule, dict(extra or {})
+        self.vit, self.spec, self.rule = vit, spec, rule
+        own = own_of_widths(extra or {}, rule.ratios)
+        self.own = nn.ParameterDict({name.replace(".", "/"): tensor for name, tensor in own.items()})
         self.points = tuple(map(Point, rule.ratios))
         """The members of the family, smallest first."""
         self._forget_skeletons()
@@ -48,6 +52,11 @@ class SlimmableViT(nn.Module):
             axes_of(name, rule.table)
         for ratio in rule.ratios:
             spec.at(ratio)
+
+    @property
+    def extra(self) -> dict[str, Tensor]:
+        """The tensors of `extra.safetensors`, by name."""
+        return {name.replace("/", "."): tensor for name, tensor in self.own.items()}
 
     @property
     def widest(self) -> Point:
@@ -64,7 +73,7 @@ class SlimmableViT(nn.Module):
 
     def copied(self) -> "SlimmableViT":
         """A copy with weights of its own, built for training (`vit.rebuilt`)."""
-        extra = {name: tensor.clone() for name, tensor in self.extra.items()}
+        extra = {name: tensor.detach().clone() for name, tensor in self.extra.items()}
         return SlimmableViT(rebuilt(self.vit, self.spec), self.spec, self.rule, extra)
 
     def forward(self, images: Tensor, ratio: Ratio | None = None) -> Tensor:
@@ -85,9 +94,7 @@ class SlimmableViT(nn.Module):
             PointError: for a width that is not one of `points`.
         """
         point = self.widest if ratio is None else find_point(ratio, self.points)
-        if point.ratio == 1:
-            return self.vit(images)
-        return self._skeleton(point.ratio)(images)
+        return self.at(point.ratio)(images)
 
     def compile(self, **options: Any) -> None:
         """Compiles every width by itself, at its first forward."""
@@ -106,21 +113,26 @@ class SlimmableViT(nn.Module):
                 if timm's takes any size.
         """
         ratio = find_point(ratio, self.points).ratio
-        state, spec = self.rule.slice_state(self.vit.state_dict(), ratio, copy=True), self.spec.at(ratio)
+        own = {name: tensor.detach() for name, tensor in own_vectors(self.extra, ratio).items()}
+        state = self.rule.slice_state(self.vit.state_dict(), ratio, copy=True, own=own)
+        spec = self.spec.at(ratio)
         return (spec.of_fixed_size() if fixed_size else spec).build_with(state)
 
-    def _skeleton(self, ratio: Fraction) -> VisionTransformer:
-        """Returns the narrower model on views of the current weights, in the same mode as the full model.
+    def at(self, ratio: Fraction) -> VisionTransformer:
+        """Returns the model of a width, on views of the current weights, in the same mode as the full model.
 
         Threads with and without gradients never share a skeleton: views made without gradients are detached
         from the weights.
         """
-        graded, weights = torch.is_grad_enabled(), weights_of(self.vit)
+        if ratio == 1:
+            return self.vit
+        graded, weights, extra = torch.is_grad_enabled(), weights_of(self.vit), self.extra
         with self._lock:
             skeleton = self._empty_skeleton(ratio, graded)
-            now = None if graded else stamp(weights.values())
+            now = None if graded else stamp([*weights.values(), *extra.values()])
             if now is None or self._stamps.get(ratio) != now:
-                fill(skeleton, self.rule.slice_state(weights, ratio))
+                own = own_vectors(extra, ratio)
+                fill(skeleton, self.rule.slice_state(weights, ratio, own=own))
                 if now is not None:
                     self._stamps[ratio] = now
             imitate(skeleton, self.vit)

@@ -202,16 +202,16 @@ def open_family(
 
 
 @torch.inference_mode()
-def distance(net: SlimmableViT, original: VisionTransformer) -> float:
+def distance(net: SlimmableViT, original: VisionTransformer, exact: bool = True) -> float:
     """The largest difference of logits between `net`, as timm builds its checkpoint, and the original.
 
-    Raises CheckpointError where it is more than rounding.
+    Raises CheckpointError where it is more than rounding, if they are to be exact.
     """
     probe = random_images(net.spec, 2)
     expected = original(probe)
     found = net.spec.build_with(net.vit.state_dict())(probe)
     difference = (found - expected).abs().max().item()
-    if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
+    if exact and not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
         raise CheckpointError(
             f"the checkpoint would not compute what its source does: the logits differ by {difference:.2g}; "
             "nothing was written.",

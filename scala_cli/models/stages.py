@@ -13,6 +13,7 @@ PRE_NORM = (("norm1", "attn", "ls1"), ("norm2", "mlp", "ls2"))
 POST_NORM = (("attn", "norm1"), ("mlp", "norm2"))
 """The same for timm's ResPostBlock."""
 HEAD = ("norm", "attn_pool", "fc_norm", "head", "head_dist")
+HEAD_NORMS = ("norm", "fc_norm")
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class Stage:
         parts: names of its modules.
         run: (model, tokens) -> tokens after the stage.
         residual: whether `run` adds the output of its last layer to its input tokens.
+        norms: names of the norms through which its linear layers read the tokens.
     """
 
     parts: tuple[str, ...]
     run: Callable[[Any, Tensor], Tensor]
     residual: bool = False
+    norms: tuple[str, ...] = ()
 
     def layers(self, vit: VisionTransformer) -> dict[str, nn.Module]:
         """Its linear layers and norms, by name."""
@@ -47,11 +50,12 @@ def stages(vit: VisionTransformer, every_token: bool = False) -> list[Stage]:
     """
     found = [Stage(("norm_pre",), lambda vit, tokens: vit.norm_pre(tokens))]
     for number, block in enumerate(vit.blocks):
-        for branch in PRE_NORM if hasattr(block, "ls1") else POST_NORM:
+        pre_norm = hasattr(block, "ls1")
+        for branch in PRE_NORM if pre_norm else POST_NORM:
             parts = tuple(f"blocks.{number}.{part}" for part in branch)
-            found.append(Stage(parts, add_branch(parts), residual=True))
-    pooled = Stage(HEAD, lambda vit, tokens: vit.forward_head(vit.norm(tokens)))
-    dense = Stage(HEAD, lambda vit, tokens: vit.head(normed(vit, tokens)))
+            found.append(Stage(parts, add_branch(parts), True, parts[:1] if pre_norm else ()))
+    pooled = Stage(HEAD, lambda vit, tokens: vit.forward_head(vit.norm(tokens)), norms=HEAD_NORMS)
+    dense = Stage(HEAD, lambda vit, tokens: vit.head(normed(vit, tokens)), norms=HEAD_NORMS)
     return [*found, dense if every_token else pooled]
 
 

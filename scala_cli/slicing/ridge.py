@@ -1,6 +1,7 @@
 """Linear regression in closed form, from moments accumulated batch by batch."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,6 +53,10 @@ class Moments:
         """(o,)"""
         return self.sum_t / self.count + in_double(self.centre_t)
 
+    def origins(self, bias: bool) -> tuple[Tensor, Tensor]:
+        """Returns the means of inputs and targets, or zeros if there is no bias to fit a shift."""
+        return self.mean_x * bias, self.mean_t * bias
+
     def about(self, origin_x: Tensor, origin_t: Tensor) -> tuple[Tensor, Tensor]:
         """E[(x - a)(x - a)^T] (i, i) and E[(t - b)(x - a)^T] (o, i); where diagonal (i,) and (i,)."""
         x, t = self.sum_x / self.count, self.sum_t / self.count
@@ -62,36 +67,51 @@ class Moments:
         return xx, tx
 
 
-def ridge(
-    seen: Moments, weight: Tensor, strengths: Sequence[float], bias: bool
-) -> list[tuple[Tensor, Tensor | None]]:
-    """Returns, for each strength, the layer that best maps inputs to targets, regularised towards W0.
-
-    W = W0 + (T - W0 X) X^T (X X^T + lambda I)^-1 and b = mean(t) - W mean(x), where X and T are inputs and
-    targets about their means, or about zero if the layer has no bias to fit a shift.
+@dataclass(frozen=True)
+class Normal:
+    """The normal equations of a regression W x = t: W xx = tx.
 
     Args:
-        weight: W0, (o, i), or (i,) if the moments are diagonal.
-        strengths: lambda, each as a share of the inputs' mean square about the mean (zero).
-        bias: whether the layer has one.
-
-    Returns:
-        W as W0 in float64, and b (o,) or None.
+        xx: E[x x^T] (i, i), or (i,) where each input has its own target.
+        tx: E[t x^T] (o, i), or (i,).
+        least: the smallest variance of an input that counts as one.
     """
-    start = in_double(weight)
-    xx, tx = seen.about(*origins(seen, bias))
-    energy = xx if seen.diagonal else xx.diagonal()
-    least = ROUNDING * (energy + seen.mean_x.square()).mean() + TINY
-    identity = 1 if seen.diagonal else torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-    left = tx - (start * xx if seen.diagonal else start @ xx)
-    fits: list[tuple[Tensor, Tensor | None]] = []
-    for strength in strengths:
-        gram = xx + (strength * energy.mean() + least) * identity
-        change = left / gram if seen.diagonal else solve(gram, left)
-        fitted = start + change
-        mapped = fitted * seen.mean_x if seen.diagonal else fitted @ seen.mean_x
-        fits.append((fitted, seen.mean_t - mapped if bias else None))
-    return fits
+
+    xx: Tensor
+    tx: Tensor
+    least: Tensor | float
+
+    @classmethod
+    def of(cls, moments: Moments, origins: tuple[Tensor, Tensor]) -> "Normal":
+        """Returns those of moments, with inputs and targets about their origins."""
+        xx, tx = moments.about(*origins)
+        energy = xx if moments.diagonal else xx.diagonal()
+        return cls(xx, tx, ROUNDING * (energy + moments.mean_x.square()).mean() + TINY)
+
+    def solutions(self, weight: Tensor, strengths: Sequence[float]) -> list[Tensor]:
+        """Returns, for each strength, the least-squares W regularised towards W0, in float64.
+
+        W = W0 + (tx - W0 xx) (xx + lambda I)^-1
+
+        Args:
+            weight: W0, (o, i) or (i,).
+            strengths: lambda, each as a share of the mean of the diagonal of xx.
+        """
+        start = in_double(weight)
+        diagonal = self.xx.ndim == 1
+        energy = (self.xx if diagonal else self.xx.diagonal()).mean()
+        identity = 1 if diagonal else torch.eye(len(self.xx), dtype=self.xx.dtype, device=self.xx.device)
+        left = self.tx - (start * self.xx if diagonal else start @ self.xx)
+        fits = []
+        for strength in strengths:
+            gram = self.xx + (strength * energy + self.least) * identity
+            fits.append(start + (left / gram if diagonal else solve(gram, left)))
+        return fits
+
+    def error(self, weight: Tensor) -> Tensor:
+        """Returns E|t - W x|^2 less E|t|^2."""
+        mapped = weight * self.xx if self.xx.ndim == 1 else weight @ self.xx
+        return ((mapped - 2 * self.tx) * weight).sum()
 
 
 def solve(gram: Tensor, left: Tensor) -> Tensor:
@@ -102,33 +122,91 @@ def solve(gram: Tensor, left: Tensor) -> Tensor:
     return torch.cholesky_solve(left.mT, root).mT
 
 
-def best_ridge(
-    seen: Moments, held: Moments, weight: Tensor, strengths: Sequence[float], bias: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Returns the layer of `ridge` with the least error on held-out data.
+def best_solution(seen: Normal, held: Normal | None, weight: Tensor, strengths: Sequence[float]) -> Tensor:
+    """Returns the solution with the least error on held-out data.
 
     Earlier layers were fitted on the same images, so the inputs of a layer are better there than on others.
     So the strength that does best on other images grows with depth, and no constant suits all layers.
 
     Args:
-        held: moments of data that is not in `seen`; if empty, the middle strength is taken.
+        held: of data that is not in `seen`; without any, the middle strength is taken.
     """
-    if not held.count:
+    if held is None:
         strengths = strengths[len(strengths) // 2 :][:1]
-    fits = ridge(seen, weight, strengths, bias)
-    if len(fits) == 1:
+    fits = seen.solutions(weight, strengths)
+    if held is None or len(fits) == 1:
         return fits[0]
-    xx, tx = held.about(*origins(seen, bias))
-    errors = [
-        ((fitted * xx if held.diagonal else fitted @ xx) * fitted - 2 * tx * fitted).sum()
-        for fitted, _ in fits
-    ]
-    return fits[int(torch.stack(errors).argmin())]
+    return fits[int(torch.stack([held.error(fit) for fit in fits]).argmin())]
 
 
-def origins(seen: Moments, bias: bool) -> tuple[Tensor, Tensor]:
-    """Returns the origins of inputs and targets: their means, or zero without a bias."""
-    return (seen.mean_x, seen.mean_t) if bias else (0 * seen.mean_x, 0 * seen.mean_t)
+@dataclass(frozen=True)
+class Part:
+    """What one width contributes to the fit of a layer that several widths share.
+
+    Args:
+        seen: moments of the width's inputs and targets.
+        held: of those held out.
+        rows: (o_r,) the outputs that the width keeps.
+        columns: (i_r,) the inputs that it keeps.
+        weight: how much the width counts.
+    """
+
+    seen: Moments
+    held: Moments
+    rows: Tensor
+    columns: Tensor
+    weight: float = 1.0
+
+    def shift(self, weight: Tensor) -> Tensor:
+        """Returns (o_r,) the bias that makes the mean output that of the targets, for weights (o_r, i_r)."""
+        return self.seen.mean_t - weight @ self.seen.mean_x
+
+
+def fit_shared(parts: Sequence[Part], weight: Tensor, strengths: Sequence[float], bias: bool) -> Tensor:
+    """Returns the weights (o, i) in float64 that suit all widths best, each with a bias of its own.
+
+    A row is shared by the widths that keep it. Its normal equations are the sums of theirs, padded with zeros
+    to the inputs of the widest. All rows with the same widths are one regression.
+
+    Args:
+        weight: (o, i), what the fit is regularised towards; rows and columns that no width keeps stay.
+        bias: whether the layer has one.
+    """
+    fitted = in_double(weight).clone()
+    equations = []
+    for part in parts:
+        origins = part.seen.origins(bias)
+        held = Normal.of(part.held, origins) if part.held.count else None
+        equations.append((part, Normal.of(part.seen, origins), held))
+    keeps = torch.stack([torch.zeros(len(weight), dtype=torch.long).index_fill(0, p.rows, 1) for p in parts])
+    for sharing in keeps.unique(dim=1).T:
+        rows = (keeps == sharing[:, None]).all(0).nonzero().flatten()
+        shared = [equation for equation, kept in zip(equations, sharing, strict=True) if kept]
+        if not shared:
+            continue
+        columns = torch.cat([part.columns for part, _, _ in shared]).unique()
+        place = (rows, columns)
+        seen = padded_sum([(part, seen) for part, seen, _ in shared], place)
+        tested = [(part, held) for part, _, held in shared if held]
+        held = padded_sum(tested, place) if tested else None
+        fit = best_solution(seen, held, fitted[rows][:, columns], strengths)
+        fitted[rows[:, None], columns] = fit
+    return fitted
+
+
+def padded_sum(equations: Sequence[tuple[Part, Normal]], place: tuple[Tensor, Tensor]) -> Normal:
+    """Returns the sum of some widths' normal equations for these rows and columns."""
+    rows, columns = place
+    like = equations[0][1].xx
+    xx, tx = like.new_zeros(len(columns), len(columns)), like.new_zeros(len(rows), len(columns))
+    least: Any = 0.0
+    for part, own in equations:
+        at = torch.searchsorted(columns, part.columns).to(like.device)
+        chosen = torch.searchsorted(part.rows, rows).to(like.device)
+        xx[at[:, None], at] += part.weight * own.xx
+        tx[:, at] += part.weight * own.tx[chosen]
+        least = least + part.weight * own.least
+    return Normal(xx, tx, least)
 
 
 ROUNDING = 1e-10

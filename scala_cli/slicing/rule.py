@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -50,12 +51,19 @@ class Rule:
         return vit_table(self.num_heads, self.layout)
 
     def slice_state(
-        self, state: Mapping[str, Tensor], ratio: Fraction, copy: bool = False
+        self,
+        state: Mapping[str, Tensor],
+        ratio: Fraction,
+        copy: bool = False,
+        own: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> dict[str, Tensor]:
         """The tensors of the ViT at a width, as views of the full ones wherever torch can.
 
         Differentiable: gradients reach exactly the kept channels. With `copy` each is a contiguous copy,
         made as it is cut, so that a `state` which reads its tensors one by one is never whole in memory.
+
+        Args:
+            own: vectors that the width has of its own (`own.py`), by name; they take the place of cut ones.
 
         Raises:
             CheckpointError: a parameter that the table does not know.
@@ -64,9 +72,20 @@ class Rule:
         end = kept_end(ratio, self.span, self.isolated)
         sliced = {}
         for name, tensor in state.items():
-            part = slice_tensor(tensor, axes_of(name, self.table), ratio, end)
+            axes = axes_of(name, self.table)
+            part = own[name] if name in own else slice_tensor(tensor, axes, ratio, end)
             sliced[name] = part.clone(memory_format=torch.contiguous_format) if copy else part
         return fold_fixed_scale(sliced, ratio) if self.attn_scale == "fixed" else sliced
+
+
+def kept_channels(rule: Rule, name: str, dim: int, length: int, ratio: Fraction) -> Tensor:
+    """Returns the indices, ascending, that a width keeps of an axis of a parameter.
+
+    Args:
+        length: of the axis at full width.
+    """
+    end = kept_end(ratio, rule.span, rule.isolated)
+    return slice_tensor(torch.arange(length), [axes_of(name, rule.table)[dim]], ratio, end)
 
 
 def kept_end(ratio: Fraction, span: tuple[Fraction, Fraction], isolated: bool) -> End:
@@ -119,7 +138,7 @@ def fold_fixed_scale(sliced: dict[str, Tensor], ratio: Fraction) -> dict[str, Te
     folded = dict(sliced)
     for name, tensor in sliced.items():
         prefix = name.partition(".attn.")[0]
-        if ".attn.q_norm." in name:
+        if ".attn.q_norm." in name or name.startswith("attn_pool.q."):
             folded[name] = tensor * factor
         elif ".attn.qkv." in name and f"{prefix}.attn.q_norm.weight" not in sliced:
             q, kv = tensor.tensor_split([len(tensor) // 3])

@@ -58,9 +58,14 @@ def finetune(
         taught = False
     else:
         start = SlimmableViT(start.vit, start.spec.naming(classes), start.rule, start.extra)
-    start, record = prepare(start, record, settings, splits[0], watch)
-    trainer = Trainer(start, task, taught, settings, splits)
+    begun = start
+    start, record = prepare(begun, record, settings, splits[0], watch)
+    # widths that are fitted change the full one a little, so the model from before teaches
+    teacher = begun if start.extra and not begun.extra else start
+    trainer = Trainer(start, task, teacher if taught else None, settings, splits)
     with run.claimed(settings, force):
+        if taught and teacher is begun:
+            run.save_teacher(teacher, record)
         return begin(trainer, start, record, run, watch)
 
 
@@ -102,7 +107,8 @@ def go_on_from(state: dict[str, Any], run: Run, watch: Watcher, changes: Mapping
     start, record = load_with_record(run.path / "start")
     task = task_named(record.task)
     splits = task.open(settings, state["images"]["classes"], watch, world)
-    trainer = Trainer(start, task, state["taught"], settings, splits)
+    teacher = run.read_teacher() or start
+    trainer = Trainer(start, task, teacher if state["taught"] else None, settings, splits)
     refuse_other_images(trainer.images(), state["images"], run)
     trainer.restore(state)
     if len(trainer.rows) < trainer.epochs:
@@ -133,7 +139,7 @@ def learn_classes_first(
         optimizer=settings.optimizer.for_share(LEARNING),
     )
     alone = start.with_rule(replace(start.rule, ratios=(FULL.ratio,)))
-    trainer = Trainer(alone, task_named(record.task), False, learning, splits)
+    trainer = Trainer(alone, task_named(record.task), None, learning, splits)
     points = [str(point) for point in start.points]
     with run.claimed(settings, force):
         with run.teacher.claimed(learning, force):
@@ -154,7 +160,7 @@ def widen(
     record = replace(record, new_head=False)
     start = net.with_rule(replace(net.rule, ratios=ratios_of(points)))
     start, record = prepare(start, record, settings, splits[0], watch)
-    trainer = Trainer(start, task_named(record.task), True, settings, splits)
+    trainer = Trainer(start, task_named(record.task), net, settings, splits)
     return begin(trainer, start, record, run, watch)
 
 

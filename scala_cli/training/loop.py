@@ -61,8 +61,9 @@ class Trainer:
     Building it checks all the settings against the model, the data and this machine; nothing is written.
 
     Args:
-        start: the model to start from; its full width, frozen, is the teacher where `taught`.
+        start: the model to start from.
         task: what it is for.
+        teacher: the model whose full width teaches, or None.
         splits: training and validation images.
 
     Raises:
@@ -70,12 +71,17 @@ class Trainer:
     """
 
     def __init__(
-        self, start: SlimmableViT, task: Task, taught: bool, settings: Settings, splits: tuple[Split, Split]
+        self,
+        start: SlimmableViT,
+        task: Task,
+        teacher: SlimmableViT | None,
+        settings: Settings,
+        splits: tuple[Split, Split],
     ) -> None:
         self.settings, self.task = settings, task
         device = choose_device(settings.device)
         self.world = World.join(device)
-        self.step = Step(start, task, taught, settings, device, self.world)
+        self.step = Step(start, task, teacher, settings, device, self.world)
         chosen = settings.optimizer
         low, high = settings.augment.scale
         if not 0 < low <= high <= 1:

@@ -14,7 +14,7 @@ from huggingface_hub.utils import yaml_dump
 from scala_cli.errors import ScalaError, TrainingError
 from scala_cli.files import clear, refuse_occupied, whole_file
 from scala_cli.lock import LOCK, locked
-from scala_cli.models.checkpoint import Record, save
+from scala_cli.models.checkpoint import Record, load, save
 from scala_cli.models.locate import CARD, LAST_RUN, STATE
 from scala_cli.models.locate import FILES as OF_CHECKPOINT
 from scala_cli.models.slimmable import SlimmableViT
@@ -29,7 +29,7 @@ Row = dict[str, Any]
 """One epoch: {"epoch", "lr", "images_per_sec", "minutes", "loss": {name: mean},
 "points": [{"ratio", "top1", ...}]}; the minutes are those of training, without evaluation."""
 
-METRICS, GRADIENTS, FORMAT = "metrics.jsonl", "grads.jsonl", 4
+METRICS, GRADIENTS, FORMAT = "metrics.jsonl", "grads.jsonl", 5
 CHECKPOINTS = ("start", "last", "best")
 OF_RUN = {STATE, METRICS, GRADIENTS, "summary.csv", "args.yaml", LOCK}
 OF_RUN |= {f"{name}/{file}" for name in CHECKPOINTS for file in OF_CHECKPOINT - {CARD}}
@@ -57,7 +57,10 @@ class Run:
 
     @property
     def teacher(self) -> "Run":
-        """The run in which the full width alone learnt new classes."""
+        """The run in which the full width alone learnt new classes; its last checkpoint is the teacher.
+
+        Where the widths of the start were fitted, it holds that checkpoint alone: the model from before.
+        """
         return Run(self.path / "teacher", writes=self.writes)
 
     @property
@@ -110,6 +113,17 @@ class Run:
         if self.writes:
             save(start, record, self.path / "start")
             self.write_state(state)
+
+    def save_teacher(self, net: SlimmableViT, record: Record) -> None:
+        """Saves the model that teaches, if it is not the starting model."""
+        if self.writes:
+            self.teacher.path.mkdir(exist_ok=True)
+            save(net, record, self.teacher.path / "last")
+
+    def read_teacher(self) -> SlimmableViT | None:
+        """Returns the model that teaches, if it is not the starting model."""
+        last = self.teacher.path / "last"
+        return load(last) if last.is_dir() else None
 
     def make_newest(self) -> None:
         """Points runs/last here, if the working directory is writable."""

@@ -55,7 +55,7 @@ def bench_training(
     images = random_images(net.spec, size).to(device)
     targets = (torch.arange(size) % net.spec.num_classes).to(device)
     plain = plain_step(net, settings, device)
-    step = Step(net, task_named(task), True, settings, device)
+    step = Step(net, task_named(task), net, settings, device)
     step.net.train()
     teacher = step.frozen
 

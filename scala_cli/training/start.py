@@ -8,15 +8,14 @@ from pathlib import Path
 
 import torch
 
-from scala_cli.data.calibration import calibration_images
+from scala_cli.calibration import fit_family
 from scala_cli.data.classes import class_misfit
 from scala_cli.data.split import Split
-from scala_cli.device import choose_device
+from scala_cli.errors import TrainingError
 from scala_cli.methods import method_named
 from scala_cli.models.checkpoint import Record
-from scala_cli.models.order import put_first_what_matters
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.settings import DEFAULT_RATIOS, Settings
+from scala_cli.settings import DEFAULT_RATIOS, CalibrationSettings, FamilySettings, Settings
 from scala_cli.slicing.point import Point
 from scala_cli.watch import Watcher
 
@@ -34,20 +33,38 @@ def with_new_head(start: SlimmableViT, classes: Sequence[str], seed: int) -> Sli
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vit.reset_classifier(len(classes))
-    return SlimmableViT(vit, start.spec.naming(classes), start.rule, start.extra)
+    extra = {name: t for name, t in start.extra.items() if not name.partition(":")[2].startswith("head")}
+    return SlimmableViT(vit, start.spec.naming(classes), start.rule, extra)
 
 
 def prepare(
     start: SlimmableViT, record: Record, settings: Settings, images: Split, watch: Watcher
 ) -> tuple[SlimmableViT, Record]:
-    """Returns the model to train: its channels in order if the order is free, with or without isolation."""
-    if record.order_is_free(start.rule) and settings.method.order == "importance":
-        watch.note("putting the channels in order of importance on some training images.")
-        device = choose_device(settings.device)
-        if device.type == "cuda":  # in float64, which not every device has
-            start = start.copied().to(device)
-        ordered = put_first_what_matters(start, calibration_images(images, start.spec, settings.read, watch))
-        start, record = ordered.to("cpu"), replace(record, order="importance")
+    """Returns the model to train, with or without isolation.
+
+    If the order of its channels is free, they are put in order. If its widths have neither been trained nor
+    fitted to the full one, they are fitted.
+
+    Raises TrainingError where widths that were fitted would be isolated.
+    """
+    free = record.order_is_free(start.rule)
+    chosen = method_named(settings.method.method).effective(settings.method)
+    narrow = start.rule.ratios != (1,)
+    fit = record.widths_are_free(start.rule) and narrow and not start.extra and chosen.calibrate
+    if settings.method.order == "importance" and (free or fit):
+        todo = ["putting the channels in order of importance"] if free else []
+        todo += ["fitting the narrower widths"] if fit else []
+        watch.note(f"{' and '.join(todo)} on some training images.")
+        how = CalibrationSettings(calibrate=fit)
+        start, record, _ = fit_family(
+            start, record, images, how, settings.read, settings.device, watch, FamilySettings()
+        )
+    if start.extra and isolation(start, record, settings):
+        raise TrainingError(
+            "the widths of this model were fitted to its first channels: they cannot be isolated.",
+            remedy="leave_out",
+            setting="isolation",
+        )
     return start.with_rule(replace(start.rule, isolated=isolation(start, record, settings))), record
 
 

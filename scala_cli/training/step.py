@@ -20,7 +20,7 @@ from scala_cli.memory import naming_lack_of_memory
 from scala_cli.methods import method_named
 from scala_cli.methods.base import Batch
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.models.vit import choose_attention, skip_unread
+from scala_cli.models.vit import choose_attention, random_images, skip_unread
 from scala_cli.precision import autocast, uses_bfloat16
 from scala_cli.settings import AugmentSettings, Settings
 from scala_cli.slicing.point import Point
@@ -35,8 +35,9 @@ class Step:
     All that is random depends on the seed and the number of the step alone.
 
     Args:
-        start: the model to start from; its full width, frozen, is the teacher where `taught`.
+        start: the model to start from.
         task: what the model is for.
+        teacher: the model whose full width teaches, frozen; None without a teacher.
         world: the processes that share each batch.
 
     Raises:
@@ -47,7 +48,7 @@ class Step:
         self,
         start: SlimmableViT,
         task: Task,
-        taught: bool,
+        teacher: SlimmableViT | None,
         settings: Settings,
         device: torch.device,
         world: World = ALONE,
@@ -58,7 +59,7 @@ class Step:
         self.net.vit.set_grad_checkpointing(settings.optimizer.grad_checkpointing)
         self.modules = self.method.modules(start.spec.embed_dim).to(device)
         # a copy too: where tensors read from a file happen to lie decides how products of matrices round
-        self.frozen = start.copied().vit.to(device).requires_grad_(False) if taught else None
+        self.frozen = teacher.copied().vit.to(device).requires_grad_(False) if teacher else None
         for vit in (self.net.vit, self.frozen):
             if vit:
                 choose_attention(vit, device, uses_bfloat16(device, settings.device))
@@ -75,6 +76,7 @@ class Step:
                 weight_decay=chosen.weight_decay,
                 layer_decay=chosen.layer_decay,
             )
+            self.train_own_vectors()
             if trained := [*self.modules.parameters()]:
                 self.optimizer.add_param_group({"params": trained})
         if getattr(self.optimizer, "is_second_order", False):
@@ -85,13 +87,9 @@ class Step:
                 value="adamw",
             )
         self.average = (
-            ModelEmaV3(self.net.vit, decay=chosen.model_ema_decay, use_warmup=True)
-            if chosen.model_ema
-            else None
+            ModelEmaV3(self.net, decay=chosen.model_ema_decay, use_warmup=True) if chosen.model_ema else None
         )
-        self.judged = self.net
-        if self.average:
-            self.judged = SlimmableViT(self.average.module, start.spec, start.rule, self.net.extra)
+        self.judged: SlimmableViT = self.average.module if self.average else self.net
         for vit in (self.net.vit, self.frozen):  # not the average, which is copied from these before
             if vit:
                 skip_unread(vit)
@@ -109,13 +107,20 @@ class Step:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """All that is trained."""
-        return [*self.net.vit.parameters(), *self.modules.parameters()]
+        return [*self.net.parameters(), *self.modules.parameters()]
+
+    def train_own_vectors(self) -> None:
+        """Adds the vectors that a width has of its own to the groups of those that all share."""
+        shared = dict(self.net.vit.named_parameters())
+        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        for name, vector in self.net.extra.items():
+            groups[id(shared[name.partition(":")[2]])]["params"].append(vector)
 
     def state(self) -> dict[str, Any]:
         """All that `restore` needs to go on after the last step."""
         return {
             "step": self.number,
-            "weights": self.net.vit.state_dict(),
+            "weights": self.net.state_dict(),
             "modules": self.modules.state_dict(),
             "average": self.average.module.state_dict() if self.average else None,
             "optimizer": self.optimizer.state_dict(),
@@ -123,7 +128,7 @@ class Step:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.number = state["step"]
-        self.net.vit.load_state_dict(state["weights"])
+        self.net.load_state_dict(state["weights"])
         self.modules.load_state_dict(state.get("modules", {}))
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average:
@@ -157,9 +162,9 @@ class Step:
             self.optimizer.zero_grad()
             self.number += 1
             if self.average:
-                self.average.update(self.net.vit, self.number)
+                self.average.update(self.net, self.number)
             # on a GPU not all that writes to weights counts it, and no width would be cut anew
-            for parameter in self.judged.vit.parameters():
+            for parameter in self.judged.parameters():
                 increment_version(parameter)
         self.moving, self.compiling = False, nullcontext()
         return told
@@ -177,14 +182,20 @@ class Step:
 
     def gather_gradients(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Every pass of the method, forwards and backwards. Returns their losses."""
-        losses: dict[str, Tensor] = {}
-        if not len(images):
-            for parameter in self.parameters:
-                parameter.grad = torch.zeros_like(parameter)
-            return losses
         random_seed((self.settings.run.seed * 1_000_003 + self.number) % 2**32)
+        if not len(images):  # gradients of zero, for the parameters that have one in the other processes
+            blank = random_images(self.net.spec, 1).to(self.device)
+            self.passes(blank, targets.new_zeros(1, dtype=torch.long).to(self.device))
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
+            return {}
         images = images.to(self.device, non_blocking=True)
-        images, targets = self.mix(images, targets.to(self.device, non_blocking=True))
+        return self.passes(*self.mix(images, targets.to(self.device, non_blocking=True)))
+
+    def passes(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Runs the passes of a step on mixed images and targets, as `gather_gradients`."""
+        losses: dict[str, Tensor] = {}
         teacher = self.teach if self.frozen else None
         drawn = self.method.draw(Random(f"{self.settings.run.seed} {self.number}"))
         parts = self.settings.optimizer.grad_accum_steps

@@ -1,0 +1,29 @@
+"""Vectors that a width has of its own, in place of those cut from the full width's.
+
+Norms and biases are few (0.3 % of a ViT-S's parameters), but the narrower a slice, the less the full width's
+suit it, for its activations have other means and deviations (as the switchable norms of arXiv 1812.08928).
+"""
+
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+
+from torch import Tensor
+
+from scala_cli.slicing.point import decimal
+
+
+def own_name(ratio: Fraction, name: str) -> str:
+    """Returns the name in `extra.safetensors`: "0.5:blocks.0.norm1.weight"."""
+    return f"{decimal(ratio)}:{name}"
+
+
+def own_vectors(extra: Mapping[str, Tensor], ratio: Fraction) -> dict[str, Tensor]:
+    """Returns the vectors that a width has of its own, by timm's names."""
+    prefix = own_name(ratio, "")
+    return {name.removeprefix(prefix): extra[name] for name in extra if name.startswith(prefix)}
+
+
+def own_of_widths(extra: Mapping[str, Tensor], ratios: Iterable[Fraction]) -> dict[str, Tensor]:
+    """Returns the vectors of these widths, by their names in `extra`."""
+    labels = {decimal(ratio) for ratio in ratios}
+    return {name: tensor for name, tensor in extra.items() if name.partition(":")[0] in labels}
