@@ -199,7 +199,8 @@ def fit_stage(
         if name in stage.norms:
             continue
         parts = {
-            ratio: moments(family, ratio, name, stage, streams, values, name == writer) for ratio in weights
+            ratio: moments_of(family, ratio, name, stage, streams, values, name == writer)
+            for ratio in weights
         }
         if layers[name].weight.ndim == 1:
             fit_norm(family, name, parts, strengths)
@@ -209,7 +210,7 @@ def fit_stage(
     return Streams(wanted, own, streams.held)
 
 
-def moments(
+def moments_of(
     family: SlimmableViT,
     ratio: Fraction,
     name: str,
