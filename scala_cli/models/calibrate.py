@@ -79,10 +79,9 @@ def calibrate_family(
     """Returns the family with all its widths fitted to the full model, and how well each does.
 
     The output of the embedding (patches, class token, registers, positions) already equals the full model's.
-    Every later linear layer is fitted: the last of a branch to the full model's stream minus the width's
-    stream so far, all others to the full model's activations. So are norms, but for those through which the
-    stream is read (`with_own_vectors`). A layer without a bias is fitted without one. Memory holds the
-    streams and the targets of half a block.
+    Every later linear layer and norm is fitted: the last of a branch to the full model's stream minus the
+    width's stream so far, all others to the full model's activations. A layer without a bias is fitted
+    without one. Memory holds the streams and the targets of half a block.
 
     Args:
         net: a family with its channels in order (`put_first_what_matters`).
@@ -196,8 +195,8 @@ def fit_stage(
     if writer:
         targets[writer] = wanted
     for name, values in targets.items():
-        if name in stage.norms:
-            continue
+        if name in stage.norms and len(weights) > 1:
+            continue  # scaled already (`with_own_vectors`), which suits shared weights better
         parts = {
             ratio: moments_of(family, ratio, name, stage, streams, values, name == writer)
             for ratio in weights
