@@ -131,6 +131,7 @@ def open_source(
     original, vit = vit, describe(vit, config.model_args).build_with(vit.state_dict())
     features = give_identity_head(vit) or (features and not new_head)
     record = record_of(model, weights, scratch, source, about, new_head and not features)
+    record = replace(record, task="features" if features else record.task)
     if changes.sizes():
         record = replace(record, provenance={**record.provenance, "options": changes.words()})
     spec = replace(describe(vit, config.model_args), features=features)
