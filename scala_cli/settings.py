@@ -212,9 +212,6 @@ class Budget:
 class RunSettings:
     """What is drawn, judged and recorded."""
 
-    task: Literal["classification", "features"] | None = option(
-        None, "What the model is for. Default: features, without labels, where it has no classifier."
-    )
     seed: int = option(0, "Seed of everything random.", min=0)
     holdout: float = option(
         0.0,
@@ -225,6 +222,9 @@ class RunSettings:
     )
     log_grads: bool = option(
         False, "Write each width's gradient norm, and the cosines between widths, to grads.jsonl.", only="on"
+    )
+    task: Literal["classification", "features"] | None = option(
+        None, "What the model is for. Default: features, without labels, where it has no classifier."
     )
 
 

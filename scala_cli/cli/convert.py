@@ -7,7 +7,7 @@ import typer
 
 from scala_cli.cli.console import Output
 from scala_cli.cli.options import Force, ImgSize, PatchSize, Ratios, Target, Weights
-from scala_cli.errors import CheckpointError, ScalaError
+from scala_cli.errors import ScalaError
 from scala_cli.files import refuse_occupied
 from scala_cli.models.locate import FILES, path_of, short_name
 from scala_cli.settings import CalibrationSettings, DeviceSettings, FamilySettings, ReadSettings
@@ -105,7 +105,7 @@ def convert(
     from scala_cli.cost import cost
     from scala_cli.data.split import open_images
     from scala_cli.models.checkpoint import save
-    from scala_cli.models.features import for_task, headless
+    from scala_cli.models.features import for_task, headless, refuse_without_classes
     from scala_cli.models.order import put_first_what_matters
     from scala_cli.models.slimmable import SlimmableViT
     from scala_cli.models.source import Changes, distance, open_source
@@ -127,8 +127,7 @@ def convert(
         net, record = for_task(opened.net, opened.record, task)
         dropped = net.spec.features and not opened.net.spec.features
         original = headless(opened.original) if dropped else opened.original
-        if task == "classification" and net.spec.features:
-            raise CheckpointError("this model has no classifier.", remedy="add_classes")
+        refuse_without_classes(net, record)
         if labels is not None:
             spec = net.spec.naming(read_labels(labels, net.spec.num_classes))
             net = SlimmableViT(net.vit, spec, net.rule, net.extra)

@@ -73,3 +73,9 @@ def for_task(net: SlimmableViT, record: Record, task: str | None) -> tuple[Slimm
     spec = replace(describe(vit, net.spec.model_args), features=True)
     record = replace(record, metrics=(), new_head=False)
     return SlimmableViT(vit, spec, net.rule).train(net.training), record
+
+
+def refuse_without_classes(net: SlimmableViT, record: Record) -> None:
+    """Raises CheckpointError where a model for classification has no classifier."""
+    if record.task == "classification" and net.spec.features:
+        raise CheckpointError("this model has no classifier.", remedy="add_classes")

@@ -40,11 +40,11 @@ def bench_training(
     Returns:
         {"device", "threads", "precision", "torch", "timm", "batch_size", "runs", "steps"}; the steps are
         timm's, the method's without a teacher (where there are labels) and, as from pretrained weights, with
-        one. Per step {"step", "images_per_sec", "cost_ratio", "efficiency", "mb_per_image"}: the median; the multiply-accumulates
-        of an image relative to timm's; images/s times that relative to timm's images/s, which is 1 where
-        training many widths costs no more than timm's arithmetic for them, some of which is skipped
-        (`vit.skip_unread`); and by how much memory peaks above what was held before, divided by the images
-        of the batch, where the system tells.
+        one. Per step {"step", "images_per_sec", "cost_ratio", "efficiency", "mb_per_image"}: the median; the
+        multiply-accumulates of an image relative to timm's; images/s times that relative to timm's images/s,
+        which is 1 where training many widths costs no more than timm's arithmetic for them, some of which is
+        skipped (`vit.skip_unread`); and by how much memory peaks above what was held before, divided by the
+        images of the batch, where the system tells.
     """
     device = choose_device(settings.device)
     note_emulation(device, settings.device, watch)
