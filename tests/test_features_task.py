@@ -341,9 +341,9 @@ def test_mistakes_of_a_features_run(scala, pictures, photos, tiny):
     assert answer.code == 2 and "--against compares features" in answer.told
     answer = scala("slice", "net", "--min-top1", 50)
     assert answer.code == 2 and "it has no top-1. Leave out --min-top1." in answer.told
-    write_timm_directory(Path("other"), num_classes=0, patch_size=8)
+    write_timm_directory(Path("other"), num_classes=0, embed_dim=64)
     answer = scala("eval", "net", "--data", pictures, "-j", 0, "--against", "other")
-    assert answer.code == 2 and "32 for each of 16 patches, the other one 32 for each of 4" in answer.told
+    assert answer.code == 2 and "32 for each of 16 patches, the other one 64 for each of 16" in answer.told
 
 
 def test_a_backbone_and_a_folder_as_a_user_has_them(scala, pictures):
@@ -359,6 +359,10 @@ def test_a_backbone_and_a_folder_as_a_user_has_them(scala, pictures):
     against = scala("eval", "run", "--data", pictures, "-j", 0, "--against", "backbone", "--json").json
     assert evaluated["points"][-1]["r2"] == 1 > against["points"][-1]["r2"] > 0.9
     assert scala("slice", "run", "--ratio", "0.5", "-o", "half").code == 0
+    words = ("--img-size", 24, "--ratios", "0.5,1", "-o", "larger")
+    assert scala("convert", "backbone", *words).code == 0  # what it is compared with is opened as large
+    larger = scala("eval", "larger", "--data", pictures, "-j", 0, "--against", "backbone", "--json").json
+    assert larger["points"][-1]["r2"] == 1
     assert scala("slice", "run", "--max-gmacs", 1, "-o", "best", "--json").json["candidates"][0]["r2"]
     timed = scala("bench", "run", "--data", pictures, "-j", 0, "--runs", 1, "-b", 2, "--json").json
     assert timed["points"][0]["r2"] == pytest.approx(evaluated["points"][0]["r2"], abs=1e-2)

@@ -67,8 +67,7 @@ def evaluate(
         validation_loader,
     )
     from scala_cli.models.checkpoint import load_with_record
-    from scala_cli.models.features import for_task
-    from scala_cli.models.source import open_slimmable
+    from scala_cli.models.source import open_backbone
     from scala_cli.models.vit import choose_attention
     from scala_cli.plot import cascade_picture, refuse_picture, save
     from scala_cli.precision import note_emulation, uses_bfloat16
@@ -92,8 +91,9 @@ def evaluate(
             net, _ = cut_without_training(net, record, net.points, images, calibration, read, device, live)
         reference = None
         if against:
-            other, _ = for_task(*open_slimmable(against, None, watch=live), "features")
-            reference = answering(reference_for(net, other).to(place), task, device)
+            other = reference_for(net, open_backbone(against, net.spec, live)).to(place)
+            choose_attention(other, place, uses_bfloat16(place, device))
+            reference = answering(other, task, device)
         net.to(place)
         choose_attention(net, place, uses_bfloat16(place, device))
         note_emulation(place, device, live)

@@ -89,7 +89,8 @@ def description(spec: Spec, record: Record, rows: Rows, family: bool) -> str:
     warning = record.untrained(points)
     warning = f" {warning.capitalize()}." if warning else ""
     if spec.features:
-        warning = f" It has no classifier: its outputs are features.{warning}"
+        same = " They are those of the full model at every width; R² and cosine tell how well."
+        warning = f" It has no classifier: its outputs are features.{same if record.metrics else ''}{warning}"
     if not family:
         return (
             f"{spec.architecture} at {points[0]} of its width, for images of {height} x {width} "

@@ -84,7 +84,11 @@ class Features:
     def judged(self, spec: Spec, data: str, data_dir: str | None) -> Split:
         """Returns the validation images, or all where there is no validation part. Raises DataError."""
         found = open_validation_images(data, data_dir)
-        return without_labels(open_images(data, data_dir) if found is None else found)
+        if found is not None:
+            return without_labels(found)
+        every = without_labels(open_images(data, data_dir))
+        told = f"{data} has no validation part, so all of its images are evaluated on."
+        return replace(every, notes=(*every.notes, told))
 
     def forward(self, vit: VisionTransformer, images: Tensor) -> Tensor:
         """Returns (B, 1 + patches, C): what the model returns, and its patch tokens through the head."""

@@ -93,7 +93,14 @@ def prepare(
         watch.note(f"{' and '.join(todo)} on some training images.")
         how = CalibrationSettings(calibrate=fit)
         start, record, _ = fit_family(
-            start, record, images, how, settings.read, settings.device, watch, FamilySettings()
+            start,
+            record,
+            replace(images, notes=()),
+            how,
+            settings.read,
+            settings.device,
+            watch,
+            FamilySettings(),
         )
     if start.extra and isolation(start, record, settings):
         raise TrainingError(
