@@ -33,7 +33,7 @@ def main(model: str, amp: bool = False, torchcompile: bool = False, batch_size: 
         ready = Step(
             net,
             task_named("classification"),
-            True,
+            net,
             Settings("", optimizer=chosen, device=DeviceSettings(amp=amp)),
             CPU,
         )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from scala_cli.cost import gmacs
-from scala_cli.errors import PointError
+from scala_cli.errors import CheckpointError, PointError
 from scala_cli.models.slimmable import Ratio, SlimmableViT
 from scala_cli.slicing.point import find_point
 
@@ -22,10 +22,13 @@ class Cascade(nn.Module):
 
     Raises:
         PointError: a width that was not trained, or widths that do not grow.
+        CheckpointError: a model that gives features.
     """
 
     def __init__(self, net: SlimmableViT, ratios: Sequence[Ratio], threshold: float) -> None:
         super().__init__()
+        if net.spec.features:
+            raise CheckpointError("a cascade needs classes; this model gives features.", remedy="train_head")
         self.net, self.threshold = net, threshold
         self.points = tuple(find_point(ratio, net.points) for ratio in ratios)
         if len(self.points) < 2 or list(self.points) != sorted(set(self.points)):

@@ -1,25 +1,26 @@
-"""Accuracy of every width in one pass over the images."""
+"""How well every width does, in one pass over the images."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from timm.models import VisionTransformer
 from torch import Tensor
 
 from scala_cli.cascade import Cascade, confidence, sweep
 from scala_cli.cost import gmacs, macs
-from scala_cli.data.classes import class_misfit
 from scala_cli.data.loader import Loader
-from scala_cli.data.split import open_split
 from scala_cli.data.transform import transform_for
 from scala_cli.data.workers import naming_a_dead_reader
-from scala_cli.errors import DataError
+from scala_cli.errors import CheckpointError
 from scala_cli.memory import naming_lack_of_memory
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.precision import autocast
 from scala_cli.settings import DeviceSettings, ReadSettings
 from scala_cli.slicing.point import Point
+from scala_cli.tasks import task_named
 from scala_cli.tasks.base import Task
 from scala_cli.timing import Predictor
 from scala_cli.watch import Watcher
@@ -28,18 +29,14 @@ from scala_cli.world import ALONE, World
 Key = TypeVar("Key")
 
 
-def validation_loader(net: SlimmableViT, data: str, batch_size: int, read: ReadSettings) -> Loader:
-    """The validation images of a data set as `net` wants them, their classes numbered as in its head.
+def validation_loader(
+    net: SlimmableViT, task: Task, data: str, batch_size: int, read: ReadSettings
+) -> Loader:
+    """The validation images of a data set as `net` and its task want them.
 
-    Raises DataError, also where the data's classes are not the model's.
+    Raises DataError, also where the data does not fit the model.
     """
-    split = open_split(data, False, read.data_dir).numbered_as(net.spec.label_names)
-    misfit = class_misfit(split.classes, net.spec.num_classes, net.spec.label_names)
-    if not net.spec.num_classes:
-        raise DataError(f"{misfit}.", remedy="train_head", data=data)
-    if misfit:
-        raise DataError(f"{misfit}.", remedy="same_classes", data=data)
-    return Loader(split, transform_for(net.spec), batch_size, read)
+    return Loader(task.judged(net.spec, data, read.data_dir), transform_for(net.spec), batch_size, read)
 
 
 @torch.inference_mode()
@@ -51,30 +48,63 @@ def evaluate(
     settings: DeviceSettings,
     watch: Watcher,
     world: World = ALONE,
+    reference: Predictor | None = None,
 ) -> list[dict[str, Any]]:
     """The task's metrics of every point, over the images that could be read, each counted once.
 
     Args:
         world: the processes whose loaders together have all of the images.
+        reference: what outputs are compared with where there are no labels. Default: the full width's.
 
     Returns:
         per point its columns, those of the task, and "images".
     """
     device = next(net.parameters()).device
-    found = metrics(widths(net, points, settings), task, loader, device, watch, world)
+    if reference is None and not task.labelled:
+        reference = answering(net.at(Fraction(1)), task, settings)
+    found = metrics(widths(net, task, points, settings), task, loader, device, watch, world, reference)
     return [{**point.columns(), **measured} for point, measured in found.items()]
 
 
-def widths(net: SlimmableViT, points: Sequence[Point], settings: DeviceSettings) -> dict[Point, Predictor]:
+def widths(
+    net: SlimmableViT, task: Task, points: Sequence[Point], settings: DeviceSettings
+) -> dict[Point, Predictor]:
     """The model at each width as it is evaluated."""
     net.eval()
     device = next(net.parameters()).device
 
     def predict(point: Point, images: Tensor) -> Tensor:
         with autocast(device, settings):
-            return net(images, point)
+            return task.forward(net.model_at(point), images)
 
     return {point: partial(predict, point) for point in points}
+
+
+def answering(vit: VisionTransformer, task: Task, settings: DeviceSettings) -> Predictor:
+    """A timm model as it is evaluated."""
+    vit.eval()
+    device = next(vit.parameters()).device
+
+    def predict(images: Tensor) -> Tensor:
+        with autocast(device, settings):
+            return task.forward(vit, images)
+
+    return predict
+
+
+def reference_for(net: SlimmableViT, other: SlimmableViT) -> VisionTransformer:
+    """The full width of another backbone, to compare the features of `net` with.
+
+    Raises CheckpointError where it has other patches or other features.
+    """
+    ours, theirs = ((each.spec.patches, each.vit.head.out_features) for each in (net, other))
+    if ours != theirs:
+        raise CheckpointError(
+            f"features cannot be compared: the model gives {ours[1]} for each of {ours[0]} patches, "
+            f"the other one {theirs[1]} for each of {theirs[0]}.",
+            "Give the model that it was made from, at the same image size.",
+        )
+    return other.at(Fraction(1))
 
 
 @naming_a_dead_reader()
@@ -86,10 +116,13 @@ def metrics(
     device: torch.device,
     watch: Watcher,
     world: World = ALONE,
+    reference: Predictor | None = None,
 ) -> dict[Key, dict[str, Any]]:
     """The task's columns and "images" of each predictor, as `evaluate`."""
     meters = {key: task.meter() for key in predictors}
     for images, targets in batches(loader, device, watch):
+        if reference is not None:
+            targets = reference(images)
         for key, meter in meters.items():
             with naming_lack_of_memory(len(images)):
                 output = predictors[key](images)
@@ -115,7 +148,7 @@ def evaluate_cascade(
         per width alone its columns, "top1" and "gmacs", and per threshold what `sweep` tells.
     """
     net, points = cascade.net, cascade.points
-    predictors = widths(net, points, settings)
+    predictors = widths(net, task_named("classification"), points, settings)
     seen: list[tuple[Tensor, Tensor]] = []  # of each batch, both (widths, B)
     for images, targets in batches(loader, next(net.parameters()).device, watch):
         with naming_lack_of_memory(len(images)):

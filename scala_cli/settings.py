@@ -58,6 +58,17 @@ class MethodSettings:
         True, "Count all losses alike, instead of the narrowest's as much as all the others'.", only="off"
     )
     smoothing: float = option(0.1, "Label smoothing.", min=0, max=1)
+    class_token: float = option(
+        1.0, "Of features: weight of the loss on the class token, or on what the model pools instead.", min=0
+    )
+    patch_tokens: float = option(1.0, "Of features: weight of the loss on the patch tokens.", min=0)
+    whiten: float = option(
+        0.0,
+        "Of features: how far directions of small variance are raised in the loss; 0 leaves them, at 1 all "
+        "count alike.",
+        min=0,
+        max=1,
+    )
 
 
 @dataclass(frozen=True)
@@ -203,10 +214,17 @@ class RunSettings:
 
     seed: int = option(0, "Seed of everything random.", min=0)
     holdout: float = option(
-        0.0, "Judge on this share of the training images instead of on val/.", min=0, max=0.5
+        0.0,
+        "Judge on this share of the training images instead of on val/. Default: for features a tenth, 1,000 "
+        "at most, where there is no val/.",
+        min=0,
+        max=0.5,
     )
     log_grads: bool = option(
         False, "Write each width's gradient norm, and the cosines between widths, to grads.jsonl.", only="on"
+    )
+    task: Literal["classification", "features"] | None = option(
+        None, "What the model is for. Default: features, without labels, where it has no classifier."
     )
 
 

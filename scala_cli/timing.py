@@ -28,7 +28,7 @@ SECONDS = 20.0
 Key = TypeVar("Key")
 
 Predictor = Callable[[Tensor], Tensor]
-"""images (B, C, H, W) -> logits (B, classes)"""
+"""images (B, C, H, W) -> the model's output, such as logits (B, classes)"""
 
 
 @dataclass(frozen=True)

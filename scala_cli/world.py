@@ -60,9 +60,13 @@ class World:
 
     def agree(self, module: nn.Module) -> None:
         """Gives every process the weights of the first: the same arithmetic may round elsewhere otherwise."""
+        self.agree_on(module.state_dict().values())
+
+    def agree_on(self, tensors: Iterable[Tensor]) -> None:
+        """Gives every process the tensors of the first, in place."""
         if self.size > 1:
             with naming_a_lost_process():
-                for tensor in module.state_dict().values():
+                for tensor in tensors:
                     dist.broadcast(tensor, 0)
 
     def wait(self) -> None:

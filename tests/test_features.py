@@ -51,11 +51,11 @@ def test_a_backbone_as_a_user_has_it(scala, photos, images):
         config = json.loads(Path(place, "config.json").read_text())
         assert config["scala"]["features"] is True and config["num_classes"] == 32
     assert scala("info", "net", "--json").json["classes"] == 0
-    refused = scala("eval", "net", "--data", photos)
-    assert refused.code == 2 and "the model has no classes, it gives features. Train a head" in refused.told
-    assert "--labels" not in refused.told
+    refused = scala("eval", "net", "--data", photos, "--cascade", "0.5,1")
+    assert refused.code == 2 and "this model gives features. Train a head" in refused.told
     quick = ("--epochs", 1, "-b", 4, "-j", 0, "--no-amp", "--device", "cpu")
-    trained = scala("finetune", "net", "--data", photos, *quick, "-o", "run")
+    words = ("finetune", "net", "--data", photos, *quick, "--task", "classification", "-o", "run")
+    trained = scala(*words)
     assert trained.code == 0 and "no classes, it gives features: the head is new" in trained.told
     scala("push", "net", "org/net", "--dry-run", "-o", "pushed")
     card = ModelCard.load("pushed/README.md")

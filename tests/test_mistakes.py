@@ -66,7 +66,7 @@ from runs import QUICK
         (["finetune", "tiny", "--data", "digits", "--method", "magic"], "magic"),
         (["bench", "tiny", "--ratio", "0.3"], "not trained"),
         (["bench", "tiny", "--runs", "0"], "--runs"),
-        (["bench", "headless", "--train"], "no classes to learn"),
+        (["convert", "headless", "--task", "classification"], "no classifier. Give it some"),
         (["bench", "tiny", "--csv", "nowhere/rows.csv"], "there is no directory nowhere"),
         (["eval", "tiny", "--data", "torch/cifar10"], "--data-dir"),
         (["eval", "tiny", "--data", "digits", "-b", "0"], "--batch-size"),

@@ -34,7 +34,7 @@ def test_class_misfit():
 def test_classes_are_numbered_as_in_the_models_head(folder):
     names = ("red", "blue", "green")
     net, read = start(names), ReadSettings(workers=0)
-    found = validation_loader(net, str(folder), 4, read)
+    found = validation_loader(net, TASK, str(folder), 4, read)
     assert found.split.classes == names
     (images, targets), *_ = found
     assert targets.tolist() == [1, 1, 2, 2] and images[0, 2].mean() > images[0, 0].mean()  # blue is blue
@@ -44,7 +44,7 @@ def test_classes_are_numbered_as_in_the_models_head(folder):
             for index in range(len(split)):
                 assert f"/{names[split.samples[index][1]]}/" in split.samples.name(index)
     with pytest.raises(DataError, match="class 'red' that the model does not know"):
-        validation_loader(start(("rot", "blue", "green")), str(folder), 4, read)
+        validation_loader(start(("rot", "blue", "green")), TASK, str(folder), 4, read)
 
 
 @pytest.mark.usefixtures("elsewhere")

@@ -69,6 +69,29 @@ def test_two_processes_with_half_the_batch_each_are_one_with_all_of_it(
         assert a["points"] == b["points"] and all(point["images"] == 6 for point in a["points"])
 
 
+def test_two_processes_judge_features_as_one_does(forks, torchrun, pictures):
+    """The teacher's units are those of the first; the images that judge are divided, their sums are not."""
+    write_timm_directory(Path("model"), num_classes=0)
+    words = [
+        "finetune",
+        "model",
+        "--data",
+        pictures,
+        "--epochs",
+        2,
+        "--holdout",
+        0.3,
+        "--order",
+        "none",
+        *COMMON,
+    ]
+    assert forks.run(*words, "-b", 4, "-o", "one").returncode == 0
+    assert torchrun(*words, "-b", 2, "-o", "two").wait() == 0
+    for a, b in zip(rows("one"), rows("two"), strict=True):
+        for one, two in zip(a["points"], b["points"], strict=True):
+            assert one == pytest.approx(two, abs=1e-3) and one["images"] == 7
+
+
 def test_torchrun_starts_interpreters_of_its_own(photos):
     words = ["finetune", "model", "--data", str(photos), "--epochs", "1", "-b", "2", "-o", "run", "--json"]
     several = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "scala_cli"]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +18,7 @@ from scala_cli.cost import gmacs
 from scala_cli.data.loader import Loader
 from scala_cli.device import allow_compiling_all, choose_device
 from scala_cli.errors import naming_failure
-from scala_cli.evaluate import metrics, widths
+from scala_cli.evaluate import answering, metrics, widths
 from scala_cli.formats import FORMATS, is_int8, write
 from scala_cli.memory import naming_lack_of_memory, peak_memory
 from scala_cli.models.checkpoint import Record
@@ -87,11 +88,12 @@ def bench(
     exact: dict[Any, float | None] = {point: record.measured(point, main) for point in points}
     if loader:
         there = net if device.type == "cpu" else deepcopy(net).to(device)
-        exact = {**measured(widths(there, points, where), task, loader, device, watch)}
+        reference = None if task.labelled else answering(there.at(Fraction(1)), task, where)
+        exact = {**measured(widths(there, task, points, where), task, loader, device, watch, reference)}
 
     def accuracy(runtime: str, models: Mapping[Point, Predictor]) -> Mapping[Any, float | None]:
-        if is_int8(runtime):
-            return measured(models, task, loader, device, watch) if loader else {}
+        if is_int8(runtime):  # which gives what the model returns alone
+            return measured(models, task, loader, device, watch) if loader and not task.every_token else {}
         return exact
 
     rows = [row for runtime in runtimes for row in run.rows(subjects, runtime, partial(accuracy, runtime))]
@@ -251,10 +253,15 @@ class Bench:
 
 
 def measured(
-    models: Mapping[Point, Predictor], task: Task, loader: Loader, device: torch.device, watch: Watcher
+    models: Mapping[Point, Predictor],
+    task: Task,
+    loader: Loader,
+    device: torch.device,
+    watch: Watcher,
+    reference: Predictor | None = None,
 ) -> dict[Point, float]:
-    """The task's first metric of every point."""
-    found = metrics(models, task, loader, device, watch)
+    """The task's first metric of every point, as `metrics`."""
+    found = metrics(models, task, loader, device, watch, reference=reference)
     return {point: each[main_column(task)] for point, each in found.items()}
 
 

@@ -96,7 +96,7 @@ def bench(
         if picture:
             refuse_picture(picture)
     net, record, directory = what_to_time(checkpoint, data is not None, out)
-    points = choose_points(ratio, net.points)
+    points, task = choose_points(ratio, net.points), task_named(record.task)
     with out.progress() as live:
         if train:
             size = settings.batch_size or OptimizerSettings().batch_size
@@ -109,7 +109,9 @@ def bench(
             )
         else:
             images = (
-                validation_loader(net, data, EvalSettings().batch_size, read) if data is not None else None
+                validation_loader(net, task, data, EvalSettings().batch_size, read)
+                if data is not None
+                else None
             )
             if images:
                 images.split.tell(live)
@@ -126,7 +128,7 @@ def bench(
             f"trained in {spent['minutes']:.4g} minutes, all widths at once; each alone, on as many "
             f"images, would take {spent['separate']:.3g} times the multiply-accumulates."
         )
-    rows, task = document["steps" if train else "points"], task_named(record.task)
+    rows = document["steps" if train else "points"]
     if csv is not None:
         write_csv(csv, rows)
     if plot is not None:

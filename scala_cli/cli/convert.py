@@ -67,6 +67,12 @@ def convert(
             "labels are not needed.",
         ),
     ] = None,
+    task: Annotated[
+        Literal["classification", "features"] | None,
+        typer.Option(
+            help="What it is for; features leaves out its classifier. Default: features where it has none."
+        ),
+    ] = None,
     force: Force = False,
     *,
     calibration: CalibrationSettings,
@@ -89,6 +95,8 @@ def convert(
         raise typer.BadParameter("--calibrate needs images, without labels: --data DIR")
     if data is not None and (scratch or layout == "fused"):
         raise typer.BadParameter("--data is for pretrained weights in layout aligned.")
+    if task == "features" and (num_classes is not None or labels is not None):
+        raise typer.BadParameter("--task features has no classes: leave out --num-classes and --labels.")
     points = parse_points(ratios) if ratios else None
     target = output or Path(f"{short_name(model)}-slimmable")
     refuse_occupied(target, force, FILES, weights or path_of(model))
@@ -97,6 +105,7 @@ def convert(
     from scala_cli.cost import cost
     from scala_cli.data.split import open_images
     from scala_cli.models.checkpoint import save
+    from scala_cli.models.features import for_task, headless, refuse_without_classes
     from scala_cli.models.order import put_first_what_matters
     from scala_cli.models.slimmable import SlimmableViT
     from scala_cli.models.source import Changes, distance, open_source
@@ -115,7 +124,10 @@ def convert(
             layout=layout,
             watch=live,
         )
-        net, record = opened.net, opened.record
+        net, record = for_task(opened.net, opened.record, task)
+        dropped = net.spec.features and not opened.net.spec.features
+        original = headless(opened.original) if dropped else opened.original
+        refuse_without_classes(net, record)
         if labels is not None:
             spec = net.spec.naming(read_labels(labels, net.spec.num_classes))
             net = SlimmableViT(net.vit, spec, net.rule, net.extra)
@@ -124,7 +136,7 @@ def convert(
             net, record, fits = fit_family(net, record, split, calibration, read, device, live, kept)
         elif order == "importance":
             net = put_first_what_matters(net, random_images(net.spec, 256).split(64))
-    difference = distance(net, opened.original, exact=not fits)
+    difference = distance(net, original, exact=not fits)
     save(net, replace(record, order=order or record.order), target)
     rows = [
         {**point.columns(), **cost(net.spec.at(point.ratio)), **r2_of(fits.get(point))}
@@ -134,6 +146,7 @@ def convert(
         {
             "path": str(target),
             "arch": net.spec.architecture,
+            "task": record.task,
             "max_abs_diff": difference,
             **({"calibrated": record.calibrated} if fits else {}),
             "points": rows,

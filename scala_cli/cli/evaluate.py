@@ -26,6 +26,13 @@ def evaluate(
             min=0, max=1, help="The cascade's: the probability at which an answer stands. Default: 0.8."
         ),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="A backbone to compare features with: a model as in scala convert, or a checkpoint. "
+            "Default: the full width."
+        ),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw the cascade at every threshold: .svg, .png or .pdf.")
     ] = None,
@@ -36,6 +43,8 @@ def evaluate(
     out: Output,
 ) -> None:
     """Accuracy of every width on the validation images, or of several widths as a cascade.
+
+    Of a backbone: how like the full width's features those of every width are, on any folder of images.
 
     Example: scala eval runs/last --data DIR; and: scala eval --data DIR --cascade 0.25,1 --threshold 0.8
     """
@@ -50,8 +59,15 @@ def evaluate(
     from scala_cli.cascade import Cascade
     from scala_cli.data.split import open_images
     from scala_cli.device import choose_device
-    from scala_cli.evaluate import evaluate, evaluate_cascade, validation_loader
+    from scala_cli.evaluate import (
+        answering,
+        evaluate,
+        evaluate_cascade,
+        reference_for,
+        validation_loader,
+    )
     from scala_cli.models.checkpoint import load_with_record
+    from scala_cli.models.source import open_backbone
     from scala_cli.models.vit import choose_attention
     from scala_cli.plot import cascade_picture, refuse_picture, save
     from scala_cli.precision import note_emulation, uses_bfloat16
@@ -62,25 +78,33 @@ def evaluate(
     place = choose_device(device)
     net, record = load_with_record(directory)
     task = task_named(record.task)
+    if cascade:
+        asked = Cascade(net, cascade.split(","), threshold)
+    if against and task.labelled:
+        raise typer.BadParameter("--against compares features; this model has classes.")
     points = choose_points(ratio, net.points)
-    loader = validation_loader(net, data, settings.batch_size, read)
+    loader = validation_loader(net, task, data, settings.batch_size, read)
     document: dict[str, Any]
     with out.progress() as live:
         if calibration.calibrate:
             images = open_images(data, read.data_dir)
             net, _ = cut_without_training(net, record, net.points, images, calibration, read, device, live)
+        reference = None
+        if against:
+            other = reference_for(net, open_backbone(against, net.spec, live)).to(place)
+            choose_attention(other, place, uses_bfloat16(place, device))
+            reference = answering(other, task, device)
         net.to(place)
         choose_attention(net, place, uses_bfloat16(place, device))
         note_emulation(place, device, live)
         loader.split.tell(live)
         if cascade:
-            asked = Cascade(net, cascade.split(","), threshold)
             thresholds = sorted({*THRESHOLDS, threshold})
             rows, sweep = evaluate_cascade(asked, loader, thresholds, device, live)
             document = next({**row} for row in sweep if row["threshold"] == threshold)
             document |= {"cascade": [str(point) for point in asked.points], "points": rows, "sweep": sweep}
         else:
-            rows = evaluate(net, task, loader, points, device, live)
+            rows = evaluate(net, task, loader, points, device, live, reference=reference)
             document = {"points": rows}
         loader.tell_skipped(live)
     if cascade and plot:

@@ -40,6 +40,7 @@ def info(
         {
             "path": str(directory),
             "arch": net.spec.architecture,
+            "task": record.task,
             "classes": net.spec.num_classes,
             "image": "x".join(map(str, net.spec.input_size)),
             "method": record.method or "none yet",

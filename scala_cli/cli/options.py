@@ -24,7 +24,10 @@ Checkpoint = Annotated[
         metavar="[CKPT]", help="A checkpoint or run directory, or hf-hub:org/repo. Default: the newest run."
     ),
 ]
-DATA_HELP = "A folder with train/ and val/ of class folders, a timm name like torch/cifar10, or digits."
+DATA_HELP = (
+    "A folder with train/ and val/ of class folders, a timm name like torch/cifar10, or digits; "
+    "for features any folder of images."
+)
 Data = Annotated[str, typer.Option("--data", help=DATA_HELP)]
 Ratios = Annotated[
     str | None,

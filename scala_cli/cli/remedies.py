@@ -52,7 +52,7 @@ REMEDIES = {
     ),
     "larger_holdout": "Give more images, or a larger --holdout.",
     "skip_corrupt": "Mend it, or pass --on-corrupt skip.",
-    "train_head": "Train a head for them: scala finetune CKPT --data {data}",
+    "train_head": "Train a head: scala finetune CKPT --data DIR --task classification",
     "same_classes": (
         "Train a head for them: scala finetune CKPT --data {data}; "
         "or, where they are the same under other names: scala convert MODEL --labels FILE"

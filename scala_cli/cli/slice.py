@@ -80,7 +80,8 @@ def slice(
         else:
             directory = find_checkpoint(checkpoint, out)
             net, record = load_with_record(directory)
-        if point is None and budget.min_top1 is None:
+        task = task_named(record.task)
+        if point is None and (budget.min_top1 is None or not task.labelled):
             rows = candidates(net, record, budget, device, live)
             point = Point.of_row(choose(rows, budget))
         points = [point] if point else net.points
@@ -93,8 +94,8 @@ def slice(
             live.note("nothing is fitted: the width is trained, or the full one. To fit it: --calibrate")
         if point is None:
             if data is not None and cut_anew:
-                loader = validation_loader(net, data, EvalSettings().batch_size, read)
-                found = evaluate(net, task_named(record.task), loader, points, device, live)
+                loader = validation_loader(net, task, data, EvalSettings().batch_size, read)
+                found = evaluate(net, task, loader, points, device, live)
                 record = replace(record, metrics=found)
             rows = candidates(net, record, budget, device, live)
             point = Point.of_row(choose(rows, budget))

@@ -64,6 +64,22 @@ class Renumbered:
         return self.samples.name(index)
 
 
+class Unlabelled:
+    """Samples without their labels: each has class number 0."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.samples[index][0], 0
+
+    def name(self, index: int) -> str:
+        return self.samples.name(index)
+
+
 class Some:
     """A subset of samples, by index."""
 

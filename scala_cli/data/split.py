@@ -1,6 +1,7 @@
 """Parts of a data set: its images and their classes."""
 
 import sys
+from array import array
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
@@ -84,7 +85,27 @@ def open_images(data: str, data_dir: str | None = None) -> Split:
     folder = Path(data).expanduser()
     if not folder.is_dir():
         return open_split(data, True, data_dir)
-    found = read_images(folder / "train" if (folder / "train").is_dir() else folder)
+    return images_in(folder / "train" if (folder / "train").is_dir() else folder)
+
+
+def open_validation_images(data: str, data_dir: str | None = None) -> Split | None:
+    """Return the images of the validation part, to be used without labels; None if a folder has no parts.
+
+    Args:
+        data: as for `open_images`.
+
+    Raises DataError where there is none in it.
+    """
+    folder = Path(data).expanduser()
+    if not folder.is_dir():
+        return open_split(data, False, data_dir)
+    parts = [folder / name for name in VALIDATION if (folder / name).is_dir()]
+    return images_in(parts[0]) if parts and (folder / "train").is_dir() else None
+
+
+def images_in(folder: Path) -> Split:
+    """Return all images of a folder and its subfolders. Raises DataError where there is none."""
+    found = read_images(folder)
     passed = f"{folder}: files passed over, of kinds that are not read: {counted(found.others)}."
     return Split(found, (), (passed,) if found.others else ())
 
@@ -173,9 +194,9 @@ def digits(training: bool) -> Split:
 def hold_out(split: Split, share: float) -> tuple[Split, Split]:
     """Splits the training images in two: those kept, and an evenly spread share held out."""
     exact = Fraction(share).limit_denominator(10_000)
-    numbers = range(len(split))
-    held = [number for number in numbers if int((number + 1) * exact) > int(number * exact)]
-    kept = sorted({*numbers} - {*held})
+    held, kept = array("q"), array("q")  # there may be millions
+    for number in range(len(split)):
+        (held if int((number + 1) * exact) > int(number * exact) else kept).append(number)
     if not held:
         raise DataError(
             f"{len(split)} images are too few to hold out {share:g} of them.", remedy="larger_holdout"

@@ -29,7 +29,12 @@ def candidates(
         per width {"ratio", "params", "gmacs", "top1"}, where they are asked for "latency_ms" and "memory_mb"
         as well, and "fits".
     """
-    main = main_column(task_named(record.task))
+    task = task_named(record.task)
+    main = main_column(task)
+    if budget.min_top1 is not None and not task.labelled:
+        raise PointError(
+            "this model gives features: it has no top-1.", remedy="leave_out", setting="min-top1"
+        )
     if is_measured(budget):
         rows = bench(net, record, net.points, (), BenchSettings(batch_size=1), where, watch)["points"]
     else:

@@ -74,7 +74,7 @@ def model_card(
         name=name,
         what=description(spec, record, rows, family),
         table=markdown([{**line(row), **accuracy(found, Point.of_row(row), task)} for row in rows]),
-        picture=f"\n![accuracy against GMACs]({picture})\n" if picture else "",
+        picture=f"\n![{task.columns[main_column(task)]} against GMACs]({picture})\n" if picture else "",
         code="\n\n".join(code),
         origin=record.provenance.get("weights", "unknown"),
         command=f" Trained with: `{command}`." if command else "",
@@ -89,7 +89,8 @@ def description(spec: Spec, record: Record, rows: Rows, family: bool) -> str:
     warning = record.untrained(points)
     warning = f" {warning.capitalize()}." if warning else ""
     if spec.features:
-        warning = f" It has no classifier: its outputs are features.{warning}"
+        same = " They are those of the full model at every width; R² and cosine tell how well."
+        warning = f" It has no classifier: its outputs are features.{same if record.metrics else ''}{warning}"
     if not family:
         return (
             f"{spec.architecture} at {points[0]} of its width, for images of {height} x {width} "
@@ -119,13 +120,14 @@ def line(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def accuracy(found: Mapping[Point, Mapping[str, float]], point: Point, task: Task) -> dict[str, Any]:
+def accuracy(found: Mapping[Point, Mapping[str, float | None]], point: Point, task: Task) -> dict[str, Any]:
     """Columns for the accuracy of one width; none where that of no width is known."""
     if not found:
         return {}
     metric = found.get(point)
     columns = task.columns.items()
-    return {title: f"{metric[name]:.2f}" if metric and name in metric else None for name, title in columns}
+    known = {name: value for name, value in (metric or {}).items() if value is not None}
+    return {title: f"{known[name]:.{task.digits}f}" if name in known else None for name, title in columns}
 
 
 def metadata(name: str, spec: Spec, record: Record, rows: Rows) -> ModelCardData:
@@ -140,10 +142,10 @@ def metadata(name: str, spec: Spec, record: Record, rows: Rows) -> ModelCardData
             dataset_name=data,
             metric_type=task.hub["metric_type"],
             metric_name=f"{task.columns[main].partition(',')[0]} at width {Point.of_row(metric)}",
-            metric_value=round(metric[main], 2),
+            metric_value=round(value, task.digits),
         )
         for metric in record.metrics
-        if data and main in metric and Point.of_row(metric) in held
+        if data and (value := metric.get(main)) is not None and Point.of_row(metric) in held
     ]
     return ModelCardData(
         library_name="timm",

@@ -15,10 +15,10 @@ from scala_cli.slicing.table import Layout
 from scala_cli.tasks.base import Task
 
 Student = Callable[[Tensor, Point], Tensor]
-"""images (B, C, H, W), point -> logits (B, classes)"""
+"""images (B, C, H, W), point -> the task's output, such as logits (B, classes)"""
 
 Teacher = Callable[[Tensor], Tensor]
-"""images (B, C, H, W) -> logits (B, classes), without gradient"""
+"""images (B, C, H, W) -> the task's output, without gradient"""
 
 OFF: Mapping[str, Any] = {
     "order": "none",

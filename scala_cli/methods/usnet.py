@@ -9,7 +9,10 @@ from scala_cli.slicing.point import Point
 
 
 class USNet(Method):
-    """The sandwich rule, with the full width learning from the labels and teaching all others in place."""
+    """The sandwich rule, with the full width learning from the labels and teaching all others in place.
+
+    Where there are no labels, the full width learns from the frozen model.
+    """
 
     parts = frozenset({"order", "isolation"})
 
@@ -21,7 +24,8 @@ class USNet(Method):
     ) -> Iterator[Pass]:
         largest, *others = drawn
         output = student(batch.images, largest)
-        yield Pass(largest, self.task.loss(output, batch.targets, None, self.settings))
+        first = teacher(batch.images) if teacher and not self.task.labelled else None
+        yield Pass(largest, self.task.loss(output, batch.targets, first, self.settings))
         lesson = output.detach()
         for point in others:
             yield Pass(point, self.task.loss(student(batch.images, point), None, lesson, self.settings))

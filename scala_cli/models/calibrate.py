@@ -90,7 +90,7 @@ def calibrate_family(
         full_weight: how much the full width counts, if it is one of several; each other counts once.
         strengths: of the pull to the ordered weights, as a share of the inputs' mean square. Each layer takes
             the one that does best on the held-out images.
-        every_token: whether the head is applied to every token, not only the pooled one, as for features.
+        every_token: whether the head is fitted to the patch tokens as well, as for features.
         watch: is notified of every half block.
 
     Raises:

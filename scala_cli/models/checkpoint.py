@@ -43,7 +43,8 @@ class Record:
         trained: whether its weights are pretrained or trained at all, or still random.
         method: the training method, or None before any.
         order: how the channels were put in order: by "importance", or "none"; None is not decided yet.
-        metrics: per trained point its columns, and those of the task: {"ratio", "top1", "top5"}, in percent.
+        metrics: per trained point its columns, and those of the task: {"ratio", "top1", "top5"}, in percent;
+            None for what is not defined.
         provenance: where the weights came from, and the versions that wrote them.
         new_head: whether the head, alone of trained weights, is still random.
         task: what the model is for, a name of `tasks.TASKS`.
@@ -53,7 +54,7 @@ class Record:
     trained: bool = True
     method: str | None = None
     order: str | None = None
-    metrics: Sequence[Mapping[str, float]] = ()
+    metrics: Sequence[Mapping[str, float | None]] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     new_head: bool = False
     task: str = "classification"
@@ -176,6 +177,8 @@ def read_about(directory: Path) -> tuple[Spec, Rule, Record]:
     try:
         rule = read_rule(about, spec)
         record = read_record(about)
+        if spec.features and "task" not in about:
+            record = replace(record, task="features")
     except KeyError as missing:
         raise CheckpointError(f"{directory / CONFIG} lacks {missing}.", "Convert it again.") from None
     except (TypeError, ValueError, AttributeError, PointError) as error:
@@ -195,7 +198,7 @@ def read_record(about: Mapping[str, Any]) -> Record:
     for metric in record.metrics:
         Point.of_row(metric)
         for column, value in metric.items():
-            if not isinstance(value, int | float):
+            if not isinstance(value, int | float | None):
                 raise TypeError(f"{column} is {value!r} in metrics")
     options = record.provenance.get("options", [])
     if not (isinstance(options, list) and all(isinstance(word, str) for word in options)):

@@ -4,10 +4,18 @@ Its stream can then be rotated like any other, the full width computes the same 
 returns the full model's features, as many at every width. To timm it is an ordinary ViT.
 """
 
+from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
+from timm.models import VisionTransformer
 from torch import nn
 from torch.nn.utils import skip_init
+
+from scala_cli.errors import CheckpointError
+from scala_cli.models.checkpoint import Record
+from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.models.vit import describe
 
 
 def give_identity_head(vit: Any) -> bool:
@@ -28,3 +36,46 @@ def give_identity_head(vit: Any) -> bool:
             setattr(vit, name, head)
     vit.num_classes = channels
     return True
+
+
+def headless(vit: VisionTransformer) -> VisionTransformer:
+    """Returns a copy of a timm ViT without its classifier."""
+    again = deepcopy(vit)
+    again.reset_classifier(0)
+    return again
+
+
+def for_task(net: SlimmableViT, record: Record, task: str | None) -> tuple[SlimmableViT, Record]:
+    """Returns the model for another task than its own.
+
+    For features a classifier is replaced by the identity. For classification a backbone stays as it is: it
+    gets a classifier once the classes are known.
+
+    Args:
+        task: a name of tasks.TASKS; None keeps the model's own.
+
+    Raises:
+        CheckpointError: where the channels are in order already, so that without its classifier the model
+            would not give the features that it once had; where widths have been trained or fitted.
+    """
+    if task in (None, record.task):
+        return net, record
+    record = replace(record, task=str(task))
+    if task != "features" or net.spec.features:
+        return net, record
+    if record.order == "importance" or record.method or net.extra:
+        raise CheckpointError(
+            "this model was slimmed with its classifier: without it, its features are not the original ones.",
+            "Give the model it came from.",
+        )
+    vit = headless(net.vit)
+    give_identity_head(vit)
+    spec = replace(describe(vit, net.spec.model_args), features=True)
+    record = replace(record, metrics=(), new_head=False)
+    return SlimmableViT(vit, spec, net.rule).train(net.training), record
+
+
+def refuse_without_classes(net: SlimmableViT, record: Record) -> None:
+    """Raises CheckpointError where a model for classification has no classifier."""
+    if record.task == "classification" and net.spec.features:
+        raise CheckpointError("this model has no classifier.", remedy="add_classes")

@@ -93,8 +93,15 @@ class SlimmableViT(nn.Module):
         Raises:
             PointError: for a width that is not one of `points`.
         """
+        return self.model_at(ratio)(images)
+
+    def model_at(self, ratio: Ratio | None = None) -> VisionTransformer:
+        """Returns the timm model that answers at a width, in the same mode as the full model.
+
+        Arguments and errors are those of `forward`.
+        """
         point = self.widest if ratio is None else find_point(ratio, self.points)
-        return self.at(point.ratio)(images)
+        return self.at(point.ratio)
 
     def compile(self, **options: Any) -> None:
         """Compiles every width by itself, at its first forward."""

@@ -13,13 +13,13 @@ from scala_cli.models.authors import is_theirs, open_theirs
 from scala_cli.models.checkpoint import Record, load_with_record
 from scala_cli.models.config import Config
 from scala_cli.models.create import check_patches, create, refuse_broken, skeleton_of
-from scala_cli.models.features import give_identity_head
+from scala_cli.models.features import for_task, give_identity_head
 from scala_cli.models.foreign import Source
 from scala_cli.models.locate import ALIASES, path_of, read_config, resolve, short_name
 from scala_cli.models.named import HUB, directory_of, find_source, weight_file
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.stream import norms_with_eps, with_eps
-from scala_cli.models.vit import describe, random_images
+from scala_cli.models.vit import Spec, describe, random_images
 from scala_cli.settings import DEFAULT_RATIOS
 from scala_cli.slicing.point import Point, find_point, parse_points, ratios_of
 from scala_cli.slicing.rule import Rule
@@ -131,6 +131,7 @@ def open_source(
     original, vit = vit, describe(vit, config.model_args).build_with(vit.state_dict())
     features = give_identity_head(vit) or (features and not new_head)
     record = record_of(model, weights, scratch, source, about, new_head and not features)
+    record = replace(record, task="features" if features else record.task)
     if changes.sizes():
         record = replace(record, provenance={**record.provenance, "options": changes.words()})
     spec = replace(describe(vit, config.model_args), features=features)
@@ -246,6 +247,18 @@ def open_slimmable(
         return (net.with_points(parse_points(ratios)) if ratios else net), record
     points = parse_points(ratios) if ratios else None
     return open_model(name, points, changes, weights=weights, scratch=scratch, watch=watch)
+
+
+def open_backbone(name: str, spec: Spec, watch: Watcher = QUIET) -> SlimmableViT:
+    """A checkpoint, or any other MODEL at the sizes of `spec`, without its classifier.
+
+    Raises as `open_slimmable` and `for_task`.
+    """
+    height, width = spec.input_size[1:]
+    patch = spec.model_args["patch_size"]
+    sizes = Changes(None, height if height == width else None, patch if isinstance(patch, int) else None)
+    changes = None if is_checkpoint(name) else sizes
+    return for_task(*open_slimmable(name, None, changes, watch=watch), "features")[0]
 
 
 def is_checkpoint(name: str) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from scala_cli.models.tokens import read_every
+
 PRE_NORM = (("norm1", "attn", "ls1"), ("norm2", "mlp", "ls2"))
 """The two branches of timm's Block, each a sequence of modules whose output is added to the stream."""
 POST_NORM = (("attn", "norm1"), ("mlp", "norm2"))
@@ -46,7 +48,7 @@ def stages(vit: VisionTransformer, every_token: bool = False) -> list[Stage]:
     """Returns all stages after the embedding, in order: the halves of each block, then the head.
 
     Args:
-        every_token: whether the head reads every token instead of the pooled one.
+        every_token: whether the head reads the patch tokens as well, not only the pooled one.
     """
     found = [Stage(("norm_pre",), lambda vit, tokens: vit.norm_pre(tokens))]
     for number, block in enumerate(vit.blocks):
@@ -55,7 +57,7 @@ def stages(vit: VisionTransformer, every_token: bool = False) -> list[Stage]:
             parts = tuple(f"blocks.{number}.{part}" for part in branch)
             found.append(Stage(parts, add_branch(parts), True, parts[:1] if pre_norm else ()))
     pooled = Stage(HEAD, lambda vit, tokens: vit.forward_head(vit.norm(tokens)), norms=HEAD_NORMS)
-    dense = Stage(HEAD, lambda vit, tokens: vit.head(normed(vit, tokens)), norms=HEAD_NORMS)
+    dense = Stage(HEAD, lambda vit, tokens: read_every(vit, vit.norm(tokens)), norms=HEAD_NORMS)
     return [*found, dense if every_token else pooled]
 
 

@@ -3,8 +3,9 @@
 from scala_cli.errors import CheckpointError
 from scala_cli.tasks.base import Task
 from scala_cli.tasks.classification import Classification
+from scala_cli.tasks.features import Features
 
-TASKS: dict[str, Task] = {"classification": Classification()}
+TASKS: dict[str, Task] = {"classification": Classification(), "features": Features()}
 
 
 def task_named(name: str) -> Task:

@@ -1,11 +1,13 @@
 """The interface of a task: the loss, the metrics and the images of a kind of model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+from timm.models import VisionTransformer
 from torch import Tensor
 
 from scala_cli.data.split import Split
+from scala_cli.models.vit import Spec
 from scala_cli.settings import MethodSettings, Settings
 from scala_cli.watch import QUIET, Watcher
 from scala_cli.world import ALONE, World
@@ -15,7 +17,7 @@ class Meter(Protocol):
     """Accumulates the metrics of one point."""
 
     def update(self, output: Tensor, targets: Tensor) -> None:
-        """Adds a batch: the model's outputs and the targets."""
+        """Adds a batch: the model's outputs, and the targets: labels, or another model's outputs."""
 
     def result(self, world: World) -> dict[str, Any]:
         """Returns the task's columns over the images of all processes, and their number, "images"."""
@@ -24,6 +26,21 @@ class Meter(Protocol):
 
 class Task(Protocol):
     """One kind of work that a model does."""
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the targets are the classes of the images; if not, they are another model's outputs."""
+        ...
+
+    @property
+    def every_token(self) -> bool:
+        """Whether every token after the last block is read, not only what the model pools."""
+        ...
+
+    @property
+    def digits(self) -> int:
+        """How many decimals of the metrics are told."""
+        ...
 
     @property
     def columns(self) -> Mapping[str, str]:
@@ -49,6 +66,22 @@ class Task(Protocol):
 
         Raises DataError, also if the processes see different images or classes.
         """
+        ...
+
+    def judged(self, spec: Spec, data: str, data_dir: str | None) -> Split:
+        """The images on which a trained model is judged. Raises DataError, also where they do not fit it."""
+        ...
+
+    def forward(self, vit: VisionTransformer, images: Tensor) -> Tensor:
+        """Returns what a model of timm makes of images (B, C, H, W), as this task wants it."""
+        ...
+
+    def statistics(self, outputs: Iterable[Tensor], settings: MethodSettings) -> dict[str, Tensor]:
+        """Returns what `standardised` needs to know of the teacher's outputs; measured once, then kept."""
+        ...
+
+    def standardised(self, output: Tensor, statistics: Mapping[str, Tensor]) -> Tensor:
+        """Returns an output, the student's or the teacher's, in the units in which the loss compares them."""
         ...
 
     def loss(

@@ -1,14 +1,17 @@
 """Classification: one class for every image."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from timm.models import VisionTransformer
 from timm.utils import AverageMeter, accuracy
 from torch import Tensor
 
+from scala_cli.data.classes import class_misfit
 from scala_cli.data.split import Split, hold_out, open_split
 from scala_cli.errors import DataError
+from scala_cli.models.vit import Spec
 from scala_cli.settings import MethodSettings, Settings
 from scala_cli.tasks.losses import cross_entropy, distillation
 from scala_cli.watch import QUIET, Watcher
@@ -39,6 +42,7 @@ class Accuracy:
 class Classification:
     """Labels and a teacher's predictions; judged by top-1."""
 
+    labelled, every_token, digits = True, False, 2
     columns: Mapping[str, str] = {"top1": "top-1, %", "top5": "top-5, %"}
     hub: Mapping[str, str] = {"task_type": "image-classification", "metric_type": "accuracy"}
 
@@ -77,6 +81,29 @@ class Classification:
                 "Give all of them the same images, on a disk that all nodes see.",
             )
         return training, validation
+
+    def judged(self, spec: Spec, data: str, data_dir: str | None) -> Split:
+        """Returns the validation images, their classes numbered as in the model's head.
+
+        Raises DataError, also where the data's classes are not the model's.
+        """
+        split = open_split(data, False, data_dir).numbered_as(spec.label_names)
+        misfit = class_misfit(split.classes, spec.num_classes, spec.label_names)
+        if misfit:
+            raise DataError(f"{misfit}.", remedy="same_classes", data=data)
+        return split
+
+    def forward(self, vit: VisionTransformer, images: Tensor) -> Tensor:
+        """Returns (B, classes) logits."""
+        return vit(images)
+
+    def statistics(self, outputs: Iterable[Tensor], settings: MethodSettings) -> dict[str, Tensor]:
+        """Returns nothing: logits are compared as they are."""
+        return {}
+
+    def standardised(self, output: Tensor, statistics: Mapping[str, Tensor]) -> Tensor:
+        """Returns the logits themselves."""
+        return output
 
     def loss(
         self, output: Tensor, targets: Tensor | None, lesson: Tensor | None, settings: MethodSettings

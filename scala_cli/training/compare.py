@@ -17,6 +17,7 @@ from scala_cli.lock import LOCK, locked
 from scala_cli.methods import METHODS, ONE_POINT, method_named
 from scala_cli.methods.base import OFF, Method, Recipe
 from scala_cli.models.checkpoint import Record
+from scala_cli.models.features import for_task
 from scala_cli.models.locate import STATE
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.plot import arms_picture, can_draw, save
@@ -24,12 +25,12 @@ from scala_cli.report import write_csv
 from scala_cli.settings import MethodSettings, Settings
 from scala_cli.slicing.point import Point
 from scala_cli.swap import remove, target_of
-from scala_cli.tasks import task_named
+from scala_cli.tasks import TASKS, task_named
 from scala_cli.tasks.base import main_column
 from scala_cli.training.finetune import finetune, go_on
 from scala_cli.training.price import Macs, training_macs
 from scala_cli.training.run import METRICS, Run
-from scala_cli.training.start import unlearnt
+from scala_cli.training.start import is_taught, unlearnt
 from scala_cli.watch import Watcher
 
 RESULT, TABLE = "compare.json", "compare.csv"
@@ -121,7 +122,7 @@ def compare(
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise TrainingError("compare runs in one process.", remedy="one_process")
     refuse_unknown(settings.data, settings.read.data_dir)  # before anything is downloaded
-    net, record = open_start()
+    net, record = for_task(*open_start(), settings.run.task)
     refuse_unfit(net, record, arms, settings)
     what = {
         "model": model,
@@ -151,7 +152,7 @@ def compare(
                 )
                 runs.append(train(arm, open_start, net.points, chosen, folder / arm.name / str(seed), watch))
             about = {"arm": arm.name, "epochs": round(optimizer.epochs, 4), "gmacs_per_image": gmacs(spent)}
-            rows.append(about | summary(runs, macs.points, main_column(task)))
+            rows.append(about | summary(runs, macs.points, main_column(task), task.digits))
             write(folder, what, rows)
         if can_draw():
             save(arms_picture(rows, task), folder / "compare.svg")
@@ -168,8 +169,11 @@ def refuse_unfit(net: SlimmableViT, record: Record, arms: Sequence[Arm], setting
             setting="ratios",
             value="0.25,0.375,0.5,0.625,0.75,0.875,1",
         )
-    classes = task_named(record.task).open(settings, net.spec.label_names)[0].classes
-    misfit = unlearnt(net, record, classes)
+    task = task_named(record.task)
+    for arm in arms:
+        is_taught(record, task, arm.method)
+    classes = task.open(settings, net.spec.label_names)[0].classes
+    misfit = unlearnt(net, record, classes) if task.labelled else ""
     if misfit:
         raise TrainingError(
             f"{misfit}: every method would learn them anew.", remedy="learn_classes", method=ONE_POINT
@@ -209,7 +213,7 @@ def train(
 
 
 def summary(
-    runs: Sequence[Sequence[dict[str, Any]]], macs: Mapping[Point, int], column: str
+    runs: Sequence[Sequence[dict[str, Any]]], macs: Mapping[Point, int], column: str, digits: int = 2
 ) -> dict[str, Any]:
     """Mean and standard deviation of a metric over the seeds, for each point, and the minutes of a seed.
 
@@ -217,14 +221,15 @@ def summary(
         runs: the epochs of every seed.
         macs: of one image at each point.
         column: the metric.
+        digits: its decimals.
     """
     seeds = [{Point.of_row(each): each[column] for row in rows for each in row["points"]} for rows in runs]
     points = [
         {
             **point.columns(),
             "gmacs": gmacs(macs[point]),
-            column: round(fmean(seed[point] for seed in seeds), 2),
-            "spread": round(stdev([seed[point] for seed in seeds]), 2) if len(seeds) > 1 else None,
+            column: round(fmean(seed[point] for seed in seeds), digits),
+            "spread": round(stdev([seed[point] for seed in seeds]), digits) if len(seeds) > 1 else None,
             "seeds": [seed[point] for seed in seeds],
         }
         for point in sorted(seeds[0])
@@ -269,9 +274,10 @@ def write(folder: Path, what: dict[str, Any], rows: Sequence[dict[str, Any]]) ->
 
 def columns(row: dict[str, Any]) -> dict[str, Any]:
     """A row of the table: a column for each width, mean and spread over the seeds."""
+    digits = next(task.digits for task in TASKS.values() if main_column(task) in row["points"][0])
     means = {
-        Point.of_row(point).label: f"{fmean(point['seeds']):.2f}"
-        + ("" if point["spread"] is None else f" ± {point['spread']:.2f}")
+        Point.of_row(point).label: f"{fmean(point['seeds']):.{digits}f}"
+        + ("" if point["spread"] is None else f" ± {point['spread']:.{digits}f}")
         for point in row["points"]
     }
     return {"arm": row["arm"], **means, "gmacs_per_image": row["gmacs_per_image"], "minutes": row["minutes"]}

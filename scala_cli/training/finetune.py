@@ -9,6 +9,7 @@ from scala_cli.device import choose_device
 from scala_cli.errors import DataError, TrainingError
 from scala_cli.methods import ONE_POINT, method_named
 from scala_cli.models.checkpoint import Record, load_with_record
+from scala_cli.models.features import for_task
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.precision import note_emulation
 from scala_cli.settings import Settings
@@ -16,7 +17,7 @@ from scala_cli.slicing.point import Point, ratios_of
 from scala_cli.tasks import task_named
 from scala_cli.training.loop import Trainer
 from scala_cli.training.run import Row, Run
-from scala_cli.training.start import prepare, trained_by, unlearnt, with_new_head
+from scala_cli.training.start import is_taught, prepare, trained_by, unlearnt, with_new_head
 from scala_cli.watch import Watcher
 from scala_cli.world import World
 
@@ -30,8 +31,9 @@ def finetune(
 ) -> Row:
     """Trains every width of `start` at once and returns the row of the best epoch.
 
-    If the model's classes differ from the data's, it gets a new head and the full width learns them first,
-    alone, in a run of its own. The frozen model teaches if it has been trained for these classes.
+    Where the task is to keep a backbone's features, its frozen full width teaches and no labels are used.
+    Otherwise, if the model's classes differ from the data's, it gets a new head and the full width learns
+    them first, alone, in a run of its own. The frozen model teaches if it has been trained for these classes.
 
     Raises:
         ScalaError: the subclasses for data, points, checkpoints and training; nothing is written before
@@ -40,15 +42,16 @@ def finetune(
     device = choose_device(settings.device)
     note_emulation(device, settings.device, watch)
     world = World.join(device)
+    start, record = for_task(start, record, settings.run.task)
     task = task_named(record.task)
+    taught = is_taught(record, task, settings.method)
     splits = task.open(settings, start.spec.label_names, watch, world)
     classes = splits[0].classes
     kind = method_named(settings.method.method)
     kind(start.points, settings.method, task)  # refuses points that it does not train
     if len(start.points) == 1 and not kind.one_point:
         watch.note(f"only width {start.points[0]} is trained; for others give --ratios.")
-    taught = settings.method.teacher != "none" and "teacher" in kind.parts and record.trained
-    misfit = unlearnt(start, record, classes)
+    misfit = unlearnt(start, record, classes) if task.labelled else ""
     if misfit:
         start = with_new_head(start, classes, settings.run.seed)
         if taught and start.points != (FULL,):
@@ -56,7 +59,7 @@ def finetune(
             return learn_classes_first(start, record, settings, splits, run, watch, force)
         watch.note(f"{misfit}: the head is new, and there is no teacher.")
         taught = False
-    else:
+    elif task.labelled:
         start = SlimmableViT(start.vit, start.spec.naming(classes), start.rule, start.extra)
     begun = start
     start, record = prepare(begun, record, settings, splits[0], watch)
@@ -119,6 +122,7 @@ def go_on_from(state: dict[str, Any], run: Run, watch: Watcher, changes: Mapping
 def begin(trainer: Trainer, start: SlimmableViT, record: Record, run: Run, watch: Watcher) -> Row:
     """Trains in a directory that has been claimed."""
     taught = trainer.step.frozen is not None
+    trainer.measure(watch)
     run.begin(start, record, trainer.state())
     return trainer.train(run, trained_by(record, start.points, trainer.settings, taught), watch)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from timm.scheduler import create_scheduler_v2
 
+from scala_cli.data.calibration import calibration_images
 from scala_cli.data.loader import Loader
 from scala_cli.data.split import Split
 from scala_cli.data.transform import transform_for
@@ -118,6 +119,15 @@ class Trainer:
         self.rows: list[Row] = []
         self.epoch = Epoch()
 
+    def measure(self, watch: Watcher) -> None:
+        """Measures what the loss needs to know of the teacher's outputs, on some training images, once.
+
+        Raises DataError where no image can be read, or all are the same.
+        """
+        if not self.task.labelled:
+            split, read = self.training.split, self.settings.read
+            self.step.measure(calibration_images(split, self.step.net.spec, read, watch))
+
     def state(self) -> dict[str, Any]:
         """All that `restore` needs to go on after the last step."""
         return {**self.terms(), "rows": self.rows, "epoch": asdict(self.epoch), **self.step.state()}
@@ -197,6 +207,7 @@ class Trainer:
                 self.settings.device,
                 watch,
                 self.world,
+                reference=None if self.task.labelled else self.step.answer,
             )
             self.rows.append({**row, "points": points})
             self.epoch = Epoch()

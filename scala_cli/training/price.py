@@ -46,8 +46,9 @@ def training_macs(macs: Macs, method: MethodSettings, task: str, pretrained: boo
         task: a name of tasks.TASKS.
         pretrained: whether the start can teach.
     """
-    kind = method_named(method.method)
-    teacher = macs.full if pretrained and "teacher" in kind.parts and method.teacher != "none" else 0
+    kind, needed = method_named(method.method), not task_named(task).labelled
+    teaches = needed or ("teacher" in kind.parts and method.teacher != "none")
+    teacher = macs.full if pretrained and teaches else 0
     families = [(point,) for point in macs.points] if kind.one_point else [tuple(macs.points)]
     ready = [kind(points, method, task_named(task)) for points in families]
     return sum(

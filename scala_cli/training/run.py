@@ -204,5 +204,5 @@ def flat(row: Row, task: Task) -> dict[str, Any]:
     line = {key: row[key] for key in ("epoch", "lr", "images_per_sec")}
     line |= {f"loss_{name}": loss for name, loss in row["loss"].items()}
     for column in task.columns:
-        line |= {f"{column}_{Point.of_row(point)}": point[column] for point in row["points"]}
+        line |= {f"{column}_{Point.of_row(point)}": point.get(column) for point in row["points"]}
     return line

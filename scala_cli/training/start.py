@@ -15,8 +15,15 @@ from scala_cli.errors import TrainingError
 from scala_cli.methods import method_named
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.settings import DEFAULT_RATIOS, CalibrationSettings, FamilySettings, Settings
+from scala_cli.settings import (
+    DEFAULT_RATIOS,
+    CalibrationSettings,
+    FamilySettings,
+    MethodSettings,
+    Settings,
+)
 from scala_cli.slicing.point import Point
+from scala_cli.tasks.base import Task
 from scala_cli.watch import Watcher
 
 
@@ -25,6 +32,35 @@ def unlearnt(start: SlimmableViT, record: Record, classes: Sequence[str]) -> str
     if record.new_head and len(classes) == start.spec.num_classes:
         return f"none of its {len(classes)} classes has been learnt"
     return class_misfit(classes, start.spec.num_classes, start.spec.label_names)
+
+
+def is_taught(record: Record, task: Task, method: MethodSettings) -> bool:
+    """Whether the frozen starting model teaches.
+
+    Raises TrainingError where it has to, because there are no labels, and cannot.
+    """
+    wanted = method.teacher != "none" and (
+        not task.labelled or "teacher" in method_named(method.method).parts
+    )
+    if task.labelled:
+        return wanted and record.trained
+    if not record.trained:
+        raise TrainingError(
+            "its weights are random: there are no features to learn.", "Start from pretrained weights."
+        )
+    if not wanted:
+        raise TrainingError(
+            "features are learnt from the frozen model, so it has to teach.",
+            remedy="leave_out",
+            setting="teacher",
+        )
+    if not method.class_token + method.patch_tokens:
+        raise TrainingError(
+            "neither the class token nor the patch tokens count in the loss.",
+            remedy="leave_out",
+            setting="class-token",
+        )
+    return True
 
 
 def with_new_head(start: SlimmableViT, classes: Sequence[str], seed: int) -> SlimmableViT:
@@ -57,7 +93,14 @@ def prepare(
         watch.note(f"{' and '.join(todo)} on some training images.")
         how = CalibrationSettings(calibrate=fit)
         start, record, _ = fit_family(
-            start, record, images, how, settings.read, settings.device, watch, FamilySettings()
+            start,
+            record,
+            replace(images, notes=()),
+            how,
+            settings.read,
+            settings.device,
+            watch,
+            FamilySettings(),
         )
     if start.extra and isolation(start, record, settings):
         raise TrainingError(

@@ -1,7 +1,7 @@
 """One training step: every pass of a method on one batch, then one move of the weights."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from random import Random
 from typing import Any
@@ -53,7 +53,9 @@ class Step:
         device: torch.device,
         world: World = ALONE,
     ) -> None:
-        self.settings, self.device, self.world = settings, device, world
+        self.settings, self.device, self.world, self.task = settings, device, world, task
+        self.statistics: dict[str, Tensor] = {}
+        """What the task has measured of the teacher, once."""
         self.method = method_named(settings.method.method)(start.points, settings.method, task)
         self.net = start.copied().to(device)
         self.net.vit.set_grad_checkpointing(settings.optimizer.grad_checkpointing)
@@ -68,7 +70,7 @@ class Step:
                 world.agree(model)
         chosen = settings.optimizer
         with refusing_settings():
-            self.mix = mixer(settings.augment, settings.method.smoothing, start.spec.num_classes)
+            self.mix = mixer(settings.augment, settings.method.smoothing, max(1, start.spec.num_classes))
             self.optimizer = create_optimizer_v2(
                 self.net.vit,
                 opt=chosen.opt,
@@ -91,13 +93,16 @@ class Step:
         )
         self.judged: SlimmableViT = self.average.module if self.average else self.net
         for vit in (self.net.vit, self.frozen):  # not the average, which is copied from these before
-            if vit:
+            if vit and not task.every_token:
                 skip_unread(vit)
+        self.run = task.forward
         self.compiling = compiling(settings)
         if chosen.torchcompile:
             allow_compiling_all()
+            if task.every_token:  # by another function than the model's own forward
+                self.run = torch.compile(task.forward, dynamic=False)
             for model in (self.net, self.frozen):
-                if model:
+                if model and not task.every_token:
                     model.compile(dynamic=False)
         self.number = 0
         self.moving = False
@@ -124,6 +129,7 @@ class Step:
             "modules": self.modules.state_dict(),
             "average": self.average.module.state_dict() if self.average else None,
             "optimizer": self.optimizer.state_dict(),
+            "statistics": self.statistics,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -131,6 +137,7 @@ class Step:
         self.net.load_state_dict(state["weights"])
         self.modules.load_state_dict(state.get("modules", {}))
         self.optimizer.load_state_dict(state["optimizer"])
+        self.statistics = {name: t.to(self.device) for name, t in state.get("statistics", {}).items()}
         if self.average:
             self.average.module.load_state_dict(state["average"])
 
@@ -208,17 +215,36 @@ class Step:
                     self.gradients.add(point.label)
         return losses
 
+    def measure(self, images: Iterable[Tensor]) -> None:
+        """Lets the task measure the teacher's outputs, once before training.
+
+        Args:
+            images: batches (B, C, H, W), normalised, the same ones in every process.
+
+        Raises DataError where they do not differ.
+        """
+        if self.frozen is not None:
+            outputs = (self.answer(batch.to(self.device)) for batch in images)
+            found = self.task.statistics(outputs, self.settings.method)
+            self.statistics = {name: tensor.to(self.device) for name, tensor in found.items()}
+            self.world.agree_on(self.statistics.values())
+
     def predict(self, images: Tensor, point: Point) -> Tensor:
-        """The model's logits at a width, (B, classes) in float32."""
+        """The model's output at a width, in float32 and in the task's units: (B, classes) logits."""
         with autocast(self.device, self.settings.device):
-            return self.net(images, point).float()
+            output = self.run(self.net.model_at(point), images)
+        return self.task.standardised(output.float(), self.statistics)
+
+    def teach(self, images: Tensor) -> Tensor:
+        """The frozen starting model's output, as `predict`."""
+        return self.task.standardised(self.answer(images), self.statistics)
 
     @torch.no_grad()
-    def teach(self, images: Tensor) -> Tensor:
-        """The frozen starting model's logits, (B, classes) in float32."""
+    def answer(self, images: Tensor) -> Tensor:
+        """The frozen starting model's output in float32."""
         assert self.frozen is not None
         with autocast(self.device, self.settings.device):
-            return self.frozen(images).float()
+            return self.run(self.frozen, images).float()
 
 
 def compiling(settings: Settings) -> AbstractContextManager[object]:

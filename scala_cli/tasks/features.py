@@ -1,0 +1,160 @@
+"""Features: a backbone without a classifier, whose slices answer in its own feature space; no labels."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor
+
+from scala_cli.data.samples import Unlabelled
+from scala_cli.data.split import Split, hold_out, open_images, open_validation_images
+from scala_cli.errors import DataError, TrainingError
+from scala_cli.models.tokens import answer_and_patches
+from scala_cli.models.vit import Spec
+from scala_cli.settings import MethodSettings, Settings
+from scala_cli.tasks.likeness import Likeness
+from scala_cli.tasks.losses import mean_square
+from scala_cli.tasks.standard import in_units, spreads
+from scala_cli.watch import QUIET, Watcher
+from scala_cli.world import ALONE, World
+
+SHARE, MOST = 0.1, 1000
+"""Share of the images, and most of them, that judge unless somebody says otherwise."""
+
+
+class Features:
+    """A frozen model's features are the targets; judged by R² against them."""
+
+    labelled, every_token, digits = False, True, 4
+    columns: Mapping[str, str] = {
+        "r2": "R² of patches",
+        "cosine": "cosine of patches",
+        "class_r2": "R² of the class token",
+        "class_cosine": "cosine of the class token",
+    }
+    hub: Mapping[str, str] = {"task_type": "image-feature-extraction", "metric_type": "r_squared"}
+
+    def open(
+        self,
+        settings: Settings,
+        names: Sequence[str] | None = None,
+        watch: Watcher = QUIET,
+        world: World = ALONE,
+    ) -> tuple[Split, Split]:
+        """Returns the training and the validation images, from any folder of images; labels are not used.
+
+        Where there is no validation part, or on request, some of the training images judge.
+
+        Args:
+            names: not used.
+
+        Raises DataError for no image, for a single one, or if the processes see different images.
+        """
+        data, place, share = settings.data, settings.read.data_dir, settings.run.holdout
+        training = without_labels(open_images(data, place))
+        validation = None if share else open_validation_images(data, place)
+        if validation is None:
+            if len(training) < 2:
+                raise DataError(
+                    f"{data} holds one image only, {training.samples.name(0)}.",
+                    "Give two or more: some to train on and some to judge on.",
+                )
+            share = share or max(min(SHARE, MOST / len(training)), 1 / len(training))
+            notes = training.notes
+            training, validation = hold_out(training, share)
+            told = (
+                f"{len(validation)} of the {len(training) + len(validation)} images judge, the others train."
+            )
+            training = replace(training, notes=(*notes, told))
+        training.tell(watch)
+        validation = Split(Unlabelled(validation.samples), (), validation.notes)
+        validation.tell(watch)
+        counts = f"{len(training)} training and {len(validation)} validation images"
+        if not world.same(counts):
+            raise DataError(
+                f"the processes see different images: number {world.rank} has {counts}.",
+                "Give all of them the same images, on a disk that all nodes see.",
+            )
+        return training, validation
+
+    def judged(self, spec: Spec, data: str, data_dir: str | None) -> Split:
+        """Returns the validation images, or all where there is no validation part. Raises DataError."""
+        found = open_validation_images(data, data_dir)
+        if found is not None:
+            return without_labels(found)
+        every = without_labels(open_images(data, data_dir))
+        told = f"{data} has no validation part, so all of its images are evaluated on."
+        return replace(every, notes=(*every.notes, told))
+
+    def forward(self, vit: VisionTransformer, images: Tensor) -> Tensor:
+        """Returns (B, 1 + patches, C): what the model returns, and its patch tokens through the head."""
+        return answer_and_patches(vit, images)
+
+    def statistics(self, outputs: Iterable[Tensor], settings: MethodSettings) -> dict[str, Tensor]:
+        """Measures in which units features are compared: {"answer", "patches"}, of `Spread.unit`.
+
+        Raises DataError where all images have the same features.
+        """
+        units = {}
+        for name, spread in zip(("answer", "patches"), spreads(outputs), strict=True):
+            unit = spread.unit(settings.whiten)
+            if unit is None:
+                raise DataError(
+                    "the images are all the same to the model: there is nothing to learn from them.",
+                    "Give images that differ.",
+                )
+            units[name] = unit
+        return units
+
+    def standardised(self, output: Tensor, statistics: Mapping[str, Tensor]) -> Tensor:
+        """Returns (B, 1 + patches, C) in the measured units; as they are where none were measured."""
+        if not statistics:
+            return output
+        answer, patches = in_units(output[:, :1], statistics["answer"]), statistics["patches"]
+        return torch.cat([answer, in_units(output[:, 1:], patches)], 1)
+
+    def loss(
+        self, output: Tensor, targets: Tensor | None, lesson: Tensor | None, settings: MethodSettings
+    ) -> Tensor:
+        """Mean squared error of the class token, plus that of the patch tokens, each times its weight.
+
+        Args:
+            output, lesson: (B, 1 + patches, C) of the student and of a teacher, in the same units.
+            targets: not used.
+
+        Raises TrainingError without a teacher.
+        """
+        if lesson is None:
+            raise TrainingError(
+                "features are learnt from a teacher, and there is none.",
+                remedy="leave_out",
+                setting="teacher",
+            )
+        answer = mean_square(output[:, 0], lesson[:, 0])
+        return settings.class_token * answer + settings.patch_tokens * mean_square(
+            output[:, 1:], lesson[:, 1:]
+        )
+
+    def meter(self) -> Likeness:
+        return Likeness()
+
+    def score(self, row: Mapping[str, Any]) -> float:
+        """Returns the mean R² of the patches over the widths."""
+        return fmean(point["r2"] for point in row["points"])
+
+
+def without_labels(split: Split) -> Split:
+    """Returns the same images without labels, and a note if there are any."""
+    named = split.classes or holds_classes(split.samples)
+    notes = (*split.notes, "labels are not used: features need none.") if named else split.notes
+    return Split(Unlabelled(split.samples), (), notes)
+
+
+def holds_classes(samples: object) -> bool:
+    """Whether images lie as those with classes do: in several folders side by side, and nowhere else."""
+    folders = getattr(samples, "directories", ())
+    return len(folders) > 1 and len({Path(folder).parent for folder in folders}) == 1

@@ -1,0 +1,67 @@
+"""Units in which vectors of features are compared, measured on some of them.
+
+PHI-S (arXiv 2410.01680) rotates features so that every channel has the same variance, and divides all by one
+scale. A mean squared error does not see the rotation, so what is left of it is the scale: an error of 1 is
+that of the mean. `whiten` goes on from there: directions of small variance are raised.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from scala_cli.slicing.ridge import in_double
+
+LEAST = 0.01
+"""Directions of less variance than this share of the mean are raised as if they had it."""
+NOTHING = 1e-10
+"""A variance below this share of the mean square is rounding."""
+
+
+class Spread:
+    """Mean and covariance of vectors, counted batch by batch."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sum = self.outer = torch.zeros(())
+
+    def add(self, vectors: Tensor) -> None:
+        """Counts (..., C) in."""
+        flat = in_double(vectors.detach()).flatten(0, -2)
+        self.count += len(flat)
+        self.sum, self.outer = self.sum + flat.sum(0), self.outer + flat.T @ flat
+
+    def unit(self, whiten: float) -> Tensor | None:
+        """Returns the (C, C) map into the directions' own units; (1, 1) where that is one scale.
+
+        Direction i, of variance v_i, is multiplied by v_i^(-whiten / 2); then all by what makes the mean
+        variance 1.
+
+        Returns:
+            None if all vectors are the same.
+        """
+        mean = self.sum / self.count
+        covariance = self.outer / self.count - mean[:, None] * mean
+        variance = covariance.diagonal().mean()
+        if variance <= NOTHING * (self.outer.diagonal().mean() / self.count):
+            return None
+        if not whiten:
+            return variance.rsqrt().float()[None, None]
+        values, directions = torch.linalg.eigh(covariance)
+        weights = values.clamp_min(LEAST * variance) ** (-whiten / 2)
+        weights = weights / (values.clamp_min(0) * weights.square()).mean().sqrt()
+        return (weights[:, None] * directions.T).float()
+
+
+def in_units(vectors: Tensor, unit: Tensor) -> Tensor:
+    """Returns (..., C) vectors in the units of `Spread.unit`."""
+    return vectors * unit.squeeze() if unit.numel() == 1 else vectors @ unit.T
+
+
+def spreads(outputs: Iterable[Tensor]) -> tuple[Spread, Spread]:
+    """Returns the spread of the first tokens of (B, N, C) outputs, and that of all others."""
+    first, others = Spread(), Spread()
+    for output in outputs:
+        first.add(output[:, :1])
+        others.add(output[:, 1:])
+    return first, others
