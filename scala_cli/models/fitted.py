@@ -44,10 +44,9 @@ class FittedViT(SlimmableViT):
         width = find_point(ratio, self.points).ratio
         return self.get_submodule(f"slice_{self.widths.index(width)}") if width in self.widths else None  # type: ignore
 
-    def forward(self, images: Tensor, ratio: Ratio | None = None) -> Tensor:
-        """As `SlimmableViT.forward`."""
-        vit = None if ratio is None else self.fitted(ratio)
-        return super().forward(images, ratio) if vit is None else vit(images)
+    def at(self, ratio: Fraction) -> VisionTransformer:
+        """As `SlimmableViT.at`; a fitted width is its slice, with weights of its own."""
+        return (self.fitted(ratio) if ratio in self.widths else None) or super().at(ratio)
 
     def slice(self, ratio: Ratio, fixed_size: bool = False) -> VisionTransformer:
         """As `SlimmableViT.slice`."""
