@@ -46,7 +46,7 @@ class ToFull(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.register_buffer("weight", weight)
+        self.register_buffer("weight", weight.contiguous())  # an exporter would write all that a view is of
         self.register_buffer("bias", bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
