@@ -14,7 +14,7 @@ import torch
 from conftest import KINDS, build, slimmable, write_timm_directory
 
 from scala_cli import formats
-from scala_cli.deploy.export import export, export_all
+from scala_cli.deploy.export import Difference, export, export_all, refuse_difference
 from scala_cli.errors import CheckpointError, ScalaError
 from scala_cli.models.checkpoint import Record, load, save
 from scala_cli.models.in_memory import slimmable as from_memory
@@ -284,6 +284,17 @@ def test_the_features_of_the_patches_as_a_second_output(kind, classes, images):
         import openvino
 
         assert [output.any_name for output in openvino.Core().read_model(file).outputs] == names
+
+
+def test_large_outputs_may_differ_by_more_and_no_answer_is_none():
+    images = torch.arange(1.0, 9.0).view(2, 4)
+    answers = {"near": images + 4e-4, "far": images + 9e-3, "none": images * torch.nan}
+    found = {n: Difference.between(lambda x: 4 * x, lambda x, a=a: 4 * a, images) for n, a in answers.items()}
+    refuse_difference(found["near"], "onnx", real=True)
+    assert found["near"].largest == pytest.approx(1.6e-3, rel=1e-2)
+    for name in ("far", "none"):
+        with pytest.raises(CheckpointError, match="differs by"):
+            refuse_difference(found[name], "onnx", real=True)
 
 
 def test_a_second_output_that_answers_something_else_is_noticed(images, monkeypatch):

@@ -45,7 +45,8 @@ from scala_cli.timing import Predictor
 from scala_cli.watch import QUIET, Watcher
 
 TOLERANCE = 1e-4
-"""Largest difference of logits in float32 between torch and another runtime."""
+"""Largest difference in float32 between the outputs of torch and of another runtime, relative to their size
+(root mean square) where that is above one."""
 AGREEMENT = 0.9
 """Least share of real images to which 8-bit weights give the same class."""
 
@@ -91,9 +92,16 @@ def channel_values(spec: Spec, name: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How another runtime answers the same images: the largest difference, the share of equal classes."""
+    """How another runtime answers the same images.
+
+    Args:
+        largest: the largest difference.
+        relative: likewise, of each output relative to its root mean square where that is above one.
+        same_top1: the share of equal classes.
+    """
 
     largest: float
+    relative: float
     same_top1: float
 
     @classmethod
@@ -102,8 +110,9 @@ class Difference:
         """In batches of at most 32, the last of another size, as a user's may be; over all outputs."""
         ours, theirs = (outputs_of(run, images.split(32)) for run in (model, again))
         same = (ours[0].argmax(1) == theirs[0].argmax(1)).float().mean().item()
-        largest = max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
-        return cls(largest, round(same, 4))
+        differences = torch.stack([(a - b).abs().max() for a, b in zip(ours, theirs, strict=True)])
+        sizes = torch.stack([output.square().mean().sqrt() for output in ours]).clamp_min(1)
+        return cls(differences.max().item(), (differences / sizes).max().item(), round(same, 4))
 
 
 def outputs_of(run: Callable[[Tensor], Any], batches: Iterable[Tensor]) -> list[Tensor]:
@@ -309,8 +318,8 @@ def refuse_difference(found: Difference, kind: str, real: bool) -> None:
         good = math.isfinite(found.largest) and (not real or found.same_top1 >= AGREEMENT)
         what = f"gives another class to {1 - found.same_top1:.0%} of the images"
     else:
-        good = found.largest <= TOLERANCE
-        what = f"differs by {found.largest:.2g}, more than {TOLERANCE:g}"
+        good = found.relative <= TOLERANCE
+        what = f"differs by {found.relative:.2g}, more than {TOLERANCE:g}"
     if good:
         return
     message = f"the {kind} file read back by its runtime {what}; nothing was written."
