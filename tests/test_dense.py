@@ -131,6 +131,16 @@ def test_tokens_of_features_are_the_output_of_what_pools_nothing(images):
         assert torch.equal(pooled(net, images, point.ratio), net(images, point))
 
 
+@pytest.mark.parametrize(("kind", "names"), [("deit", "class"), ("no class token, registers", "mean")])
+@torch.no_grad()
+def test_what_a_model_gives_that_pools_nothing(kind, names, images):
+    net = from_memory(build(kind, num_classes=0, global_pool="")[0])
+    every = net.vit.forward_features(images)
+    wanted = every[:, 0] if names == "class" else every.mean(1)
+    torch.testing.assert_close(pooled(net, images, Fraction(1)), wanted)
+    assert pooled(net, images, HALF).shape == (3, 32)
+
+
 @pytest.mark.parametrize("classes", [0, 5])
 @torch.no_grad()
 def test_fitted_widths_answer_with_their_own_weights(classes):

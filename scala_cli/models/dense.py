@@ -109,12 +109,16 @@ def pooled(net: "SlimmableViT", images: Tensor, ratio: Fraction) -> Tensor:
     """Returns the features that a classifier reads, (B, C) in the full model's space.
 
     They are those of the class token, or the mean of the patches, as the model pools; of a model that gives
-    features they are its outputs.
+    features they are its outputs. If it pools nothing: the class token, or the mean if it has none.
     """
     vit: Any = net.at(ratio)
     if net.spec.features:
-        return vit(images)
-    return reader_of(net, vit, ratio)(vit.forward_head(vit.forward_features(images), pre_logits=True))
+        found = vit(images)
+    else:
+        found = reader_of(net, vit, ratio)(vit.forward_head(vit.forward_features(images), pre_logits=True))
+    if found.ndim == 2:
+        return found
+    return found.mean(1) if vit.cls_token is None else found[:, 0]
 
 
 def reader_of(net: "SlimmableViT", vit: VisionTransformer, ratio: Fraction) -> nn.Module:
