@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from scala_cli.errors import ScalaError, naming_failure
 from scala_cli.timing import Predictor
 
+LOGITS = ("logits",)
+"""What the output of a model is called in its file."""
 OPSETS = range(17, 26)
 """ONNX's versions that a ViT can be written in; from 17 on LayerNormalization is one operator."""
 LARGEST_EXECUTORCH = 64
@@ -31,9 +33,10 @@ class Format:
     Args:
         suffix: of its file.
         modules: what must be installed, beside torch; the extra of that name brings it.
-        write: model, an example (B, C, H, W) of its input, the file, the names of the classes; those of ONNX
-            take an opset too.
-        open: the file -> images to logits, in float32, with as many threads as torch uses.
+        write: model, an example (B, C, H, W) of its input, the file, the names of the classes and of the
+            outputs; those of ONNX take an opset too.
+        open: the file -> images to logits, in float32, with as many threads as torch uses; of a model with
+            several outputs to a tuple of them.
         open_bfloat16: likewise, where the runtime computes in bfloat16 when told to.
     """
 
@@ -72,15 +75,17 @@ def write(
     file: Path,
     labels: Sequence[str] = (),
     opset: int | None = None,
+    outputs: Sequence[str] = LOGITS,
 ) -> None:
     """Writes a model in the format of that name.
 
     Args:
+        outputs: what the model's outputs are called, where the format has names for them.
         opset: ONNX's, for a format of ONNX; None is the exporter's choice.
 
     Raises ScalaError where the format has no way to express it, or not in that opset.
     """
-    options = {} if opset is None else {"opset": opset}
+    options: dict[str, Any] = {"outputs": outputs} | ({} if opset is None else {"opset": opset})
     with naming_failure(f"{kind} cannot express this {type(model).__name__}", OTHERWISE):
         FORMATS[kind].write(model, example, file, labels, **options)
 
@@ -117,6 +122,7 @@ def to_onnx(
     labels: Sequence[str],
     opset: int | None = None,
     optimize: bool = True,
+    outputs: Sequence[str] = LOGITS,
 ) -> Any:
     """The model as onnx_ir holds it, without the exporter's notes, which name the paths of this machine.
 
@@ -130,7 +136,7 @@ def to_onnx(
             (example,),
             dynamo=True,
             input_names=["images"],
-            output_names=["logits"],
+            output_names=[*outputs],
             dynamic_shapes=({0: "batch"},),
             verbose=False,
             optimize=optimize,
@@ -187,22 +193,38 @@ def to_opset_17(graph: Any) -> None:
     RemoveUnusedNodesPass()(graph)
 
 
+def alone(outputs: Sequence[Any]) -> Any:
+    """Returns the outputs of a runtime, numpy's arrays or tensors, as copies: a single one by itself."""
+    tensors = tuple(torch.as_tensor(output).clone() for output in outputs)
+    return tensors if len(tensors) > 1 else tensors[0]
+
+
 def write_onnx(
-    model: nn.Module, example: Tensor, file: Path, labels: Sequence[str], opset: int | None = None
+    model: nn.Module,
+    example: Tensor,
+    file: Path,
+    labels: Sequence[str],
+    opset: int | None = None,
+    outputs: Sequence[str] = LOGITS,
 ) -> None:
     import onnx_ir
 
-    onnx_ir.save(to_onnx(model, example, labels, opset), file)
+    onnx_ir.save(to_onnx(model, example, labels, opset, outputs=outputs), file)
 
 
 def write_onnx_int8(
-    model: nn.Module, example: Tensor, file: Path, labels: Sequence[str], opset: int | None = None
+    model: nn.Module,
+    example: Tensor,
+    file: Path,
+    labels: Sequence[str],
+    opset: int | None = None,
+    outputs: Sequence[str] = LOGITS,
 ) -> None:
     """ONNX with the weights of all matrix products in 8 bits; activations are quantised as they come."""
     import onnx_ir
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    graph = onnx_ir.to_proto(to_onnx(model, example, labels, opset))
+    graph = onnx_ir.to_proto(to_onnx(model, example, labels, opset, outputs=outputs))
     del graph.graph.value_info[:]  # shapes that the quantiser would take for contradictions of its own
     with quietly():
         quantize_dynamic(graph, file, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
@@ -217,10 +239,12 @@ def open_onnx(file: Path) -> Predictor:
     # waiting threads that spin would slow whatever else has its turn (docs/performance.md)
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    return lambda images: alone(session.run(None, {"images": images.numpy()}))
 
 
-def write_pt2(model: nn.Module, example: Tensor, file: Path, labels: Sequence[str]) -> None:
+def write_pt2(
+    model: nn.Module, example: Tensor, file: Path, labels: Sequence[str], outputs: Sequence[str] = LOGITS
+) -> None:
     whole = BytesIO()  # torch, writing by itself, does not tell a full disk from another failure
     torch.export.save(traced(model, example), whole, extra_files={"labels.json": json.dumps(list(labels))})
     file.write_bytes(whole.getbuffer())
@@ -230,13 +254,16 @@ def open_pt2(file: Path) -> Predictor:
     return torch.export.load(file).module()
 
 
-def write_openvino(model: nn.Module, example: Tensor, file: Path, labels: Sequence[str]) -> None:
+def write_openvino(
+    model: nn.Module, example: Tensor, file: Path, labels: Sequence[str], outputs: Sequence[str] = LOGITS
+) -> None:
     """OpenVINO's two files: the graph, and beside it the weights as .bin."""
     import openvino
 
     graph = openvino.convert_model(traced(model, example), example_input=example)
     graph.inputs[0].tensor.set_names({"images"})
-    graph.outputs[0].tensor.set_names({"logits"})
+    for output, name in zip(graph.outputs, outputs, strict=True):
+        output.tensor.set_names({name})
     graph.set_rt_info(json.dumps(list(labels)), "labels")
     openvino.save_model(graph, file, compress_to_fp16=False)
 
@@ -246,10 +273,12 @@ def open_openvino(file: Path, precision: str = "f32") -> Predictor:
 
     settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = openvino.Core().compile_model(file, "CPU", settings)
-    return lambda images: torch.from_numpy(compiled(images.numpy())[0].copy())
+    return lambda images: alone([*compiled(images.numpy()).values()])
 
 
-def write_executorch(model: nn.Module, example: Tensor, file: Path, labels: Sequence[str]) -> None:
+def write_executorch(
+    model: nn.Module, example: Tensor, file: Path, labels: Sequence[str], outputs: Sequence[str] = LOGITS
+) -> None:
     """ExecuTorch's program, its products by XNNPACK; the method `labels` returns the names as JSON."""
     with quietly():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -269,7 +298,7 @@ def open_executorch(file: Path) -> Predictor:
 
     _unsafe_reset_threadpool(torch.get_num_threads())
     method = Runtime.get().load_program(file).load_method("forward")
-    return lambda images: method.execute([images])[0].clone()
+    return lambda images: alone(method.execute([images]))
 
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")

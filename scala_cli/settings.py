@@ -151,6 +151,20 @@ class EvalSettings:
 
 
 @dataclass(frozen=True)
+class ProbeSettings:
+    """How embeddings are probed."""
+
+    probe: Literal["knn", "linear"] | None = option(
+        None,
+        "Judge the embeddings on labelled images: by the vote of neighbours, or by a linear classifier on "
+        "them, fitted to the full width's and to each width's own.",
+    )
+    probe_images: int = option(
+        10_000, "How many training images to fit a probe to at most, and images to judge.", min=1
+    )
+
+
+@dataclass(frozen=True)
 class CalibrationSettings:
     """How slices are fitted to the full model."""
 

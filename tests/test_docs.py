@@ -20,6 +20,8 @@ from scala_cli.data.transform import transform_for
 from scala_cli.deploy.export import FromPixels, export
 from scala_cli.formats import FORMATS
 from scala_cli.models.checkpoint import Record, save
+from scala_cli.models.in_memory import slimmable as from_memory
+from scala_cli.models.order import put_first_what_matters
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.vit import describe, random_images
 from scala_cli.slicing.point import parse_points, ratios_of
@@ -38,6 +40,39 @@ def test_the_reference_is_what_the_commands_say():
 def test_the_script_beside_the_papers_step(tiny, capsys):
     runpy.run_path(str(ROOT / "docs/paper_step.py"))["main"](str(tiny), batch_size=4, runs=1)
     assert re.findall(r"\S+ times the paper's", capsys.readouterr().out)[0].startswith("1.00")
+
+
+class Decoder(torch.nn.Module):
+    """A dense head: one number for each patch, in squares of two by two."""
+
+    def forward(self, features):
+        return torch.nn.functional.interpolate(features.sum(1, keepdim=True), scale_factor=2.0)
+
+
+@pytest.fixture
+def dense(elsewhere, images):
+    """What docs/dense.md has: a family, a head for it, a photograph."""
+    net = from_memory(build("deit", num_classes=0)[0])
+    save(put_first_what_matters(net, [images]), Record(order="importance"), Path("family"))
+    names = {"input_names": ["features"], "output_names": ["map"], "dynamo": True, "verbose": False}
+    torch.onnx.export(Decoder().eval(), (torch.randn(1, 32, 4, 4),), "decoder.onnx", **names)
+    Image.new("RGB", (20, 30), "red").save("photo.jpg")
+
+
+def test_what_docs_say_of_dense_features_runs(dense):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/dense.md").read_text(), re.S)
+    names = {}
+    exec(example, names)
+    assert names["picture"].shape == (1, 1, 8, 8)
+    wanted = Decoder()(names["tokens"]).numpy()
+    np.testing.assert_allclose(names["picture"], wanted, atol=1e-4)
+
+
+def test_the_script_that_draws_maps(dense, capsys):
+    runpy.run_path(str(ROOT / "docs/draw_maps.py"))["main"]("family", "decoder.onnx", "photo.jpg", "maps.png")
+    assert capsys.readouterr().out == "maps.png\n"
+    width, height = Image.open("maps.png").size
+    assert width > 3 * height
 
 
 @pytest.mark.parametrize("name", COMMANDS)

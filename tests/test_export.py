@@ -11,12 +11,14 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from conftest import KINDS, build, slimmable
+from conftest import KINDS, build, slimmable, write_timm_directory
 
 from scala_cli import formats
-from scala_cli.deploy.export import export, export_all
+from scala_cli.deploy.export import Difference, export, export_all, refuse_difference
 from scala_cli.errors import CheckpointError, ScalaError
 from scala_cli.models.checkpoint import Record, load, save
+from scala_cli.models.in_memory import slimmable as from_memory
+from scala_cli.models.order import put_first_what_matters
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.vit import describe
 from scala_cli.slicing.point import parse_points, ratios_of
@@ -172,7 +174,7 @@ def test_a_file_that_answers_something_else_is_not_left_behind(images, monkeypat
 def test_eight_bits_that_change_the_class_of_photographs_are_refused(images, monkeypatch):
     opposite = lambda file: lambda images: -slimmable()(images, 0.5)  # noqa: E731
     empty = onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], []))
-    kind = formats.Format(".onnx", (), lambda *given: onnx.save(empty, given[2]), opposite)
+    kind = formats.Format(".onnx", (), lambda *given, **_: onnx.save(empty, given[2]), opposite)
     monkeypatch.setitem(formats.FORMATS, "onnx-int8", kind)
     assert export(slimmable(), 0.5, "onnx-int8", Path("noise.onnx"), images)["same_top1"] < 0.9
     with pytest.raises(CheckpointError, match="another class to 100% of the images"):
@@ -180,7 +182,7 @@ def test_eight_bits_that_change_the_class_of_photographs_are_refused(images, mon
 
 
 def test_what_a_format_cannot_express_is_named(images, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise NotImplementedError("no rule for aten::magic")
 
     kind = formats.Format(".xml", (), fail, formats.open_openvino)
@@ -262,9 +264,70 @@ def test_what_is_made_of_thirds_is_named_like_all_else(scala, monkeypatch):
         assert scala("export", "odd", *words, "--json").json["path"] == name
 
 
+@pytest.mark.parametrize("kind", formats.FORMATS)
+@pytest.mark.parametrize("classes", [0, 5])
+def test_the_features_of_the_patches_as_a_second_output(kind, classes, images):
+    net = from_memory(build("class token, registers", num_classes=classes)[0])
+    net = put_first_what_matters(net, [images, images.flip(0)])
+    file, names = Path(f"half{SUFFIXES[kind]}"), ["logits" if classes else "features", "tokens"]
+    told = export(net, 0.5, kind, file, images, outputs=",".join(names))
+    answers, seven = formats.FORMATS[kind].open(file), torch.randn(7, 3, 16, 16)
+    output, tokens = answers(seven)
+    with torch.no_grad():
+        wanted = net.features(seven, 0.5).tokens
+        differences = (output - net(seven, 0.5)).abs().max().item(), (tokens - wanted).abs().max().item()
+    assert tokens.shape == (7, 16, 32) and output.shape == (7, classes or 32)
+    assert max(differences) < 0.5 if kind == "onnx-int8" else max(*differences, told["max_abs_diff"]) <= 1e-4
+    if kind.startswith("onnx"):
+        assert [each.name for each in onnxruntime.InferenceSession(str(file)).get_outputs()] == names
+    if kind == "openvino":
+        import openvino
+
+        assert [output.any_name for output in openvino.Core().read_model(file).outputs] == names
+
+
+def test_large_outputs_may_differ_by_more_and_no_answer_is_none():
+    images = torch.arange(1.0, 9.0).view(2, 4)
+    answers = {"near": images + 4e-4, "far": images + 9e-3, "none": images * torch.nan}
+    found = {n: Difference.between(lambda x: 4 * x, lambda x, a=a: 4 * a, images) for n, a in answers.items()}
+    refuse_difference(found["near"], "onnx", real=True)
+    assert found["near"].largest == pytest.approx(1.6e-3, rel=1e-2)
+    for name in ("far", "none"):
+        with pytest.raises(CheckpointError, match="differs by"):
+            refuse_difference(found[name], "onnx", real=True)
+
+
+def test_a_second_output_that_answers_something_else_is_noticed(images, monkeypatch):
+    def opposite(file):
+        return lambda images: (net(images, 0.5), -net.features(images, 0.5).tokens)
+
+    net = from_memory(build("deit", num_classes=0)[0])
+    monkeypatch.setitem(formats.FORMATS, "pt2", formats.Format(".pt2", (), formats.write_pt2, opposite))
+    with pytest.raises(CheckpointError, match="read back by its runtime differs by"):
+        export(net, 0.5, "pt2", Path("half.pt2"), images, outputs="features,tokens")
+    assert not list(Path().iterdir())
+
+
+def test_tokens_from_pixels_as_a_user_asks_for_them(scala):
+    write_timm_directory(Path("backbone"), num_classes=0)
+    assert scala("convert", "backbone", "-o", "net").code == 0
+    words = ("--ratio", "0.5", "--outputs", "features,tokens", "--with-preprocess", "-o", "half.onnx")
+    told = scala("export", "net", *words, "--json")
+    assert told.code == 0 and told.json["max_abs_diff"] <= 1e-4
+    pixels = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
+    features, tokens = onnxruntime.InferenceSession("half.onnx").run(None, {"images": pixels.numpy()})
+    assert features.shape == (5, 32) and tokens.shape == (5, 16, 32)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (
+            ["--ratio", "0.5", "--outputs", "tokens"],
+            "no outputs 'tokens'; it has logits,tokens. Try --outputs",
+        ),
+        (["--ratio", "0.5", "--outputs", "features,tokens"], "no outputs 'features,tokens'"),
+        (["--all", "--outputs", "logits,tokens"], "--all writes plain ONNX"),
         ([], "Give one width with --ratio, or --all."),
         (["--ratio", "0.5", "--all"], "Give one width with --ratio, or --all."),
         (["--ratio", "0.5", "--int8", "--format", "pt2"], "--int8 goes with --format onnx"),

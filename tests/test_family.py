@@ -129,7 +129,7 @@ def test_only_norms_and_biases_are_a_widths_own():
 def test_other_widths_leave_out_what_is_not_theirs():
     family = fitted()
     fewer = family.with_points([family.points[1], family.points[-1]])
-    assert {name.partition(":")[0] for name in fewer.extra} == {"0.5"}
+    assert {name.partition(":")[0] for name in fewer.vectors} == {"0.5"}
     assert fewer.extra[own_name(HALF, "norm.weight")] is family.extra[own_name(HALF, "norm.weight")]
 
 
@@ -164,25 +164,25 @@ def test_training_moves_a_widths_own_vectors(photos):
     ready = Step(family, TASK, family, chosen, torch.device("cpu"))
     groups = {id(p): group for group in ready.optimizer.param_groups for p in group["params"]}
     shared = dict(ready.net.vit.named_parameters())
-    for name, vector in ready.net.extra.items():
+    for name, vector in ready.net.vectors.items():
         assert groups[id(vector)] is groups[id(shared[name.partition(":")[2]])]
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     targets = torch.tensor([0, 1, 2, 0])
     ready.gather_gradients(images, targets)
-    grads = {name: vector.grad.clone() for name, vector in ready.net.extra.items()}
+    grads = {name: vector.grad.clone() for name, vector in ready.net.vectors.items()}
     ready.net.zero_grad()
     lesson = ready.teach(images)
     loss = TASK.loss(ready.predict(images, family.points[1]), targets, lesson, chosen.method)
     loss.backward()
-    for name, vector in ready.net.extra.items():
+    for name, vector in ready.net.vectors.items():
         if name.startswith("0.5:"):
             torch.testing.assert_close(vector.grad, grads[name])
         else:
             assert vector.grad is None
-    before = {name: vector.detach().clone() for name, vector in ready.net.extra.items()}
+    before = {name: vector.detach().clone() for name, vector in ready.net.vectors.items()}
     ready(images, targets)
-    assert all(not torch.equal(vector, before[name]) for name, vector in ready.net.extra.items())
-    averaged = ready.judged.extra
+    assert all(not torch.equal(vector, before[name]) for name, vector in ready.net.vectors.items())
+    averaged = ready.judged.vectors
     assert averaged.keys() == before.keys() and averaged[next(iter(before))] is not before[next(iter(before))]
 
 
@@ -231,7 +231,7 @@ FIT = [
 def test_untrained_widths_are_fitted_before_training(photos, record, method, fits):
     chosen = settings(photos, method=MethodSettings(**method))
     ready, after = prepare(start(), record, chosen, TASK.open(chosen)[0], Listener())
-    assert bool(ready.extra) == bool(after.calibrated) == fits
+    assert bool(ready.vectors) == bool(after.calibrated) == fits
     again, _ = prepare(ready, after, chosen, TASK.open(chosen)[0], Listener())
     assert [*again.extra] == [*ready.extra]
     assert all(torch.equal(again.extra[name], ready.extra[name]) for name in ready.extra)
@@ -252,10 +252,10 @@ def test_convert_fits_a_family(scala, photos, pictures, images):
     assert told.json["calibrated"] == 24 and [row["r2"] <= 1 for row in told.json["points"]] == [True] * 4
     net, record = load_with_record(Path("family"))
     assert record.order == "importance" and record.calibrated == 24 and net.rule.attn_scale == "fixed"
-    assert {name.partition(":")[0] for name in net.extra} == {"0.25", "0.5", "0.75"}
+    assert {name.partition(":")[0] for name in net.vectors} == {"0.25", "0.5", "0.75"}
     assert "r2" not in scala("convert", "vit", *words, "--no-calibrate", "-o", "plain").json["points"][0]
     plain = load(Path("plain"))
-    assert not plain.extra
+    assert not plain.vectors
     with torch.no_grad():
         torch.testing.assert_close(plain(images), vit(images), atol=1e-4, rtol=1e-3)
     assert scala("slice", "family", "--ratio", 0.5, "-o", "half").code == 0

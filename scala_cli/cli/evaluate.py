@@ -5,7 +5,7 @@ import typer
 
 from scala_cli.cli.console import Output
 from scala_cli.cli.options import Checkpoint, Data, Widths, find_checkpoint
-from scala_cli.settings import CalibrationSettings, DeviceSettings, EvalSettings, ReadSettings
+from scala_cli.settings import CalibrationSettings, DeviceSettings, EvalSettings, ProbeSettings, ReadSettings
 from scala_cli.slicing.point import choose_points
 
 THRESHOLDS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -36,6 +36,7 @@ def evaluate(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw the cascade at every threshold: .svg, .png or .pdf.")
     ] = None,
+    probe: ProbeSettings,
     calibration: CalibrationSettings,
     settings: EvalSettings,
     read: ReadSettings,
@@ -46,10 +47,16 @@ def evaluate(
 
     Of a backbone: how like the full width's features those of every width are, on any folder of images.
 
+    With --probe instead how good its embeddings are: by a probe fitted to the full width's (full) and to its
+    own (own); agreement, how many of the full width's 10 nearest images it finds; recall, how often its
+    embedding finds the same image in an index of the full width's.
+
     Example: scala eval runs/last --data DIR; and: scala eval --data DIR --cascade 0.25,1 --threshold 0.8
     """
     if cascade and ratio:
         raise typer.BadParameter("--cascade names its widths itself: leave out --ratio.")
+    if probe.probe and cascade:
+        raise typer.BadParameter("--probe judges embeddings, --cascade answers: leave out one.")
     if (plot or threshold is not None) and not cascade:
         raise typer.BadParameter("--threshold and --plot go with --cascade.")
     threshold = 0.8 if threshold is None else threshold
@@ -59,6 +66,7 @@ def evaluate(
     from scala_cli.cascade import Cascade
     from scala_cli.data.split import open_images
     from scala_cli.device import choose_device
+    from scala_cli.embeddings import probe_loaders, probe_widths
     from scala_cli.evaluate import (
         answering,
         evaluate,
@@ -79,11 +87,15 @@ def evaluate(
     net, record = load_with_record(directory)
     task = task_named(record.task)
     if cascade:
-        asked = Cascade(net, cascade.split(","), threshold)
+        Cascade(net, cascade.split(","), threshold)  # refuses widths, before anything is looked at
     if against and task.labelled:
         raise typer.BadParameter("--against compares features; this model has classes.")
     points = choose_points(ratio, net.points)
-    loader = validation_loader(net, task, data, settings.batch_size, read)
+    if probe.probe:
+        loaders = probe_loaders(net, data, probe, settings.batch_size, read)
+        loader = loaders[-1]
+    else:
+        loader = validation_loader(net, task, data, settings.batch_size, read)
     document: dict[str, Any]
     with out.progress() as live:
         if calibration.calibrate:
@@ -98,7 +110,13 @@ def evaluate(
         choose_attention(net, place, uses_bfloat16(place, device))
         note_emulation(place, device, live)
         loader.split.tell(live)
-        if cascade:
+        if probe.probe:
+            loaders[0].split.tell(live)
+            rows = probe_widths(net, probe, loaders, points, device, live)
+            document = {"points": rows}
+            loaders[0].tell_skipped(live)
+        elif cascade:
+            asked = Cascade(net, cascade.split(","), threshold)
             thresholds = sorted({*THRESHOLDS, threshold})
             rows, sweep = evaluate_cascade(asked, loader, thresholds, device, live)
             document = next({**row} for row in sweep if row["threshold"] == threshold)
@@ -109,4 +127,5 @@ def evaluate(
         loader.tell_skipped(live)
     if cascade and plot:
         save(cascade_picture(document["sweep"], rows), plot)
-    out.result({**document, "skipped": list(loader.skipped)}, document.get("sweep", rows))
+    skipped = [*(loaders[0].skipped if probe.probe else ()), *loader.skipped]
+    out.result({**document, "skipped": skipped}, document.get("sweep", rows))

@@ -29,6 +29,14 @@ def export(
         bool,
         typer.Option("--with-preprocess", help="Take pixels, 0 to 255 (uint8), and normalise them within."),
     ] = False,
+    outputs: Annotated[
+        str | None,
+        typer.Option(
+            "--outputs",
+            help="features,tokens (with a classifier logits,tokens): the features of the patches too. "
+            "Default: the first alone.",
+        ),
+    ] = None,
     opset: Annotated[
         int | None,
         typer.Option("--opset", help="Of ONNX, 17 to 25. Default: the exporter's choice."),
@@ -53,8 +61,10 @@ def export(
         raise typer.BadParameter("--int8 goes with --format onnx.")
     if opset is not None and format != "onnx":
         raise typer.BadParameter("--opset goes with --format onnx.")
-    if every and (int8 or with_preprocess or format != "onnx"):
-        raise typer.BadParameter("--all writes plain ONNX: leave out --format, --int8 and --with-preprocess.")
+    if every and (int8 or with_preprocess or outputs or format != "onnx"):
+        raise typer.BadParameter(
+            "--all writes plain ONNX: leave out --format, --int8, --outputs and --with-preprocess."
+        )
     directory = find_checkpoint(checkpoint, out)
 
     import torch
@@ -92,6 +102,7 @@ def export(
                 images,
                 real=data is not None,
                 pixels=with_preprocess,
+                outputs=outputs,
                 opset=opset,
                 force=force,
                 watch=live,

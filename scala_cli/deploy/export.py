@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from scala_cli.files import (
     whole_files,
 )
 from scala_cli.formats import (
+    LOGITS,
     Format,
     format_named,
     is_int8,
@@ -32,6 +34,7 @@ from scala_cli.formats import (
     write,
 )
 from scala_cli.models.checkpoint import copy_files
+from scala_cli.models.dense import WithTokens, reader_of
 from scala_cli.models.locate import CONFIG, EXTRA, WEIGHTS
 from scala_cli.models.slimmable import Ratio, SlimmableViT
 from scala_cli.models.views import fill, weights_of
@@ -42,7 +45,8 @@ from scala_cli.timing import Predictor
 from scala_cli.watch import QUIET, Watcher
 
 TOLERANCE = 1e-4
-"""Largest difference of logits in float32 between torch and another runtime."""
+"""Largest difference in float32 between the outputs of torch and of another runtime, relative to their size
+(root mean square) where that is above one."""
 AGREEMENT = 0.9
 """Least share of real images to which 8-bit weights give the same class."""
 
@@ -88,18 +92,35 @@ def channel_values(spec: Spec, name: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How another runtime answers the same images: the largest difference, the share of equal classes."""
+    """How another runtime answers the same images.
+
+    Args:
+        largest: the largest difference.
+        relative: likewise, of each output relative to its root mean square where that is above one.
+        same_top1: the share of equal classes.
+    """
 
     largest: float
+    relative: float
     same_top1: float
 
     @classmethod
     @torch.inference_mode()
     def between(cls, model: Predictor, again: Predictor, images: Tensor) -> "Difference":
-        """In batches of at most 32, the last of another size, as a user's may be."""
-        ours, theirs = (torch.cat([run(some) for some in images.split(32)]) for run in (model, again))
-        same = (ours.argmax(1) == theirs.argmax(1)).float().mean().item()
-        return cls((ours - theirs).abs().max().item(), round(same, 4))
+        """In batches of at most 32, the last of another size, as a user's may be; over all outputs."""
+        ours, theirs = (outputs_of(run, images.split(32)) for run in (model, again))
+        same = (ours[0].argmax(1) == theirs[0].argmax(1)).float().mean().item()
+        differences = torch.stack([(a - b).abs().max() for a, b in zip(ours, theirs, strict=True)])
+        sizes = torch.stack([output.square().mean().sqrt() for output in ours]).clamp_min(1)
+        return cls(differences.max().item(), (differences / sizes).max().item(), round(same, 4))
+
+
+def outputs_of(run: Callable[[Tensor], Any], batches: Iterable[Tensor]) -> list[Tensor]:
+    """Returns each output of a model over all batches."""
+    found = [run(images) for images in batches]
+    return [
+        torch.cat(part) for part in zip(*(x if isinstance(x, tuple) else (x,) for x in found), strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -112,6 +133,7 @@ def export(
     *,
     real: bool = False,
     pixels: bool = False,
+    outputs: str | None = None,
     opset: int | None = None,
     force: bool = False,
     watch: Watcher = QUIET,
@@ -123,27 +145,31 @@ def export(
         images: (B, C, H, W), normalised, on which the runtime is compared with torch.
         real: whether these are photographs and not noise; then 8-bit weights must agree on their classes.
         pixels: the file takes pixels from 0 to 255, uint8, and normalises them itself.
+        outputs: "features,tokens", of a model with a classifier "logits,tokens", for a file with both: the
+            model's output, and the features of its patches (B, N, C), as `SlimmableViT.features`.
         opset: of ONNX; None is the exporter's choice.
 
     Returns:
         {"path", "format", "ratio", "max_abs_diff", "same_top1", "images", "bytes"}, of ONNX {"opset"} too
 
     Raises:
-        ScalaError: a missing package; PointError: a width that was not trained.
+        ScalaError: a missing package, other outputs; PointError: a width that was not trained.
         CheckpointError: where the runtime answers something else; nothing is left behind then.
     """
     chosen = format_named(kind)
     refuse_opset(opset)
+    names = output_names(net.spec, outputs)
     refuse_file(target, chosen, force)
     point = find_point(ratio, net.points)
-    model: nn.Module = net.slice(point, fixed_size=True)
+    vit = net.slice(point, fixed_size=True)
+    model: nn.Module = WithTokens(vit, reader_of(net, vit, point.ratio)).eval() if outputs else vit
     if pixels:
         model = FromPixels(model, net.spec).eval()
         images = model.pixels_of(images)
     watch.phase("export", 2, "steps")
     with whole_files(target, force) as fresh:
         file = fresh / target.name
-        write(kind, model, twice(images[:1]), file, net.spec.label_names or (), opset)
+        write(kind, model, twice(images[:1]), file, net.spec.label_names or (), opset, names)
         watch.step(1)
         found = Difference.between(model, opened(kind, file), images)
         watch.step(1)
@@ -160,6 +186,19 @@ def export(
         "images": len(images),
         "bytes": size,
     }
+
+
+def output_names(spec: Spec, asked: str | None) -> Sequence[str]:
+    """Returns the names of a file's outputs. Raises ScalaError for any but the two that a model has."""
+    both = f"{'features' if spec.features else 'logits'},tokens"
+    if asked not in (None, both):
+        raise ScalaError(
+            f"this model has no outputs {asked!r}; it has {both}.",
+            remedy="try",
+            setting="outputs",
+            value=both,
+        )
+    return asked.split(",") if asked else LOGITS
 
 
 class AtWidth(nn.Module):
@@ -279,8 +318,8 @@ def refuse_difference(found: Difference, kind: str, real: bool) -> None:
         good = math.isfinite(found.largest) and (not real or found.same_top1 >= AGREEMENT)
         what = f"gives another class to {1 - found.same_top1:.0%} of the images"
     else:
-        good = found.largest <= TOLERANCE
-        what = f"differs by {found.largest:.2g}, more than {TOLERANCE:g}"
+        good = found.relative <= TOLERANCE
+        what = f"differs by {found.relative:.2g}, more than {TOLERANCE:g}"
     if good:
         return
     message = f"the {kind} file read back by its runtime {what}; nothing was written."

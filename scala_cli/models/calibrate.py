@@ -124,7 +124,7 @@ def with_own_vectors(net: SlimmableViT) -> SlimmableViT:
     vit = net.spec.build_with({name: tensor.clone() for name, tensor in net.vit.state_dict().items()})
     absorb_layer_scale(vit)
     weights = vit.state_dict()
-    extra: dict[str, Tensor] = {}
+    extra = {name: tensor.clone() for name, tensor in net.original.items()}
     vectors = [
         name
         for name, tensor in weights.items()

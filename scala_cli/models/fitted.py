@@ -44,9 +44,9 @@ class FittedViT(SlimmableViT):
         width = find_point(ratio, self.points).ratio
         return self.get_submodule(f"slice_{self.widths.index(width)}") if width in self.widths else None  # type: ignore
 
-    def model_at(self, ratio: Ratio | None = None) -> VisionTransformer:
-        """As `SlimmableViT.model_at`."""
-        return (None if ratio is None else self.fitted(ratio)) or super().model_at(ratio)
+    def at(self, ratio: Fraction) -> VisionTransformer:
+        """As `SlimmableViT.at`; a fitted width is its slice, with weights of its own."""
+        return (self.fitted(ratio) if ratio in self.widths else None) or super().at(ratio)
 
     def slice(self, ratio: Ratio, fixed_size: bool = False) -> VisionTransformer:
         """As `SlimmableViT.slice`."""

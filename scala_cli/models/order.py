@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from scala_cli.errors import CheckpointError
 from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.models.stages import HEAD_NORMS
 from scala_cli.models.stream import centre_reading, linear_heads, make_norms_plain, mlp_readers, norms_of
 from scala_cli.slicing.importance import (
     change_basis,
@@ -18,6 +19,7 @@ from scala_cli.slicing.importance import (
     stream_basis,
     value_basis,
 )
+from scala_cli.slicing.original import BASIS, NAMES, WEIGHT, unchanged
 
 TOLERANCE = 1e-4
 """Largest difference between the outputs of the ordered and the pretrained model, relative to their size
@@ -84,7 +86,7 @@ def put_first_what_matters(net: SlimmableViT, batches: Iterable[Tensor]) -> Slim
         CheckpointError: where rounding would make more of a difference than TOLERANCE, or the widths have
             been fitted or, isolated, trained already.
     """
-    if net.rule.isolated or net.extra:
+    if net.rule.isolated or net.vectors:
         raise CheckpointError(
             "the widths of this family are fitted or trained: in another order they are lost.",
             remedy="leave_out",
@@ -93,11 +95,15 @@ def put_first_what_matters(net: SlimmableViT, batches: Iterable[Tensor]) -> Slim
     spec, table = net.spec, net.rule.table
     blocks = [f"blocks.{number}" for number in range(len(net.vit.blocks))]
     norms = norms_of(net.vit)
-    state = {name: tensor.double() for name, tensor in net.vit.state_dict().items()}
+    state = {name: tensor.double() for name, tensor in {**net.vit.state_dict(), **way_back(net)}.items()}
+    if WEIGHT in state:
+        norms = {
+            name: [*layers, "tokens"] if name in HEAD_NORMS else layers for name, layers in norms.items()
+        }
     if norms:
         make_norms_plain(state, table, norms)
     vit = deepcopy(net.vit)
-    vit.load_state_dict(state)
+    vit.load_state_dict({name: state[name] for name in vit.state_dict()})
 
     readers = [f"{block}.attn.qkv" for block in blocks] + linear_heads(vit)
     readers += [name for block in blocks for name in mlp_readers(vit, block)]
@@ -120,7 +126,7 @@ def put_first_what_matters(net: SlimmableViT, batches: Iterable[Tensor]) -> Slim
     else:
         stream = torch.stack([share_of_reading(inputs[name], state[f"{name}.weight"]) for name in readers])
         state = permute_state(state, table, "embed", stream.sum(0).argsort(descending=True, stable=True))
-    vit.load_state_dict(state)
+    vit.load_state_dict({name: state[name] for name in vit.state_dict()})
     original = spec.build_with(net.vit.state_dict())  # in evaluation mode, whichever `net` is in
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # a GPU's convolutions round to 10 bits
         expected = original(probe)
@@ -132,7 +138,16 @@ def put_first_what_matters(net: SlimmableViT, batches: Iterable[Tensor]) -> Slim
             setting="order",
             value="none",
         )
-    return SlimmableViT(vit, spec, net.rule, net.extra).eval()
+    like = next(vit.parameters())
+    extra = {name: state[name].to(like) for name in way_back(net)}
+    return SlimmableViT(vit, spec, net.rule, extra).eval()
+
+
+def way_back(net: SlimmableViT) -> dict[str, Tensor]:
+    """Returns what leads back to the former channels, also if they have been put in order before."""
+    names = (BASIS,) if net.spec.features else NAMES
+    like = next(net.vit.parameters())
+    return {name: net.original.get(name, unchanged(name, net.spec.embed_dim)).to(like) for name in names}
 
 
 def share_of_reading(seen: Moments, weight: Tensor) -> Tensor:

@@ -4,14 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from threading import RLock
-from typing import Any
+from typing import Any, overload
 
 import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from scala_cli.models.dense import Features, features
 from scala_cli.models.views import Stamp, fill, stamp, weights_of
 from scala_cli.models.vit import Spec, drop_alike, imitate, rebuilt
+from scala_cli.slicing.original import original_of
 from scala_cli.slicing.own import own_of_widths, own_vectors
 from scala_cli.slicing.point import Point, find_point, ratios_of
 from scala_cli.slicing.rule import Rule
@@ -31,7 +33,8 @@ class SlimmableViT(nn.Module):
         spec: what `vit` is built from.
         rule: which channels each width keeps; its ratios are the widths this model answers at.
         extra: tensors that timm has no place for, as in `extra.safetensors` of a checkpoint: the vectors that
-            single widths have of their own (`slicing/own.py`).
+            single widths have of their own (`slicing/own.py`), and what leads back to the channels that the
+            model had before these were put in order (`slicing/original.py`), which is not trained.
 
     Raises:
         PointError: where a width does not divide the model's channels.
@@ -45,6 +48,9 @@ class SlimmableViT(nn.Module):
         self.vit, self.spec, self.rule = vit, spec, rule
         own = own_of_widths(extra or {}, rule.ratios)
         self.own = nn.ParameterDict({name.replace(".", "/"): tensor for name, tensor in own.items()})
+        self.before = nn.Module()
+        for name, tensor in original_of(extra or {}).items():
+            self.before.register_buffer(name.replace(".", "/"), tensor.detach())
         self.points = tuple(map(Point, rule.ratios))
         """The members of the family, smallest first."""
         self._forget_skeletons()
@@ -56,7 +62,17 @@ class SlimmableViT(nn.Module):
     @property
     def extra(self) -> dict[str, Tensor]:
         """The tensors of `extra.safetensors`, by name."""
+        return {**self.vectors, **self.original}
+
+    @property
+    def vectors(self) -> dict[str, Tensor]:
+        """The vectors that single widths have of their own, by their names in `extra`."""
         return {name.replace("/", "."): tensor for name, tensor in self.own.items()}
+
+    @property
+    def original(self) -> dict[str, Tensor]:
+        """What leads back to the channels before they were put in order, by name; empty if they were not."""
+        return {name.replace("/", "."): tensor for name, tensor in self.before.named_buffers()}
 
     @property
     def widest(self) -> Point:
@@ -102,6 +118,45 @@ class SlimmableViT(nn.Module):
         """
         point = self.widest if ratio is None else find_point(ratio, self.points)
         return self.at(point.ratio)
+
+    @overload
+    def features(
+        self, images: Tensor, ratio: Ratio | None = None, blocks: None = None, grid: bool = False
+    ) -> Features: ...
+
+    @overload
+    def features(
+        self, images: Tensor, ratio: Ratio | None = None, *, blocks: int | Sequence[int], grid: bool = False
+    ) -> list[Features]: ...
+
+    def features(
+        self,
+        images: Tensor,
+        ratio: Ratio | None = None,
+        blocks: int | Sequence[int] | None = None,
+        grid: bool = False,
+    ) -> Features | list[Features]:
+        """Returns features of every token at a width, C of them, in the full model's space at every width.
+
+        Without `blocks` they are the final normed tokens, in a model for features as its head reads them.
+        Those after a block are mapped back into the channels that the model had before these were put in
+        order: at full width they are those of the original model, up to their mean over channels, which no
+        norm notices; at a narrower width they lie in the part of that space that the width keeps.
+
+        Args:
+            images: (B, C, H, W), normalised.
+            ratio: one of `points`; left out, the widest.
+            blocks: numbers of blocks, from 0, or from the end where negative; or how many of the last.
+            grid: return the patch tokens as a map (B, C, h, w) instead of (B, N, C).
+
+        Returns:
+            `Features`, or a list of them with one for each block.
+
+        Raises:
+            PointError: for a width that is not one of `points`, and a block that the model does not have.
+        """
+        point = self.widest if ratio is None else find_point(ratio, self.points)
+        return features(self, images, point.ratio, blocks, grid)
 
     def compile(self, **options: Any) -> None:
         """Compiles every width by itself, at its first forward."""

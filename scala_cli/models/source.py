@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from timm.models import VisionTransformer
+from torch import Tensor
 
 from scala_cli.errors import CheckpointError
 from scala_cli.models.authors import is_theirs, open_theirs
-from scala_cli.models.checkpoint import Record, load_with_record
+from scala_cli.models.checkpoint import Record, load_with_record, read_extra
 from scala_cli.models.config import Config
 from scala_cli.models.create import check_patches, create, refuse_broken, skeleton_of
 from scala_cli.models.features import for_task, give_identity_head
@@ -21,6 +22,7 @@ from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.stream import norms_with_eps, with_eps
 from scala_cli.models.vit import Spec, describe, random_images
 from scala_cli.settings import DEFAULT_RATIOS
+from scala_cli.slicing.original import BIAS, WEIGHT, original_of
 from scala_cli.slicing.point import Point, find_point, parse_points, ratios_of
 from scala_cli.slicing.rule import Rule
 from scala_cli.slicing.table import Layout
@@ -138,8 +140,26 @@ def open_source(
     if source.eps is not None and not scratch:
         original = norms_with_eps(original, source.eps)
         vit = spec.build_with(with_eps(vit.state_dict(), spec, source.eps))
-    net = SlimmableViT(vit, spec, Rule(ratios_of(points), spec.num_heads, layout=layout))
+    way_back = {} if scratch else way_back_of(model, about, state, new_head)
+    net = SlimmableViT(vit, spec, Rule(ratios_of(points), spec.num_heads, layout=layout), way_back)
     return Opened(net, record, original)
+
+
+def way_back_of(
+    model: str, about: Mapping[str, Any], state: Mapping[str, Tensor] | None, new_head: bool
+) -> dict[str, Tensor]:
+    """Returns what leads back to the channels a checkpoint had before; empty for any other model.
+
+    Args:
+        about: what it tells of itself.
+        state: its weights; the head of a model for features leads back too, which another will not.
+    """
+    if not about or "sliced_from" in about:
+        return {}
+    known = original_of(read_extra(resolve(model)))
+    if state and new_head and about.get("features"):
+        known |= {WEIGHT: state["head.weight"], BIAS: state["head.bias"]}
+    return known
 
 
 def refuse_trained(model: str, about: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from scala_cli.errors import CheckpointError
+from scala_cli.slicing.original import BASIS, BIAS, WEIGHT
 
 Group = Literal["embed", "head", "hidden"]
 Layout = Literal["aligned", "fused"]
@@ -74,6 +75,9 @@ def vit_table(num_heads: int, layout: Layout) -> Table:
         "head.bias": (None,),
         "head_dist.weight": (None, embed),
         "head_dist.bias": (None,),
+        BASIS: (embed, None),
+        WEIGHT: (None, embed),
+        BIAS: (None,),
     }
 
 

@@ -64,7 +64,7 @@ def finetune(
     begun = start
     start, record = prepare(begun, record, settings, splits[0], watch)
     # widths that are fitted change the full one a little, so the model from before teaches
-    teacher = begun if start.extra and not begun.extra else start
+    teacher = begun if start.vectors and not begun.vectors else start
     trainer = Trainer(start, task, teacher if taught else None, settings, splits)
     with run.claimed(settings, force):
         if taught and teacher is begun:

@@ -14,6 +14,7 @@ from scala_cli.data.split import Split
 from scala_cli.errors import TrainingError
 from scala_cli.methods import method_named
 from scala_cli.models.checkpoint import Record
+from scala_cli.models.dense import kept_reader
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.settings import (
     DEFAULT_RATIOS,
@@ -70,7 +71,7 @@ def with_new_head(start: SlimmableViT, classes: Sequence[str], seed: int) -> Sli
         torch.manual_seed(seed)
         vit.reset_classifier(len(classes))
     extra = {name: t for name, t in start.extra.items() if not name.partition(":")[2].startswith("head")}
-    return SlimmableViT(vit, start.spec.naming(classes), start.rule, extra)
+    return SlimmableViT(vit, start.spec.naming(classes), start.rule, {**extra, **kept_reader(start)})
 
 
 def prepare(
@@ -86,7 +87,7 @@ def prepare(
     free = record.order_is_free(start.rule)
     chosen = method_named(settings.method.method).effective(settings.method)
     narrow = start.rule.ratios != (1,)
-    fit = record.widths_are_free(start.rule) and narrow and not start.extra and chosen.calibrate
+    fit = record.widths_are_free(start.rule) and narrow and not start.vectors and chosen.calibrate
     if settings.method.order == "importance" and (free or fit):
         todo = ["putting the channels in order of importance"] if free else []
         todo += ["fitting the narrower widths"] if fit else []
@@ -102,7 +103,7 @@ def prepare(
             watch,
             FamilySettings(),
         )
-    if start.extra and isolation(start, record, settings):
+    if start.vectors and isolation(start, record, settings):
         raise TrainingError(
             "the widths of this model were fitted to its first channels: they cannot be isolated.",
             remedy="leave_out",

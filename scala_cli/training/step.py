@@ -118,7 +118,7 @@ class Step:
         """Adds the vectors that a width has of its own to the groups of those that all share."""
         shared = dict(self.net.vit.named_parameters())
         groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
-        for name, vector in self.net.extra.items():
+        for name, vector in self.net.vectors.items():
             groups[id(shared[name.partition(":")[2]])]["params"].append(vector)
 
     def state(self) -> dict[str, Any]:

@@ -1,0 +1,124 @@
+"""How good embeddings are: by their neighbours, by a linear classifier, and as queries against others."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from scala_cli.slicing.ridge import Moments, Normal
+
+NEIGHBOURS, TEMPERATURE = 20, 0.07
+"""Of the vote of neighbours, as in DINO (arXiv 2104.14294)."""
+STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Strengths of the ridge of which a linear classifier takes the best."""
+HELD_OUT = 8
+"""One image in this many is held out to choose the strength."""
+CHUNK = 1024
+"""Queries whose similarities to everything are in memory at once."""
+ROUNDING = 1e-6
+"""Cosines that differ by less count as equal."""
+
+
+class Nearest(NamedTuple):
+    """The k most similar embeddings of a bank to each of Q queries, most similar first.
+
+    Args:
+        cosines: (Q, k)
+        numbers: (Q, k) their numbers in the bank.
+    """
+
+    cosines: Tensor
+    numbers: Tensor
+
+
+def nearest(queries: Tensor, bank: Tensor, count: int = NEIGHBOURS) -> Nearest:
+    """Returns the nearest embeddings by cosine, `count` of them or all if the bank has fewer.
+
+    Args:
+        queries: (Q, C)
+        bank: (N, C)
+    """
+    bank = F.normalize(bank, dim=1)
+    found = [
+        (F.normalize(some, dim=1) @ bank.T).topk(min(count, len(bank)), dim=1)
+        for some in queries.split(CHUNK)
+    ]
+    return Nearest(torch.cat([each.values for each in found]), torch.cat([each.indices for each in found]))
+
+
+def vote(found: Nearest, labels: Tensor, classes: int) -> Tensor:
+    """Returns (Q,) the class of each query by its neighbours, which count exp(cosine / temperature) each.
+
+    Args:
+        labels: (N,) class numbers of the bank.
+    """
+    weights = (found.cosines / TEMPERATURE).exp()
+    votes = weights.new_zeros(len(weights), classes)
+    return votes.scatter_add_(1, labels[found.numbers], weights).argmax(1)
+
+
+def agreement(ours: Tensor, theirs: Tensor) -> float:
+    """Returns which share of their neighbours are among ours, for numbers (Q, k)."""
+    return (ours[:, :, None] == theirs[:, None, :]).any(1).float().mean().item()
+
+
+def recall(queries: Tensor, index: Tensor, counts: Sequence[int]) -> list[float]:
+    """Returns, for each count, the share of queries whose own image is among so many nearest of an index.
+
+    Args:
+        queries, index: (N, C) embeddings of the same images in the same order.
+    """
+    index, ahead, first = F.normalize(index, dim=1), [], 0
+    for some in queries.split(CHUNK):
+        cosines = F.normalize(some, dim=1) @ index.T
+        own = cosines.diagonal(first)[:, None]
+        ahead.append((cosines > own + ROUNDING).sum(1))
+        first += len(some)
+    ranks = torch.cat(ahead)
+    return [(ranks < count).float().mean().item() for count in counts]
+
+
+class LinearProbe:
+    """A linear classifier on embeddings: ridge regression of the classes, in closed form.
+
+    Each channel is standardised. The strength of the ridge is that which does best on held-out images; the
+    classifier is then fitted to all.
+
+    Args:
+        embeddings: (N, C)
+        labels: (N,) class numbers.
+    """
+
+    def __init__(self, embeddings: Tensor, labels: Tensor, classes: int) -> None:
+        self.mean, deviation = embeddings.mean(0), embeddings.std(0, correction=0)
+        self.deviation = deviation.clamp_min(ROUNDING * deviation.max()).clamp_min(1e-30)
+        x, targets = self.standardised(embeddings), F.one_hot(labels, classes).to(embeddings)
+        held = torch.arange(len(x), device=x.device) % HELD_OUT == HELD_OUT - 1
+        seen, tested, whole = (moments(x[some], targets[some]) for some in (~held, held, held | ~held))
+        start = torch.zeros_like(whole.products_tx)
+        strengths = STRENGTHS[len(STRENGTHS) // 2 :][:1]
+        if tested.count:
+            origins = seen.mean_x, seen.mean_t
+            judged = Normal.of(tested, origins)
+            errors = [judged.error(fit) for fit in Normal.of(seen, origins).solutions(start, STRENGTHS)]
+            strengths = STRENGTHS[int(torch.stack(errors).argmin()) :][:1]
+        (weight,) = Normal.of(whole, (whole.mean_x, whole.mean_t)).solutions(start, strengths)
+        self.weight, self.bias = (
+            part.to(embeddings) for part in (weight, whole.mean_t - weight @ whole.mean_x)
+        )
+
+    def standardised(self, embeddings: Tensor) -> Tensor:
+        return (embeddings - self.mean) / self.deviation
+
+    def __call__(self, embeddings: Tensor) -> Tensor:
+        """Returns (N,) the class of each embedding (N, C)."""
+        return F.linear(self.standardised(embeddings), self.weight, self.bias).argmax(1)
+
+
+def moments(inputs: Tensor, targets: Tensor) -> Moments:
+    """Returns those of (N, i) inputs and (N, o) targets."""
+    found = Moments()
+    found.add(inputs, targets)
+    return found
