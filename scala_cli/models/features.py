@@ -63,7 +63,7 @@ def for_task(net: SlimmableViT, record: Record, task: str | None) -> tuple[Slimm
     record = replace(record, task=str(task))
     if task != "features" or net.spec.features:
         return net, record
-    if record.order == "importance" or record.method or net.extra:
+    if record.order == "importance" or record.method or net.vectors:
         raise CheckpointError(
             "this model was slimmed with its classifier: without it, its features are not the original ones.",
             "Give the model it came from.",
