@@ -27,6 +27,9 @@ from scala_cli.slicing.point import Point
 from scala_cli.tasks.base import Task
 from scala_cli.watch import Watcher
 
+ONE_FIT = FamilySettings(keep_full=0.0)
+"""Training makes good what the full width loses in the fit, as the model from before teaches."""
+
 
 def unlearnt(start: SlimmableViT, record: Record, classes: Sequence[str]) -> str:
     """Returns why the model has to learn these classes first; empty if it knows them."""
@@ -101,7 +104,7 @@ def prepare(
             settings.read,
             settings.device,
             watch,
-            FamilySettings(),
+            ONE_FIT,
         )
     if start.vectors and isolation(start, record, settings):
         raise TrainingError(
