@@ -30,7 +30,7 @@ from runs import QUICK
         (["finetune", "tiny/model.safetensors", "--data", "digits", "-o", "tiny"], "holds what is read"),
         (["convert", "tiny-timm", "--order", "importance", "--data", "torch/cifar10"], "--data-dir"),
         (["slice", "tiny", "--ratio", "0.5", "-o", "tiny-timm"], "not empty"),
-        (["convert", "deit_s", "--data", "digits"], "--data is for --order importance"),
+        (["convert", "deit_s", "--data", "digits", "--order", "none"], "--data is for --order importance"),
         (["convert", "./missing"], "missing does not exist"),
         (["convert", "local-dir:missing"], "missing does not exist"),
         (["convert", "missing.pth"], "missing.pth does not exist"),

@@ -101,5 +101,5 @@ def test_force_takes_a_run_and_nothing_that_lies_in_it(photos):
     assert sorted(Path("mine").rglob("*")) == before
     thesis.unlink()
     finetune(start(), Record(), chosen, Run(Path("mine")), Listener(), force=True)
-    assert not Path("mine/teacher").exists() and not Path("mine/best").is_symlink()
+    assert not Path("mine/teacher/best").exists() and not Path("mine/best").is_symlink()
     assert Path("far/model.safetensors").is_file()
