@@ -77,7 +77,12 @@ class OptimizerSettings:
 
     epochs: float = option(10, "Passes over the training images; 0.5 is half of one.", min=0.001, max=1e5)
     batch_size: int = option(128, "Images a step; of several processes, those of each.", "-b", min=1)
-    lr: float = option(1e-3, "Peak learning rate; warm-up and cosine lead to and from it.", min=0)
+    lr: float | None = option(
+        None,
+        "Peak learning rate; warm-up and cosine lead to and from it. Default: 1e-3 for classes, 5e-5 for "
+        "features.",
+        min=0,
+    )
     min_lr: float = option(1e-6, "Learning rate at the end.", min=0)
     warmup_epochs: float | None = option(None, "Epochs of warm-up. Default: a twentieth of the run.", min=0)
     weight_decay: float = option(0.05, "Weight decay, not on biases, norms and embeddings.", min=0)

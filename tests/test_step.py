@@ -368,3 +368,13 @@ def test_training_does_not_touch_what_it_starts_from(photos, tmp_path):
         assert torch.equal(one, other) and one.requires_grad and one.grad is None, name
     for one, other in zip(net.vit.modules(), before.modules(), strict=True):
         assert type(one) is type(other) and getattr(one, "fused_attn", 0) == getattr(other, "fused_attn", 0)
+
+
+@pytest.mark.parametrize(
+    ("task", "lr", "rate"),
+    [("classification", None, 1e-3), ("features", None, 5e-5), ("features", 2e-4, 2e-4)],
+)
+def test_each_task_has_its_own_learning_rate(photos, task, lr, rate):
+    chosen = settings(photos, optimizer=OptimizerSettings(batch_size=4, lr=lr))
+    ready = Step(start(), task_named(task), start(), chosen, torch.device("cpu"))
+    assert {group["lr"] for group in ready.optimizer.param_groups} == {rate}

@@ -28,6 +28,11 @@ class Task(Protocol):
     """One kind of work that a model does."""
 
     @property
+    def rate(self) -> float:
+        """The peak learning rate unless settings give one."""
+        ...
+
+    @property
     def labelled(self) -> bool:
         """Whether the targets are the classes of the images; if not, they are another model's outputs."""
         ...

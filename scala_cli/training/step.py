@@ -69,12 +69,13 @@ class Step:
             if model:
                 world.agree(model)
         chosen = settings.optimizer
+        self.rate = task.rate if chosen.lr is None else chosen.lr
         with refusing_settings():
             self.mix = mixer(settings.augment, settings.method.smoothing, max(1, start.spec.num_classes))
             self.optimizer = create_optimizer_v2(
                 self.net.vit,
                 opt=chosen.opt,
-                lr=chosen.lr,
+                lr=self.rate,
                 weight_decay=chosen.weight_decay,
                 layer_decay=chosen.layer_decay,
             )
@@ -184,7 +185,7 @@ class Step:
                 raise TrainingError(
                     f"{name} is {value} at step {self.number + 1}.",
                     remedy="lower_rate",
-                    rate=self.settings.optimizer.lr,
+                    rate=self.rate,
                 )
 
     def gather_gradients(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
