@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from scala_cli.data.loader import Loader
-from scala_cli.data.samples import Some
-from scala_cli.data.split import Split, open_split
+from scala_cli.data.split import evenly, open_split
 from scala_cli.data.transform import transform_for
 from scala_cli.data.workers import naming_a_dead_reader
 from scala_cli.errors import DataError
@@ -63,13 +62,6 @@ def probe_loaders(
         Loader(evenly(split, probe.probe_images), transform, batch_size, read) for split in (training, judged)
     )
     return first, second
-
-
-def evenly(split: Split, count: int) -> Split:
-    """Returns `count` images spread evenly over a split, or all if it has fewer."""
-    count = min(count, len(split))
-    numbers = [number * len(split) // count for number in range(count)]
-    return Split(Some(split.samples, numbers), split.classes, split.notes)
 
 
 @naming_a_dead_reader()

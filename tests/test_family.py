@@ -1,7 +1,6 @@
 """A family fitted in closed form: shared weights, and vectors that each width has of its own."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,9 +20,11 @@ from scala_cli.models.order import put_first_what_matters
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.settings import MethodSettings, OptimizerSettings
 from scala_cli.slicing.own import own_name, own_vectors
+from scala_cli.slicing.point import parse_points
 from scala_cli.slicing.ridge import Moments, Part, fit_shared
 from scala_cli.tasks import task_named
 from scala_cli.training.finetune import finetune, go_on
+from scala_cli.training.gradients import GradientLog
 from scala_cli.training.run import Run
 from scala_cli.training.start import prepare, with_new_head
 from scala_cli.training.step import Step
@@ -237,6 +238,23 @@ def test_untrained_widths_are_fitted_before_training(photos, record, method, fit
     assert all(torch.equal(again.extra[name], ready.extra[name]) for name in ready.extra)
 
 
+def test_a_width_that_a_fitted_family_lacks_is_fitted_with_the_others(photos):
+    family = with_new_head(fitted(), ["blue", "green", "red"], 0)
+    wider = family.with_points(parse_points("0.5,0.625,1"))
+    assert {name.partition(":")[0] for name in wider.vectors} == {"0.5"}
+    chosen = settings(photos)
+    ready, _ = prepare(wider, Record(order="importance"), chosen, TASK.open(chosen)[0], Listener())
+    assert {name.partition(":")[0] for name in ready.vectors} == {"0.5", "0.625"}
+
+
+def test_nothing_of_a_blank_image_is_logged(photos, tmp_path):
+    family = with_new_head(fitted(), ["blue", "green", "red"], 0)
+    ready = Step(family, TASK, family, settings(photos), torch.device("cpu"))
+    ready.gradients = GradientLog(ready.parameters, tmp_path / "grads.jsonl")
+    ready.gather_gradients(torch.randn(0, 3, 16, 16), torch.zeros(0, dtype=torch.long))
+    assert not ready.gradients.passes
+
+
 def test_fitted_widths_are_not_isolated(photos):
     family = with_new_head(fitted(), ["blue", "green", "red"], 0)
     chosen = settings(photos, method=MethodSettings(isolation=True))
@@ -284,7 +302,7 @@ def test_what_convert_refuses(scala, words, told):
 def test_a_layer_scale_is_no_ones_own():
     family = fitted("deit3, layer scale")
     assert all((p == 1).all() for n, p in family.vit.named_parameters() if n.endswith("gamma"))
-    assert replace(family.rule, attn_scale="native") != family.rule
+    assert family.rule.attn_scale == "fixed"
 
 
 def test_the_model_from_before_the_fit_teaches_also_when_resumed(photos, tmp_path, monkeypatch):

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from scala_cli.data.loader import Loader
-from scala_cli.data.samples import Some
-from scala_cli.data.split import Split
+from scala_cli.data.split import Split, evenly
 from scala_cli.data.transform import transform_for
 from scala_cli.models.vit import Spec
 from scala_cli.settings import ReadSettings
@@ -17,9 +16,7 @@ def calibration_images(
     split: Split, spec: Spec, read: ReadSettings, watch: Watcher, count: int = 512
 ) -> Iterator[Tensor]:
     """Returns `count` images spread evenly over a split, or all if it has fewer, in batches (B, C, H, W)."""
-    count = min(count, len(split))
-    evenly = [number * len(split) // count for number in range(count)]
-    some = Split(Some(split.samples, evenly), split.classes)
+    some = evenly(split, count)
     watch.phase("look at images", len(some))
     loader, readable = Loader(some, transform_for(spec), 64, read), 0
     for images, _ in loader:

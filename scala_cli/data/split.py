@@ -191,6 +191,12 @@ def digits(training: bool) -> Split:
     return Split(FromDataset(pairs, "digits"), tuple(map(str, range(10))))
 
 
+def evenly(split: Split, count: int) -> Split:
+    """Returns `count` images spread evenly over a split, or all if it has fewer."""
+    count = min(count, len(split))
+    return replace(split, samples=Some(split.samples, [n * len(split) // count for n in range(count)]))
+
+
 def hold_out(split: Split, share: float) -> tuple[Split, Split]:
     """Splits the training images in two: those kept, and an evenly spread share held out."""
     exact = Fraction(share).limit_denominator(10_000)

@@ -63,8 +63,8 @@ def finetune(
         start = SlimmableViT(start.vit, start.spec.naming(classes), start.rule, start.extra)
     begun = start
     start, record = prepare(begun, record, settings, splits[0], watch)
-    # widths that are fitted change the full one a little, so the model from before teaches
-    teacher = begun if start.vectors and not begun.vectors else start
+    # fitting the widths changes the full one a little, so the model from before teaches
+    teacher = begun if start.vectors.keys() != begun.vectors.keys() else start
     trainer = Trainer(start, task, teacher if taught else None, settings, splits)
     with run.claimed(settings, force):
         if taught and teacher is begun:

@@ -23,6 +23,7 @@ from scala_cli.settings import (
     MethodSettings,
     Settings,
 )
+from scala_cli.slicing.own import own_vectors
 from scala_cli.slicing.point import Point
 from scala_cli.tasks.base import Task
 from scala_cli.watch import Watcher
@@ -82,15 +83,15 @@ def prepare(
 ) -> tuple[SlimmableViT, Record]:
     """Returns the model to train, with or without isolation.
 
-    If the order of its channels is free, they are put in order. If its widths have neither been trained nor
-    fitted to the full one, they are fitted.
+    If the order of its channels is free, they are put in order. If the full width alone has been trained, and
+    a narrower one has not been fitted to it yet, all are fitted.
 
     Raises TrainingError where widths that were fitted would be isolated.
     """
     free = record.order_is_free(start.rule)
     chosen = method_named(settings.method.method).effective(settings.method)
-    narrow = start.rule.ratios != (1,)
-    fit = record.widths_are_free(start.rule) and narrow and not start.vectors and chosen.calibrate
+    unfitted = [r for r in start.rule.ratios if r < 1 and not own_vectors(start.vectors, r)]
+    fit = record.widths_are_free(start.rule) and bool(unfitted) and chosen.calibrate
     if settings.method.order == "importance" and (free or fit):
         todo = ["putting the channels in order of importance"] if free else []
         todo += ["fitting the narrower widths"] if fit else []

@@ -193,16 +193,21 @@ class Step:
         random_seed((self.settings.run.seed * 1_000_003 + self.number) % 2**32)
         if not len(images):  # gradients of zero, for the parameters that have one in the other processes
             blank = random_images(self.net.spec, 1).to(self.device)
-            self.passes(blank, targets.new_zeros(1, dtype=torch.long).to(self.device))
+            self.run_passes(blank, targets.new_zeros(1, dtype=torch.long).to(self.device), None)
             for parameter in self.parameters:
                 if parameter.grad is not None:
                     parameter.grad.zero_()
             return {}
         images = images.to(self.device, non_blocking=True)
-        return self.passes(*self.mix(images, targets.to(self.device, non_blocking=True)))
+        images, targets = self.mix(images, targets.to(self.device, non_blocking=True))
+        return self.run_passes(images, targets, self.gradients)
 
-    def passes(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Runs the passes of a step on mixed images and targets, as `gather_gradients`."""
+    def run_passes(self, images: Tensor, targets: Tensor, log: GradientLog | None) -> dict[str, Tensor]:
+        """Runs every pass on images and targets as they are mixed. Returns the losses.
+
+        Args:
+            log: takes the gradient of each pass.
+        """
         losses: dict[str, Tensor] = {}
         teacher = self.teach if self.frozen else None
         drawn = self.method.draw(Random(f"{self.settings.run.seed} {self.number}"))
@@ -212,8 +217,8 @@ class Step:
                 share = loss * (len(some.images) / len(images))
                 (share * weight).backward()
                 losses[point.label] = losses.get(point.label, 0) + share.detach()
-                if self.gradients:
-                    self.gradients.add(point.label)
+                if log:
+                    log.add(point.label)
         return losses
 
     def measure(self, images: Iterable[Tensor]) -> None:
