@@ -26,7 +26,7 @@ Checkpoint = Annotated[
 ]
 DATA_HELP = (
     "A folder with train/ and val/ of class folders, a timm name like torch/cifar10, or digits; "
-    "for features any folder of images."
+    "for features any folder of images. Or tar files: 'DIR/{000..010}.tar', a folder of them."
 )
 Data = Annotated[str, typer.Option("--data", help=DATA_HELP)]
 Ratios = Annotated[
@@ -56,9 +56,12 @@ def find_checkpoint(named: str | None, out: Output) -> Path:
 
 
 def place_of(data: str) -> str:
-    """The images' folder, absolute, so that a run can be resumed from elsewhere; names stay as they are."""
-    folder = Path(data).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else data
+    """The images' folder or tar files, absolute, so that a run can be resumed from elsewhere.
+
+    Names stay as they are.
+    """
+    place = Path(data).expanduser()
+    return str(place.resolve()) if place.is_dir() or place.suffix == ".tar" else data
 
 
 def add_command(app: typer.Typer, name: str, function: Callable[..., None]) -> None:

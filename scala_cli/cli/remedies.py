@@ -50,6 +50,8 @@ REMEDIES = {
     "known_data": (
         "Give a folder with train/ and val/ of class folders, torch/cifar10 with --data-dir, or digits."
     ),
+    "tar_files": "Tar files are given so: --data 'DIR/{{000..010}}.tar', or --data DIR.",
+    "hold_out": "Give a folder with train/ and val/; or, to train, judge on some of them: --holdout 0.1",
     "larger_holdout": "Give more images, or a larger --holdout.",
     "skip_corrupt": "Mend it, or pass --on-corrupt skip.",
     "train_head": "Train a head: scala finetune CKPT --data DIR --task classification",

@@ -2,7 +2,7 @@
 
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -11,10 +11,11 @@ from pathlib import Path
 from PIL import Image
 from timm.data import create_dataset
 
-from scala_cli.data.classes import same_classes, spelled
-from scala_cli.data.folder import class_folders, counted, read_folder, read_images
+from scala_cli.data.classes import natural_order, same_classes, spelled
+from scala_cli.data.folder import class_folders, counted, is_image, read_folder, read_images, suffix, visible
 from scala_cli.data.images import open_image
 from scala_cli.data.samples import FromDataset, FromReader, Renumbered, Samples, Some
+from scala_cli.data.shards import TAR, is_shards, read_shards, shards_named
 from scala_cli.errors import DataError
 from scala_cli.watch import Watcher
 
@@ -59,8 +60,9 @@ def open_split(
     """The training or validation part of a data set.
 
     Args:
-        data: a folder with train/ and val/ (or validation/, valid/, test/) of class folders; `digits`,
-            scikit-learn's handwritten digits; or a timm data set name such as torch/cifar10.
+        data: a folder with train/ and val/ (or validation/, valid/, test/) of class folders or of tar files
+            with class numbers; `digits`, scikit-learn's handwritten digits; a timm data set name such as
+            torch/cifar10; or, for training, tar files such as a/{000..010}.tar.
         data_dir: the directory of a named data set.
         classes: those of the training part, if it is already open.
 
@@ -70,6 +72,10 @@ def open_split(
     refuse_unknown(data, data_dir)
     if data == "digits":
         return digits(training)
+    if is_shards(data):
+        if not training:
+            raise DataError(f"{data} has no validation part.", remedy="hold_out")
+        return labelled_shards(shards_named(data), data)
     folder = Path(data).expanduser()
     return open_folder(folder, training, classes) if folder.is_dir() else open_named(data, training, data_dir)
 
@@ -78,10 +84,13 @@ def open_images(data: str, data_dir: str | None = None) -> Split:
     """Return all images, to be used without labels.
 
     Args:
-        data: as for `open_split` (its training part), or any folder of images, flat or nested.
+        data: as for `open_split` (its training part), or any folder of images, flat or nested, or of tar
+            files.
 
     Raises DataError where there is none.
     """
+    if is_shards(data):
+        return of_shards(shards_named(data), data)
     folder = Path(data).expanduser()
     if not folder.is_dir():
         return open_split(data, True, data_dir)
@@ -89,13 +98,15 @@ def open_images(data: str, data_dir: str | None = None) -> Split:
 
 
 def open_validation_images(data: str, data_dir: str | None = None) -> Split | None:
-    """Return the images of the validation part, to be used without labels; None if a folder has no parts.
+    """Return the images of the validation part, to be used without labels; None if there are no parts.
 
     Args:
         data: as for `open_images`.
 
     Raises DataError where there is none in it.
     """
+    if is_shards(data):
+        return None
     folder = Path(data).expanduser()
     if not folder.is_dir():
         return open_split(data, False, data_dir)
@@ -103,16 +114,60 @@ def open_validation_images(data: str, data_dir: str | None = None) -> Split | No
     return images_in(parts[0]) if parts and (folder / "train").is_dir() else None
 
 
+def of_folder(folder: Path) -> Split:
+    """Return the images of a folder of class folders. Raises as `read_folder`."""
+    found = read_folder(folder)
+    return Split(found, found.classes, passed_over(folder, found.others))
+
+
 def images_in(folder: Path) -> Split:
-    """Return all images of a folder and its subfolders. Raises DataError where there is none."""
+    """Return all images of a folder and its subfolders, or of its tar files.
+
+    Raises DataError where there is none.
+    """
+    if tars := tars_in(folder):
+        return of_shards(tars, folder)
     found = read_images(folder)
-    passed = f"{folder}: files passed over, of kinds that are not read: {counted(found.others)}."
-    return Split(found, (), (passed,) if found.others else ())
+    return Split(found, (), passed_over(folder, found.others))
+
+
+def of_shards(files: Sequence[Path], origin: object) -> Split:
+    """Return all images of tar files. Raises DataError where there is none."""
+    found = read_shards(files)
+    return Split(found, found.classes, passed_over(origin, found.others))
+
+
+def labelled_shards(files: Sequence[Path], origin: object) -> Split:
+    """Return all images of tar files. Raises DataError where there is none, or one without a class."""
+    split = of_shards(files, origin)
+    if not split.classes:
+        raise DataError(f"{origin}: not every image has a class.", "Write its number beside it: 0001.cls")
+    return split
+
+
+def tars_in(folder: Path) -> list[Path]:
+    """Return the tar files of a folder in natural order. Raises DataError where images lie beside them."""
+    entries = [*visible(folder)]
+    tars = [Path(entry.path) for entry in entries if entry.is_file() and suffix(entry.name) == TAR]
+    if tars and any(entry.is_dir() or is_image(entry) for entry in entries):
+        raise DataError(
+            f"{folder} holds tar files beside images or folders.", "Give the one or the other alone."
+        )
+    return sorted(tars, key=lambda path: natural_order(path.name))
+
+
+def passed_over(origin: object, others: Mapping[str, int]) -> tuple[str, ...]:
+    """Return a note on the files that are not read, if there are any."""
+    told = f"{origin}: files passed over, of kinds that are not read: {counted(others)}."
+    return (told,) if others else ()
 
 
 def refuse_unknown(data: str, data_dir: str | None = None) -> None:
     """Raises DataError unless `data` is a folder or the name of a data set; reads no images."""
     kind, _, name = data.partition("/")
+    if is_shards(data):
+        shards_named(data)
+        return
     if data == "digits" or Path(data).expanduser().is_dir():
         return
     if kind == "torch" and name and data_dir is None:
@@ -123,6 +178,7 @@ def refuse_unknown(data: str, data_dir: str | None = None) -> None:
         raise DataError(
             f"{data}: streamed data sets cannot be counted exactly, so they are not read.",
             "Give the images as a folder with train/ and val/.",
+            remedy="tar_files",
         )
     raise DataError(
         f"data {data!r}: there is no such folder, and no data set of that name.", remedy="known_data"
@@ -130,27 +186,27 @@ def refuse_unknown(data: str, data_dir: str | None = None) -> None:
 
 
 def open_folder(folder: Path, training: bool, classes: Sequence[str] | None = None) -> Split:
-    """One part of a folder of class folders. Both parts count classes as train/ does."""
+    """One part of a folder of class folders or of tar files. Both parts count classes as train/ does."""
     present = [folder / name for name in VALIDATION if (folder / name).is_dir()]
     train = folder / "train"
     if (training and not train.is_dir()) or (not training and not present):
         wanted = "train/" if training else "val/, validation/, valid/ or test/"
         raise DataError(f"{folder} has no {wanted}.", "Put one folder a class under train/ and under val/.")
     part = train if training else present[0]
-    found = read_folder(part)
-    notes = []
+    tars = tars_in(part)
+    found = labelled_shards(tars, part) if tars else of_folder(part)
+    notes = [*found.notes]
     if part.name == "test":
         notes.append(f"{folder} has no val/, so test/ takes its place, which in training also chooses best/.")
-    if found.others:
-        notes.append(f"{part}: files passed over, of kinds that are not read: {counted(found.others)}.")
-    split = Split(found, found.classes, tuple(notes))
+    split = replace(found, notes=tuple(notes))
     if classes is None and not training and train.is_dir():
-        classes = [*class_folders(train)]
+        shards = tars_in(train)
+        classes = labelled_shards(shards, train).classes if shards else [*class_folders(train)]
     unknown = [name for name in found.classes if classes is not None and name not in classes]
     if unknown:
         raise DataError(
             f"{part} has a class {unknown[0]!r} that train/ does not have.",
-            "Give both parts the same class folders.",
+            "Give both parts the same classes.",
         )
     return split if classes is None else split.renumbered(classes)
 

@@ -10,6 +10,7 @@ import torch
 
 from scala_cli.calibration import fit_family
 from scala_cli.data.classes import class_misfit
+from scala_cli.data.shards import is_shards
 from scala_cli.data.split import Split
 from scala_cli.errors import TrainingError
 from scala_cli.methods import method_named
@@ -133,7 +134,8 @@ def trained_by(record: Record, points: Sequence[Point], settings: Settings, taug
     """Returns the record of the trained model: that of the starting model, and how it was trained."""
     former = record.provenance.get("command")
     model = "CKPT" if former else str(record.provenance.get("model", "MODEL"))
-    data = Path(settings.data).name if Path(settings.data).is_dir() else settings.data
+    lies = Path(settings.data).is_dir() or is_shards(settings.data)
+    data = Path(settings.data).name if lies else settings.data
     ratios = ",".join(map(str, points))
     sizes = [] if former else record.provenance.get("options", [])
     words = [model, "--data", data, *sizes, *(["--ratios", ratios] if ratios != DEFAULT_RATIOS else [])]
