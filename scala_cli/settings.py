@@ -62,6 +62,12 @@ class MethodSettings:
         1.0, "Of features: weight of the loss on the class token, or on what the model pools instead.", min=0
     )
     patch_tokens: float = option(1.0, "Of features: weight of the loss on the patch tokens.", min=0)
+    mask_patches: float = option(
+        0.0,
+        "Of features: weight of a further loss on half of the patches, which are hidden from the width that "
+        "learns; a second pass for every width.",
+        min=0,
+    )
     whiten: float = option(
         0.0,
         "Of features: how far directions of small variance are raised in the loss; 0 leaves them, at 1 all "

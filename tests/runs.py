@@ -1,12 +1,19 @@
 """What tests of training share: a start, settings for a few steps, and somebody who listens."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
-from conftest import slimmable
+import torch
+from conftest import build, slimmable
+from safetensors.torch import load_file
+from timm.models import VisionTransformer
 
 from scala_cli.data.loader import Loader
 from scala_cli.data.split import open_split
 from scala_cli.data.transform import transform_for
+from scala_cli.models.checkpoint import Record
+from scala_cli.models.in_memory import slimmable as from_memory
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.settings import AugmentSettings, DeviceSettings, OptimizerSettings, ReadSettings, Settings
 from scala_cli.watch import Watcher
@@ -62,3 +69,34 @@ def start(classes=("blue", "green", "red"), **changes) -> SlimmableViT:
     net = slimmable(**changes)
     net.vit.reset_classifier(len(classes))
     return type(net)(net.vit, net.spec.naming(classes), net.rule)
+
+
+UNORDERED = Record(order="none")
+"""Flat colours hardly vary, so that the last bit of a product decides about the basis of two runs' starts."""
+
+
+def same_runs(one: str, other: str) -> bool:
+    """Whether two runs that began alike came to the same weights, losses and record, bit for bit."""
+    for checkpoint in ("start", "last", "best"):
+        a, b = (load_file(f"{run}/{checkpoint}/model.safetensors") for run in (one, other))
+        differing = [name for name in a if not torch.equal(a[name], b[name])]
+        assert not differing, checkpoint
+    told = [json.loads(Path(run, "last/config.json").read_text())["scala"] for run in (one, other)]
+    assert told[0] == told[1]
+    rows = (map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines()) for run in (one, other))
+    a, b = ([(row["loss"], row["lr"]) for row in each] for each in rows)
+    return a == b
+
+
+POOLING = {"global_pool": "map", "class_token": False}
+"""What makes timm's ViT pool by attention."""
+
+
+def headless(kind: str = "deit", **changes) -> VisionTransformer:
+    """A tiny model without a classifier, of one of KINDS, or one that pools by attention."""
+    special = POOLING if kind == "attention pool" else {}
+    return build("vit" if special else kind, num_classes=0, **special, **changes)[0]
+
+
+def backbone(kind: str = "deit", ratios: str = "0.5,1", **changes) -> SlimmableViT:
+    return from_memory(headless(kind, **changes), ratios)

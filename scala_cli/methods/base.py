@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import starmap
 from random import Random
 from typing import Any, ClassVar, NamedTuple
 
@@ -29,10 +30,20 @@ OFF: Mapping[str, Any] = {
 
 
 class Batch(NamedTuple):
-    """Images (B, C, H, W) and targets: (B,) class numbers, or (B, classes) probabilities."""
+    """Images (B, C, H, W) and targets: (B,) class numbers, or (B, classes) probabilities.
+
+    Where the task asks for it, the same images with hidden patches, and which these are: (B, patches).
+    """
 
     images: Tensor
     targets: Tensor
+    masked: Tensor | None = None
+    hidden: Tensor | None = None
+
+    def parts(self, count: int) -> "Iterator[Batch]":
+        """Yields the batch in so many parts."""
+        given = (tensor.chunk(count) for tensor in self if tensor is not None)
+        return starmap(Batch, zip(*given, strict=True))
 
 
 class Pass(NamedTuple):
@@ -94,6 +105,19 @@ class Method(ABC):
             teacher: the frozen full-width model, or None.
             drawn: the points that `draw` returned.
         """
+
+    def masked(
+        self, batch: Batch, student: Student, point: Point, lesson: Tensor | None, weight: float = 1.0
+    ) -> Iterator[Pass]:
+        """Yields the second pass of a point, on the images with hidden patches; none if there are no such.
+
+        Args:
+            lesson: what a teacher makes of the whole images.
+        """
+        if batch.masked is not None:
+            output = student(batch.masked, point)
+            loss = self.task.loss(output, None, lesson, self.settings, batch.hidden)
+            yield Pass(point, loss, weight)
 
     def modules(self, width: int) -> nn.Module:
         """Returns the modules that only training needs: trained and resumed, but in no checkpoint.

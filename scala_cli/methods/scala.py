@@ -48,9 +48,9 @@ class Scala(Method):
             largest = point == self.points[-1]
             # Noise Calibration: the label corrects a noisy teacher; without it only the largest sees labels
             labels = batch.targets if self.settings.noise_calibration or largest else None
-            yield Pass(
-                point, self.task.loss(output, labels, lesson, self.settings), self.weight(point, drawn)
-            )
+            weight = self.weight(point, drawn)
+            yield Pass(point, self.task.loss(output, labels, lesson, self.settings), weight)
+            yield from self.masked(batch, student, point, lesson, weight)
             if teacher and self.settings.teacher == "all":
                 continue
             # Progressive Knowledge Transfer: each width teaches the next; without it the largest teaches all

@@ -37,3 +37,4 @@ class Separate(Method):
         lesson = teacher(batch.images) if teacher else None
         output = student(batch.images, point)
         yield Pass(point, self.task.loss(output, batch.targets, lesson, self.settings))
+        yield from self.masked(batch, student, point, lesson)

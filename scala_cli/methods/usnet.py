@@ -26,6 +26,8 @@ class USNet(Method):
         output = student(batch.images, largest)
         first = teacher(batch.images) if teacher and not self.task.labelled else None
         yield Pass(largest, self.task.loss(output, batch.targets, first, self.settings))
+        yield from self.masked(batch, student, largest, first)
         lesson = output.detach()
         for point in others:
             yield Pass(point, self.task.loss(student(batch.images, point), None, lesson, self.settings))
+            yield from self.masked(batch, student, point, lesson)

@@ -102,11 +102,10 @@ def refuse_broken(model: nn.Module, origin: str) -> None:
 
 def check_patches(spec: Spec) -> None:
     """Raises CheckpointError unless the image size is a multiple of the patch size."""
-    patch = spec.model_args["patch_size"]
-    sides = (patch, patch) if isinstance(patch, int) else patch
+    sides = spec.patch_size
     for what, pixels, side in zip(("height", "width"), spec.input_size[1:], sides, strict=True):
         if pixels % side:
-            square = spec.input_size[1] == spec.input_size[2] and isinstance(patch, int)
+            square = spec.input_size[1] == spec.input_size[2] and sides[0] == sides[1]
             message = f"image {'size' if square else what} {pixels} is not a multiple of patch size {side}."
             if square:
                 size = max(pixels // side, 1) * side

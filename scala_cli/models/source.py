@@ -275,8 +275,8 @@ def open_backbone(name: str, spec: Spec, watch: Watcher = QUIET) -> SlimmableViT
     Raises as `open_slimmable` and `for_task`.
     """
     height, width = spec.input_size[1:]
-    patch = spec.model_args["patch_size"]
-    sizes = Changes(None, height if height == width else None, patch if isinstance(patch, int) else None)
+    tall, wide = spec.patch_size
+    sizes = Changes(None, height if height == width else None, tall if tall == wide else None)
     changes = None if is_checkpoint(name) else sizes
     return for_task(*open_slimmable(name, None, changes, watch=watch), "features")[0]
 

@@ -69,11 +69,22 @@ class Spec:
         return self.model_args["in_chans"], height, width
 
     @property
+    def patch_size(self) -> tuple[int, int]:
+        """(height, width) of a patch."""
+        patch = self.model_args["patch_size"]
+        height, width = (patch, patch) if isinstance(patch, int) else patch
+        return height, width
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """How many patches an image has: (rows, columns)."""
+        (_, height, width), patch = self.input_size, self.patch_size
+        return height // patch[0], width // patch[1]
+
+    @property
     def patches(self) -> int:
         """How many patches an image has."""
-        patch = self.model_args["patch_size"]
-        sides = (patch, patch) if isinstance(patch, int) else patch
-        return math.prod(pixels // side for pixels, side in zip(self.input_size[1:], sides, strict=True))
+        return math.prod(self.grid)
 
     def at(self, ratio: Fraction) -> "Spec":
         """The narrower ViT of a width, as timm builds it. Raises PointError where it does not divide."""

@@ -90,9 +90,23 @@ class Task(Protocol):
         ...
 
     def loss(
-        self, output: Tensor, targets: Tensor | None, lesson: Tensor | None, settings: MethodSettings
+        self,
+        output: Tensor,
+        targets: Tensor | None,
+        lesson: Tensor | None,
+        settings: MethodSettings,
+        hidden: Tensor | None = None,
     ) -> Tensor:
-        """Returns the loss against the targets and against a teacher's output; None leaves either out."""
+        """Returns the loss against the targets and against a teacher's output; None leaves either out.
+
+        Args:
+            hidden: (B, patches) which patches the output was computed without, as `masks` asked for; their
+                loss is returned.
+        """
+        ...
+
+    def masks(self, settings: MethodSettings) -> bool:
+        """Whether every point is to learn from images with hidden patches as well, in a second pass."""
         ...
 
     def meter(self) -> Meter:

@@ -106,13 +106,19 @@ class Classification:
         return output
 
     def loss(
-        self, output: Tensor, targets: Tensor | None, lesson: Tensor | None, settings: MethodSettings
+        self,
+        output: Tensor,
+        targets: Tensor | None,
+        lesson: Tensor | None,
+        settings: MethodSettings,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         """Cross-entropy with the labels plus the divergence from the teacher's prediction (Scala, eq. 4).
 
         Args:
             output, lesson: (B, classes) logits.
             targets: (B,) class numbers or (B, classes) probabilities.
+            hidden: not used.
         """
         loss = output.new_zeros(())
         if targets is not None:
@@ -120,6 +126,10 @@ class Classification:
         if lesson is not None:
             loss = loss + distillation(output, lesson)
         return loss
+
+    def masks(self, settings: MethodSettings) -> bool:
+        """No: classes are told from whole images."""
+        return False
 
     def meter(self) -> Accuracy:
         return Accuracy()

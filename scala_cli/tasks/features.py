@@ -120,13 +120,22 @@ class Features:
         return torch.cat([answer, in_units(output[:, 1:], patches)], 1)
 
     def loss(
-        self, output: Tensor, targets: Tensor | None, lesson: Tensor | None, settings: MethodSettings
+        self,
+        output: Tensor,
+        targets: Tensor | None,
+        lesson: Tensor | None,
+        settings: MethodSettings,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         """Mean squared error of the class token, plus that of the patch tokens, each times its weight.
+
+        Where patches were hidden from the student it is that of those patches alone, times its weight; the
+        teacher saw them. These are the three terms of Proteus (ICLR 2025).
 
         Args:
             output, lesson: (B, 1 + patches, C) of the student and of a teacher, in the same units.
             targets: not used.
+            hidden: (B, patches) which patches the student did not see.
 
         Raises TrainingError without a teacher.
         """
@@ -136,10 +145,14 @@ class Features:
                 remedy="leave_out",
                 setting="teacher",
             )
+        patches = mean_square(output[:, 1:], lesson[:, 1:], hidden)
+        if hidden is not None:
+            return settings.mask_patches * patches
         answer = mean_square(output[:, 0], lesson[:, 0])
-        return settings.class_token * answer + settings.patch_tokens * mean_square(
-            output[:, 1:], lesson[:, 1:]
-        )
+        return settings.class_token * answer + settings.patch_tokens * patches
+
+    def masks(self, settings: MethodSettings) -> bool:
+        return settings.mask_patches > 0
 
     def meter(self) -> Likeness:
         return Likeness()

@@ -26,6 +26,14 @@ def distillation(student: Tensor, teacher: Tensor) -> Tensor:
     )
 
 
-def mean_square(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference over all elements; no gradient flows into the teacher's."""
-    return F.mse_loss(student, teacher.detach())
+def mean_square(student: Tensor, teacher: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Mean squared difference over all elements; no gradient flows into the teacher's.
+
+    Args:
+        student, teacher: (..., C)
+        counted: (...) which vectors count; all if left out.
+    """
+    if counted is None:
+        return F.mse_loss(student, teacher.detach())
+    errors = F.mse_loss(student, teacher.detach(), reduction="none").mean(-1)
+    return (errors * counted).sum() / counted.sum()

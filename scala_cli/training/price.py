@@ -46,13 +46,15 @@ def training_macs(macs: Macs, method: MethodSettings, task: str, pretrained: boo
         task: a name of tasks.TASKS.
         pretrained: whether the start can teach.
     """
-    kind, needed = method_named(method.method), not task_named(task).labelled
-    teaches = needed or ("teacher" in kind.parts and method.teacher != "none")
+    kind, purpose = method_named(method.method), task_named(task)
+    teaches = not purpose.labelled or ("teacher" in kind.parts and method.teacher != "none")
+    passes = 2 if purpose.masks(method) else 1
     teacher = macs.full if pretrained and teaches else 0
     families = [(point,) for point in macs.points] if kind.one_point else [tuple(macs.points)]
-    ready = [kind(points, method, task_named(task)) for points in families]
+    ready = [kind(points, method, purpose) for points in families]
     return sum(
-        teacher + fmean(3 * sum(macs.points[p] for p in each.draw(Random(step))) for step in range(STEPS))
+        teacher
+        + fmean(3 * passes * sum(macs.points[p] for p in each.draw(Random(step))) for step in range(STEPS))
         for each in ready
     )
 

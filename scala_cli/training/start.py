@@ -60,9 +60,9 @@ def is_taught(record: Record, task: Task, method: MethodSettings) -> bool:
             remedy="leave_out",
             setting="teacher",
         )
-    if not method.class_token + method.patch_tokens:
+    if not method.class_token + method.patch_tokens + method.mask_patches:
         raise TrainingError(
-            "neither the class token nor the patch tokens count in the loss.",
+            "neither the class token nor any patch tokens count in the loss.",
             remedy="leave_out",
             setting="class-token",
         )

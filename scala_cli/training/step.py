@@ -25,6 +25,7 @@ from scala_cli.precision import autocast, uses_bfloat16
 from scala_cli.settings import AugmentSettings, Settings
 from scala_cli.slicing.point import Point
 from scala_cli.tasks.base import Task
+from scala_cli.tasks.masking import hide_half
 from scala_cli.training.gradients import GradientLog
 from scala_cli.world import ALONE, World
 
@@ -211,8 +212,8 @@ class Step:
         losses: dict[str, Tensor] = {}
         teacher = self.teach if self.frozen else None
         drawn = self.method.draw(Random(f"{self.settings.run.seed} {self.number}"))
-        parts = self.settings.optimizer.grad_accum_steps
-        for some in map(Batch, images.chunk(parts), targets.chunk(parts)):
+        masked = hide_half(images, self.net.spec) if self.task.masks(self.settings.method) else ()
+        for some in Batch(images, targets, *masked).parts(self.settings.optimizer.grad_accum_steps):
             for point, loss, weight in self.method.passes(some, self.predict, teacher, drawn):
                 share = loss * (len(some.images) / len(images))
                 (share * weight).backward()
