@@ -1,17 +1,15 @@
 """Files and directories: written wholly or not at all, and nothing of others is lost."""
 
-import errno
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
 
 import pytest
 
 import scala_cli
-from scala_cli.errors import ScalaError, TrainingError
+from scala_cli.errors import ScalaError
 from scala_cli.files import (
     clear,
     new_directory,
@@ -22,7 +20,6 @@ from scala_cli.files import (
     whole_file,
     whole_files,
 )
-from scala_cli.lock import locked
 from scala_cli.swap import exchanged, restore, swap, target_of, temporary
 
 ROOT = Path(scala_cli.__file__).parent
@@ -357,53 +354,6 @@ def test_two_that_begin_at_once_have_directories_of_their_own(tmp_path):
     with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "others/net"):
         raise KeyboardInterrupt
     assert not (tmp_path / "others").exists()
-
-
-HOLDS = """
-import os, sys, time
-from pathlib import Path
-from scala_cli.lock import locked
-with locked(Path("run")):
-    child = os.fork()  # as torch's readers of images are
-    if child:
-        print(child, flush=True)
-    time.sleep(60)
-"""
-
-
-@contextmanager
-def another_process(code: str):
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE)
-    child = int(process.stdout.readline())
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        os.kill(child, 9)
-        process.stdout.close()
-
-
-def test_one_process_at_a_time_trains_a_run(elsewhere):
-    """The lock of one that is killed is released at once, though its readers live on."""
-    Path("run").mkdir()
-    with another_process(HOLDS) as process:
-        with pytest.raises(TrainingError, match="another process is training run"), locked(Path("run")):
-            pytest.fail("two train one run")
-        process.kill()
-        process.wait()
-        with locked(Path("run")):
-            pass
-
-
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
-def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, monkeypatch, number):
-    def fail(*_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr("fcntl.lockf", fail)
-    with locked(tmp_path):
-        pass
 
 
 def test_swapping_as_systems_do_that_cannot_exchange(tmp_path, monkeypatch):
