@@ -1,6 +1,7 @@
 """The honesty of a measurement: what is counted, when it is enough, and what is told of it."""
 
 import statistics
+from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -8,8 +9,10 @@ from random import Random
 
 import pytest
 import torch
+from conftest import write_timm_directory
 
 from scala_cli import timing
+from scala_cli.formats import FORMATS
 from scala_cli.plot import pareto
 from scala_cli.timing import Timing, peak_gflops, time_calls, warm_up
 from scala_cli.watch import QUIET
@@ -143,6 +146,27 @@ def test_runtimes_and_other_models_in_one_run(scala, tiny, photos):
     assert not page.fetched, "the page must stand alone"
     assert Path("b.png").read_bytes().startswith(b"\x89PNG")
     assert len(Path("b.csv").read_text().splitlines()) == 10
+
+
+def test_what_8_bit_weights_keep_of_features(scala, pictures, monkeypatch):
+    """All tokens are compared; what is timed is the file that gives the model's own output alone."""
+    write_timm_directory(Path("backbone"), num_classes=0)
+    timed, opened = [], FORMATS["onnx-int8"].open
+
+    def opening(file):
+        run = opened(file)
+        timed.append(run(torch.randn(2, 3, 16, 16)).shape)
+        return run
+
+    monkeypatch.setitem(FORMATS, "onnx-int8", replace(FORMATS["onnx-int8"], open=opening))
+    scala("convert", "backbone", "--data", pictures, "--ratios", "0.5,1", "-o", "net", "-j", 0)
+    words = ("bench", "net", "--int8", "--runs", 1, "-b", 2, "-j", 0, "--json")
+    rows = scala(*words, "--data", pictures).json["points"]
+    exact, rounded = ({row["ratio"]: row["r2"] for row in some} for some in (rows[:2], rows[2:]))
+    assert {(2, 32), (2, 17, 32)} == {*timed}
+    assert exact[1] == 1 > rounded[1] > 0.9 and rounded[0.5] == pytest.approx(exact[0.5], abs=0.05)
+    assert rounded[0.5] != exact[0.5]
+    assert all(row["r2"] is None for row in scala(*words).json["points"][2:])
 
 
 def test_another_model_by_its_name(scala, tiny):

@@ -26,7 +26,9 @@ def test_a_slice_right_from_a_model_and_unlabelled_images(scala, pictures, image
     fit = told.json["fit"]
     assert fit["images"] == 21 and fit["held_out"] == 3 and fit["r2"] <= 1
     assert "only fitted to the full model on 24 images without labels" in told.told
-    assert "fitted to the full model on 24 images" in " ".join(Path("vit-0.5/README.md").read_text().split())
+    card = " ".join(Path("vit-0.5/README.md").read_text().split())
+    assert "fitted to the full model on 24 images" in card
+    assert f"On 3 other images the R² of its output is {fit['r2']:.4f}." in card
     assert json.loads(Path("vit-0.5/config.json").read_text())["scala"]["calibrated"] == fit
     again = timm.create_model("local-dir:vit-0.5", pretrained=True).eval()
     plain = scala(

@@ -181,6 +181,31 @@ def test_eight_bits_that_change_the_class_of_photographs_are_refused(images, mon
         export(slimmable(), 0.5, "onnx-int8", Path("half.onnx"), images, real=True)
 
 
+@pytest.mark.parametrize(("factor", "r2"), [(0.9, 0.99), (0.5, 0.75)])
+def test_eight_bits_are_judged_by_the_features_they_keep(images, monkeypatch, factor, r2):
+    net = from_memory(build(num_classes=0)[0], "0.5,1")
+    with torch.no_grad():
+        middle = net(images, 0.5).mean(0)
+    closer = lambda file: lambda images: middle + factor * (net(images, 0.5) - middle)  # noqa: E731
+    empty = onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], []))
+    kind = formats.Format(".onnx", (), lambda *given, **_: onnx.save(empty, given[2]), closer)
+    monkeypatch.setitem(formats.FORMATS, "onnx-int8", kind)
+    told = export(net, 0.5, "onnx-int8", Path("noise.onnx"), images)
+    assert told["r2"] == pytest.approx(r2, abs=1e-4) and "same_top1" not in told
+    if r2 < 0.9:
+        with pytest.raises(CheckpointError, match=r"gives features whose R² is 0\.75, below 0\.9"):
+            export(net, 0.5, "onnx-int8", Path("half.onnx"), images, real=True)
+    else:
+        export(net, 0.5, "onnx-int8", Path("half.onnx"), images, real=True)
+
+
+def test_a_backbone_is_compared_on_any_folder_of_images(scala, pictures):
+    save(from_memory(build(num_classes=0)[0], "0.5,1"), Record(task="features"), Path("net"))
+    words = ("export", "net", "--ratio", "0.5", "--data", pictures, "-j", 0, "--json")
+    told = scala(*words, "-o", "half.onnx").json
+    assert told["images"] == 24 and told["r2"] == 1
+
+
 def test_what_a_format_cannot_express_is_named(images, monkeypatch):
     def fail(*_, **__):
         raise NotImplementedError("no rule for aten::magic")

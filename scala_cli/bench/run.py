@@ -11,7 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from timm.models import VisionTransformer
+from torch import Tensor, nn
 
 from scala_cli.bench.subject import TORCH, Subject, other, points_of, refuse_runtimes
 from scala_cli.cost import gmacs
@@ -60,7 +61,8 @@ def bench(
         "latency_ms_high", "latency_ms_p95", "of_peak", "throughput", "batch", "memory_mb", "top1"}: the
         median and its 95 % confidence interval; the share of the machine's peak that the latency stands for;
         images/s at the batch that gives most; by how much memory peaks while the model is loaded and answers
-        once; top1 as measured, or as the checkpoint records it. Compared models have no ratio.
+        once; top1, or r2 of features, as measured, or as the checkpoint records it. Compared models have no
+        ratio.
 
     Raises:
         ScalaError: an unknown model or runtime, or one that is not installed or not for this device.
@@ -92,9 +94,15 @@ def bench(
         exact = {**measured(widths(there, task, points, where), task, loader, device, watch, reference)}
 
     def accuracy(runtime: str, models: Mapping[Point, Predictor]) -> Mapping[Any, float | None]:
-        if is_int8(runtime):  # which gives what the model returns alone
-            return measured(models, task, loader, device, watch) if loader and not task.every_token else {}
-        return exact
+        if not is_int8(runtime):
+            return exact
+        if loader is None:
+            return {}
+        if not task.every_token:
+            return measured(models, task, loader, device, watch)
+        with TemporaryDirectory() as folder:  # what was timed gives what the model returns alone
+            dense = {point: answering_in(runtime, net, point, task, Path(folder)) for point in points}
+            return measured(dense, task, loader, device, watch, answering(net.at(Fraction(1)), task, where))
 
     rows = [row for runtime in runtimes for row in run.rows(subjects, runtime, partial(accuracy, runtime))]
     told = conditions(device, bool(where.amp))
@@ -250,6 +258,25 @@ class Bench:
                 break
             size *= 2
         return best
+
+
+class Answering(nn.Module):
+    """A model that answers what its task reads: (B, C, H, W) images to the task's output."""
+
+    def __init__(self, vit: VisionTransformer, task: Task) -> None:
+        super().__init__()
+        self.vit, self.task = vit, task
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.task.forward(self.vit, images)
+
+
+def answering_in(runtime: str, net: SlimmableViT, point: Point, task: Task, folder: Path) -> Predictor:
+    """A width in another runtime, from a file that answers what the task reads."""
+    file = folder / f"{point.file_name}{FORMATS[runtime].suffix}"
+    model = Answering(net.slice(point, fixed_size=True), task).eval()
+    write(runtime, model, torch.randn(2, *net.spec.input_size), file)
+    return FORMATS[runtime].open(file)
 
 
 def measured(

@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from scala_cli.models.checkpoint import Record
+from scala_cli.models.fit import Fit
 from scala_cli.models.vit import Spec
 from scala_cli.report import Rows, markdown
 from scala_cli.slicing.point import Point
@@ -52,6 +53,7 @@ def model_card(
     family: bool,
     repository: bool = False,
     picture: str = "",
+    fit: Fit | None = None,
 ) -> str:
     """The card of a slice, or of a whole family.
 
@@ -60,6 +62,7 @@ def model_card(
         spec: of the model that timm loads.
         rows: {"ratio", "params", "gmacs"} of every width that it holds.
         picture: the name of one beside the card.
+        fit: how well a slice was fitted to the full model.
     """
     found = {Point.of_row(metric): metric for metric in record.metrics}
     task = task_named(record.task)
@@ -72,7 +75,7 @@ def model_card(
     card = CARD.format(
         metadata=metadata(name, spec, record, rows).to_yaml(),
         name=name,
-        what=description(spec, record, rows, family),
+        what=description(spec, record, rows, family) + fitted(fit),
         table=markdown([{**line(row), **accuracy(found, Point.of_row(row), task)} for row in rows]),
         picture=f"\n![{task.columns[main_column(task)]} against GMACs]({picture})\n" if picture else "",
         code="\n\n".join(code),
@@ -105,6 +108,13 @@ def description(spec: Spec, record: Record, rows: Rows, family: bool) -> str:
         f"{spec.architecture} in {len(rows)} widths that share these weights{method}, for images of "
         f"{height} x {width} pixels. {cuts}{warning}"
     )
+
+
+def fitted(fit: Fit | None) -> str:
+    """A sentence on how well a slice was fitted; empty where it was not, or nothing is known of it."""
+    if fit is None or fit.output is None:
+        return ""
+    return f" On {fit.held_out} other images the R² of its output is {fit.output:.4f}."
 
 
 def holds_full_width(rows: Rows) -> bool:

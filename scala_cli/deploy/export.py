@@ -35,6 +35,7 @@ from scala_cli.formats import (
 )
 from scala_cli.models.checkpoint import copy_files
 from scala_cli.models.dense import WithTokens, reader_of
+from scala_cli.models.fit import explained
 from scala_cli.models.locate import CONFIG, EXTRA, WEIGHTS
 from scala_cli.models.slimmable import Ratio, SlimmableViT
 from scala_cli.models.views import fill, weights_of
@@ -48,7 +49,7 @@ TOLERANCE = 1e-4
 """Largest difference in float32 between the outputs of torch and of another runtime, relative to their size
 (root mean square) where that is above one."""
 AGREEMENT = 0.9
-"""Least share of real images to which 8-bit weights give the same class."""
+"""Least share of real images to which 8-bit weights give the same class; of features least R²."""
 
 
 class FromPixels(nn.Module):
@@ -98,11 +99,13 @@ class Difference:
         largest: the largest difference.
         relative: likewise, of each output relative to its root mean square where that is above one.
         same_top1: the share of equal classes.
+        r2: R² of the other runtime's first output; None where torch's is the same for all images.
     """
 
     largest: float
     relative: float
     same_top1: float
+    r2: float | None
 
     @classmethod
     @torch.inference_mode()
@@ -112,7 +115,13 @@ class Difference:
         same = (ours[0].argmax(1) == theirs[0].argmax(1)).float().mean().item()
         differences = torch.stack([(a - b).abs().max() for a, b in zip(ours, theirs, strict=True)])
         sizes = torch.stack([output.square().mean().sqrt() for output in ours]).clamp_min(1)
-        return cls(differences.max().item(), (differences / sizes).max().item(), round(same, 4))
+        r2 = explained(theirs[0], ours[0])
+        return cls(
+            differences.max().item(),
+            (differences / sizes).max().item(),
+            round(same, 4),
+            None if r2 is None else round(r2, 4),
+        )
 
 
 def outputs_of(run: Callable[[Tensor], Any], batches: Iterable[Tensor]) -> list[Tensor]:
@@ -143,14 +152,16 @@ def export(
     Args:
         kind: a name of `formats.FORMATS`.
         images: (B, C, H, W), normalised, on which the runtime is compared with torch.
-        real: whether these are photographs and not noise; then 8-bit weights must agree on their classes.
+        real: whether these are photographs and not noise; then 8-bit weights must agree on their classes, or
+            tell nearly the same features.
         pixels: the file takes pixels from 0 to 255, uint8, and normalises them itself.
         outputs: "features,tokens", of a model with a classifier "logits,tokens", for a file with both: the
             model's output, and the features of its patches (B, N, C), as `SlimmableViT.features`.
         opset: of ONNX; None is the exporter's choice.
 
     Returns:
-        {"path", "format", "ratio", "max_abs_diff", "same_top1", "images", "bytes"}, of ONNX {"opset"} too
+        {"path", "format", "ratio", "max_abs_diff", "same_top1", "images", "bytes"}, of features "r2" instead
+        of "same_top1", of ONNX {"opset"} too
 
     Raises:
         ScalaError: a missing package, other outputs; PointError: a width that was not trained.
@@ -173,7 +184,7 @@ def export(
         watch.step(1)
         found = Difference.between(model, opened(kind, file), images)
         watch.step(1)
-        refuse_difference(found, kind, real)
+        refuse_difference(found, kind, real, net.spec.features)
         size = sum(part.stat().st_size for part in fresh.iterdir())
         written_in = {"opset": opset_in(file)} if is_onnx(kind) else {}
     return {
@@ -182,7 +193,7 @@ def export(
         **written_in,
         **point.columns(),
         "max_abs_diff": found.largest,
-        "same_top1": found.same_top1,
+        **({"r2": found.r2} if net.spec.features else {"same_top1": found.same_top1}),
         "images": len(images),
         "bytes": size,
     }
@@ -272,7 +283,7 @@ def export_all(
             onnx_ir.save(graph, fresh / name)
             ours: Predictor = partial(net, ratio=point)
             found = Difference.between(ours, opened("onnx", fresh / name), images)
-            refuse_difference(found, "onnx", real=False)
+            refuse_difference(found, "onnx")
             rows.append({**point.columns(), "file": name, "max_abs_diff": found.largest})
             watch.step(1)
         sizes = {file.name: file.stat().st_size for file in fresh.iterdir()}
@@ -312,11 +323,21 @@ def refuse_file(target: Path, chosen: Format, force: bool) -> None:
     refuse_existing(target, force)
 
 
-def refuse_difference(found: Difference, kind: str, real: bool) -> None:
-    """Raises CheckpointError where another runtime answers something else."""
+def refuse_difference(found: Difference, kind: str, real: bool = False, features: bool = False) -> None:
+    """Raises CheckpointError where another runtime answers something else.
+
+    Args:
+        real: whether on photographs, so that 8-bit weights are judged.
+        features: whether the outputs are features, not classes.
+    """
     if is_int8(kind):
-        good = math.isfinite(found.largest) and (not real or found.same_top1 >= AGREEMENT)
-        what = f"gives another class to {1 - found.same_top1:.0%} of the images"
+        kept = (found.r2 or 0.0) if features else found.same_top1
+        good = math.isfinite(found.largest) and (not real or kept >= AGREEMENT)
+        what = (
+            f"gives features whose R² is {kept:.2f}, below {AGREEMENT:g}"
+            if features
+            else f"gives another class to {1 - kept:.0%} of the images"
+        )
     else:
         good = found.relative <= TOLERANCE
         what = f"differs by {found.relative:.2g}, more than {TOLERANCE:g}"

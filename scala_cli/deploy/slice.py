@@ -129,7 +129,7 @@ def write_slice(
     }
     with whole_directory(target) as fresh:
         write_timm(cut(), spec, about, fresh)
-        card = model_card(target.name, spec, record, [result], family=False)
+        card = model_card(target.name, spec, record, [result], family=False, fit=fit)
         (fresh / CARD).write_text(card, encoding="utf-8")
         again = timm.create_model(f"local-dir:{fresh}", pretrained=True).eval()
         difference = (again(random_images(spec, 1)) - expected).abs().max().item()
