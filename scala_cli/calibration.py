@@ -1,7 +1,7 @@
 """Cutting without training: channels in order, widths fitted, on some images of a data set."""
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from torch import Tensor
@@ -28,21 +28,26 @@ A slice of a ViT-S at 224 pixels takes about a minute on 2 cores; more images ar
 """
 
 
-def cut_without_training(
-    net: SlimmableViT,
-    record: Record,
-    points: Iterable[Point],
-    split: Split,
-    settings: CalibrationSettings,
-    read: ReadSettings,
-    where: DeviceSettings,
-    watch: Watcher,
-) -> tuple[SlimmableViT, Record]:
-    """Returns the family with its channels in order, if the order is free, and the slices of `points` fitted.
+@dataclass(frozen=True)
+class Calibration:
+    """What a family is put in order and fitted on, and how.
 
     Args:
         split: the images; their labels are not used.
-        settings: with `calibrate` False the channels are put in order and no slice is fitted.
+        settings: with `calibrate` False the channels are put in order and nothing is fitted.
+    """
+
+    split: Split
+    settings: CalibrationSettings
+    read: ReadSettings
+    where: DeviceSettings
+    watch: Watcher
+
+
+def cut_without_training(
+    net: SlimmableViT, record: Record, points: Iterable[Point], on: Calibration
+) -> tuple[SlimmableViT, Record]:
+    """Returns the family with its channels in order, if the order is free, and the slices of `points` fitted.
 
     Returns:
         the family, on the CPU and in evaluation mode, a `FittedViT` where slices were fitted; its record.
@@ -50,29 +55,21 @@ def cut_without_training(
     Raises:
         DataError: no images, or none that can be read. Others as `put_first_what_matters` and `calibrate`.
     """
-    net, record, images = ordered(net, record, split, settings, read, where, watch)
-    if settings.calibrate is not False:
-        net = fit_widths(net, points, images, watch, every_token=net.spec.features)
+    net, record, images = ordered(net, record, on)
+    if on.settings.calibrate is not False:
+        net = fit_widths(net, points, images, on.watch, every_token=net.spec.features)
         record = replace(record, calibrated=sum(map(len, images)))
     return net.to("cpu").eval(), record
 
 
 def fit_family(
-    net: SlimmableViT,
-    record: Record,
-    split: Split,
-    settings: CalibrationSettings,
-    read: ReadSettings,
-    where: DeviceSettings,
-    watch: Watcher,
-    kept: FamilySettings,
+    net: SlimmableViT, record: Record, on: Calibration, kept: FamilySettings
 ) -> tuple[SlimmableViT, Record, dict[Point, Fit]]:
     """Returns the family with its channels in order and all widths fitted in shared weights.
 
     The more the full width counts in the fit, the more of it is kept, and the less of the narrower ones.
-    Where it keeps too little, all is fitted again with a larger weight.
-
-    Other arguments and errors are those of `cut_without_training`.
+    Where it keeps too little, all is fitted again with a larger weight. Errors are those of
+    `cut_without_training`.
 
     Args:
         kept: how much of the full width is kept.
@@ -80,13 +77,13 @@ def fit_family(
     Returns:
         the family, on the CPU and in evaluation mode; its record; the fits of its widths.
     """
-    net, record, images = ordered(net, record, split, settings, read, where, watch)
+    net, record, images = ordered(net, record, on)
     fits: dict[Point, Fit] = {}
-    if settings.calibrate is not False:
+    if on.settings.calibrate is not False:
         weight = FULL_WEIGHT
         for _ in range(TRIES):
             family, fits = calibrate_family(
-                net, images, full_weight=weight, every_token=net.spec.features, watch=watch
+                net, images, full_weight=weight, every_token=net.spec.features, watch=on.watch
             )
             full = fits.get(Point(Fraction(1)))
             if full is None or full.output is None or full.output >= kept.keep_full:
@@ -98,20 +95,12 @@ def fit_family(
     return net.to("cpu").eval(), record, fits
 
 
-def ordered(
-    net: SlimmableViT,
-    record: Record,
-    split: Split,
-    settings: CalibrationSettings,
-    read: ReadSettings,
-    where: DeviceSettings,
-    watch: Watcher,
-) -> tuple[SlimmableViT, Record, list[Tensor]]:
+def ordered(net: SlimmableViT, record: Record, on: Calibration) -> tuple[SlimmableViT, Record, list[Tensor]]:
     """Returns the family with its channels in order, on the device; its record; the images (B, C, H, W)."""
-    device = choose_device(where)
-    split.tell(watch)
-    count = settings.calibration_images or max(LEAST, PATCHES // net.spec.patches)
-    images = [*calibration_images(split, net.spec, read, watch, count)]
+    device = choose_device(on.where)
+    on.split.tell(on.watch)
+    count = on.settings.calibration_images or max(LEAST, PATCHES // net.spec.patches)
+    images = [*calibration_images(on.split, net.spec, on.read, on.watch, count)]
     if device.type == "cuda":  # in float64, which not every device has
         net = net.copied().to(device)
     if record.order_is_free(net.rule):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scala_cli.slicing.ridge import Moments, Normal
+from scala_cli.slicing.ridge import Moments, Normal, best_strength
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 """Of the vote of neighbours, as in DINO (arXiv 2104.14294)."""
@@ -97,14 +97,10 @@ class LinearProbe:
         x, targets = self.standardised(embeddings), F.one_hot(labels, classes).to(embeddings)
         held = torch.arange(len(x), device=x.device) % HELD_OUT == HELD_OUT - 1
         seen, tested, whole = (moments(x[some], targets[some]) for some in (~held, held, held | ~held))
-        start = torch.zeros_like(whole.products_tx)
-        strengths = STRENGTHS[len(STRENGTHS) // 2 :][:1]
-        if tested.count:
-            origins = seen.mean_x, seen.mean_t
-            judged = Normal.of(tested, origins)
-            errors = [judged.error(fit) for fit in Normal.of(seen, origins).solutions(start, STRENGTHS)]
-            strengths = STRENGTHS[int(torch.stack(errors).argmin()) :][:1]
-        (weight,) = Normal.of(whole, (whole.mean_x, whole.mean_t)).solutions(start, strengths)
+        start, origins = torch.zeros_like(whole.products_tx), seen.origins(True)
+        judged = Normal.of(tested, origins) if tested.count else None
+        strength, _ = best_strength(Normal.of(seen, origins), judged, start, STRENGTHS)
+        (weight,) = Normal.of(whole, whole.origins(True)).solutions(start, [strength])
         self.weight, self.bias = (
             part.to(embeddings) for part in (weight, whole.mean_t - weight @ whole.mean_x)
         )

@@ -83,7 +83,7 @@ def bench(
             raise typer.BadParameter(f"{name} goes with --train.")
 
     from scala_cli.bench.run import bench as bench_predictions
-    from scala_cli.calibration import cut_without_training
+    from scala_cli.calibration import Calibration, cut_without_training
     from scala_cli.data.split import open_images
     from scala_cli.evaluate import validation_loader
     from scala_cli.plot import as_svg, bench_picture, refuse_picture, save
@@ -118,7 +118,8 @@ def bench(
             if calibration.calibrate:
                 assert data is not None
                 seen = open_images(data, read.data_dir)
-                net, _ = cut_without_training(net, record, points, seen, calibration, read, device, live)
+                on = Calibration(seen, calibration, read, device, live)
+                net, _ = cut_without_training(net, record, points, on)
             document = bench_predictions(net, record, points, compare or (), settings, device, live, images)
             if images:
                 images.tell_skipped(live)

@@ -101,7 +101,7 @@ def convert(
     target = output or Path(f"{short_name(model)}-slimmable")
     refuse_occupied(target, force, FILES, weights or path_of(model))
 
-    from scala_cli.calibration import fit_family
+    from scala_cli.calibration import Calibration, fit_family
     from scala_cli.cost import cost
     from scala_cli.data.split import open_images
     from scala_cli.models.checkpoint import save
@@ -133,7 +133,8 @@ def convert(
             net = SlimmableViT(net.vit, spec, net.rule, net.extra)
         fits: Mapping[Point, Fit] = {}
         if split is not None:
-            net, record, fits = fit_family(net, record, split, calibration, read, device, live, kept)
+            on = Calibration(split, calibration, read, device, live)
+            net, record, fits = fit_family(net, record, on, kept)
         elif order == "importance":
             net = put_first_what_matters(net, random_images(net.spec, 256).split(64))
     difference = distance(net, original, exact=not fits)

@@ -62,7 +62,7 @@ def evaluate(
     threshold = 0.8 if threshold is None else threshold
     directory = find_checkpoint(checkpoint, out)
 
-    from scala_cli.calibration import cut_without_training
+    from scala_cli.calibration import Calibration, cut_without_training
     from scala_cli.cascade import Cascade
     from scala_cli.data.split import open_images
     from scala_cli.device import choose_device
@@ -100,7 +100,8 @@ def evaluate(
     with out.progress() as live:
         if calibration.calibrate:
             images = open_images(data, read.data_dir)
-            net, _ = cut_without_training(net, record, net.points, images, calibration, read, device, live)
+            on = Calibration(images, calibration, read, device, live)
+            net, _ = cut_without_training(net, record, net.points, on)
         reference = None
         if against:
             other = reference_for(net, open_backbone(against, net.spec, live)).to(place)

@@ -55,7 +55,7 @@ def slice(
     if output is not None:
         refuse_occupied(output, force, FILES, source=source)  # before anything is measured
 
-    from scala_cli.calibration import cut_without_training
+    from scala_cli.calibration import Calibration, cut_without_training
     from scala_cli.data.split import open_images
     from scala_cli.deploy.budget import candidates, choose, is_measured
     from scala_cli.deploy.slice import default_target, slice_family, slice_model, tell_untrained
@@ -88,8 +88,8 @@ def slice(
         fits = record.is_untrained(points) if calibration.calibrate is None else calibration.calibrate
         cut_anew = split is not None and (fits or is_model)
         if split is not None and cut_anew:
-            chosen = replace(calibration, calibrate=fits)
-            net, record = cut_without_training(net, record, points, split, chosen, read, device, live)
+            on = Calibration(split, replace(calibration, calibrate=fits), read, device, live)
+            net, record = cut_without_training(net, record, points, on)
         elif split is not None and calibration.calibrate is None:
             live.note("nothing is fitted: the width is trained, or the full one. To fit it: --calibrate")
         if point is None:

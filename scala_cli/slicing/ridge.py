@@ -122,8 +122,10 @@ def solve(gram: Tensor, left: Tensor) -> Tensor:
     return torch.cholesky_solve(left.mT, root).mT
 
 
-def best_solution(seen: Normal, held: Normal | None, weight: Tensor, strengths: Sequence[float]) -> Tensor:
-    """Returns the solution with the least error on held-out data.
+def best_strength(
+    seen: Normal, held: Normal | None, weight: Tensor, strengths: Sequence[float]
+) -> tuple[float, Tensor]:
+    """Returns the strength whose solution has the least error on held-out data, and that solution.
 
     Earlier layers were fitted on the same images, so the inputs of a layer are better there than on others.
     So the strength that does best on other images grows with depth, and no constant suits all layers.
@@ -134,9 +136,13 @@ def best_solution(seen: Normal, held: Normal | None, weight: Tensor, strengths: 
     if held is None:
         strengths = strengths[len(strengths) // 2 :][:1]
     fits = seen.solutions(weight, strengths)
-    if held is None or len(fits) == 1:
-        return fits[0]
-    return fits[int(torch.stack([held.error(fit) for fit in fits]).argmin())]
+    best = 0 if held is None else int(torch.stack([held.error(fit) for fit in fits]).argmin())
+    return strengths[best], fits[best]
+
+
+def best_solution(seen: Normal, held: Normal | None, weight: Tensor, strengths: Sequence[float]) -> Tensor:
+    """Returns the solution of the `best_strength`."""
+    return best_strength(seen, held, weight, strengths)[1]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from scala_cli.slicing.ridge import in_double
+from scala_cli.slicing.ridge import Moments, in_double
 
 LEAST = 0.01
 """Directions of less variance than this share of the mean are raised as if they had it."""
@@ -22,14 +22,12 @@ class Spread:
     """Mean and covariance of vectors, counted batch by batch."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self.sum = self.outer = torch.zeros(())
+        self.moments = Moments()
 
     def add(self, vectors: Tensor) -> None:
         """Counts (..., C) in."""
-        flat = in_double(vectors.detach()).flatten(0, -2)
-        self.count += len(flat)
-        self.sum, self.outer = self.sum + flat.sum(0), self.outer + flat.T @ flat
+        vectors = in_double(vectors.detach())
+        self.moments.add(vectors, vectors[..., :0])  # of which nothing is to be told
 
     def unit(self, whiten: float) -> Tensor | None:
         """Returns the (C, C) map into the directions' own units; (1, 1) where that is one scale.
@@ -40,10 +38,9 @@ class Spread:
         Returns:
             None if all vectors are the same.
         """
-        mean = self.sum / self.count
-        covariance = self.outer / self.count - mean[:, None] * mean
+        covariance, _ = self.moments.about(*self.moments.origins(True))
         variance = covariance.diagonal().mean()
-        if variance <= NOTHING * (self.outer.diagonal().mean() / self.count):
+        if variance <= NOTHING * (variance + self.moments.mean_x.square().mean()):
             return None
         if not whiten:
             return variance.rsqrt().float()[None, None]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from scala_cli.calibration import fit_family
+from scala_cli.calibration import Calibration, fit_family
 from scala_cli.data.classes import class_misfit
 from scala_cli.data.shards import is_shards
 from scala_cli.data.split import Split
@@ -97,17 +97,9 @@ def prepare(
         todo = ["putting the channels in order of importance"] if free else []
         todo += ["fitting the narrower widths"] if fit else []
         watch.note(f"{' and '.join(todo)} on some training images.")
-        how = CalibrationSettings(calibrate=fit)
-        start, record, _ = fit_family(
-            start,
-            record,
-            replace(images, notes=()),
-            how,
-            settings.read,
-            settings.device,
-            watch,
-            ONE_FIT,
-        )
+        how, untold = CalibrationSettings(calibrate=fit), replace(images, notes=())
+        on = Calibration(untold, how, settings.read, settings.device, watch)
+        start, record, _ = fit_family(start, record, on, ONE_FIT)
     if start.vectors and isolation(start, record, settings):
         raise TrainingError(
             "the widths of this model were fitted to its first channels: they cannot be isolated.",
