@@ -1,14 +1,16 @@
 """Cutting without training: channels in order, widths fitted, on some images of a data set."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+import torch
 from torch import Tensor
 
 from scala_cli.data.calibration import calibration_images
 from scala_cli.data.split import Split
 from scala_cli.device import choose_device
+from scala_cli.errors import DataError
 from scala_cli.models.calibrate import FULL_WEIGHT, calibrate_family
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.fit import Fit
@@ -53,7 +55,8 @@ def cut_without_training(
         the family, on the CPU and in evaluation mode, a `FittedViT` where slices were fitted; its record.
 
     Raises:
-        DataError: no images, or none that can be read. Others as `put_first_what_matters` and `calibrate`.
+        DataError: no images, none that can be read, or all the same. Others as `put_first_what_matters` and
+            `calibrate`.
     """
     net, record, images = ordered(net, record, on)
     if on.settings.calibrate is not False:
@@ -95,12 +98,28 @@ def fit_family(
     return net.to("cpu").eval(), record, fits
 
 
+def refuse_alike(images: Sequence[Tensor]) -> None:
+    """Raises DataError where there are not two different images among batches (B, C, H, W)."""
+    count, first = sum(map(len, images)), images[0][:1]
+    if count == 1:
+        raise DataError("there is one image only: nothing can be told from it.", "Give a hundred or more.")
+    if all(torch.equal(batch, first.expand_as(batch)) for batch in images):
+        raise DataError(
+            "the images are all the same to the model: there is nothing to learn from them.",
+            "Give images that differ.",
+        )
+
+
 def ordered(net: SlimmableViT, record: Record, on: Calibration) -> tuple[SlimmableViT, Record, list[Tensor]]:
-    """Returns the family with its channels in order, on the device; its record; the images (B, C, H, W)."""
+    """Returns the family with its channels in order, on the device; its record; the images (B, C, H, W).
+
+    Raises DataError where the images do not differ.
+    """
     device = choose_device(on.where)
     on.split.tell(on.watch)
     count = on.settings.calibration_images or max(LEAST, PATCHES // net.spec.patches)
     images = [*calibration_images(on.split, net.spec, on.read, on.watch, count)]
+    refuse_alike(images)
     if device.type == "cuda":  # in float64, which not every device has
         net = net.copied().to(device)
     if record.order_is_free(net.rule):

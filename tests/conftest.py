@@ -60,8 +60,10 @@ def write_timm_directory(directory: Path, **changes) -> VisionTransformer:
     return vit
 
 
-def slimmable(kind: str = "deit", ratios: str = "0.25,0.5,0.75,1", **rule) -> SlimmableViT:
-    vit, args = build(kind)
+def slimmable(
+    kind: str = "deit", ratios: str = "0.25,0.5,0.75,1", depth: int = TINY["depth"], **rule
+) -> SlimmableViT:
+    vit, args = build(kind, depth=depth)
     spec = describe(vit, args)
     return SlimmableViT(vit, spec, Rule(ratios_of(parse_points(ratios)), spec.num_heads, **rule)).eval()
 

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from conftest import slimmable, write_timm_directory
+from PIL import Image
 
 import scala_cli
 from scala_cli.errors import PointError
@@ -98,6 +99,20 @@ def test_what_cannot_be_fitted(scala, tiny, photos, words, message):
     write_timm_directory(Path("vit"))
     answer = scala("slice", *words, "-o", "out")
     assert answer.code == 2 and message in answer.told and not Path("out").exists()
+
+
+@pytest.mark.parametrize(("count", "message"), [(1, "one image only"), (12, "images are all the same")])
+def test_images_that_tell_nothing_are_refused(scala, tiny, count, message):
+    Path("alike").mkdir()
+    for number in range(count):
+        Image.new("RGB", (9, 9), (40, 90, 10)).save(f"alike/{number}.png")
+    for words in (
+        ("convert", "tiny-timm", "-o", "out"),
+        ("slice", tiny, "--ratio", "0.5", "-o", "out"),
+    ):
+        answer = scala(*words, "--data", "alike", "-j", 0)
+        assert answer.code == 2 and message in answer.told and answer.stdout == ""
+        assert not Path("out").exists()
 
 
 def test_in_python(images):

@@ -65,11 +65,11 @@ def test_every_format_is_what_torch_computes(kind, images):
 @pytest.mark.no_cover
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "deit"])
 def test_every_kind_of_vit_as_pt2(kind, images):
-    assert export(slimmable(kind), 0.5, "pt2", Path("half.pt2"), images)["max_abs_diff"] <= 1e-5
+    assert export(slimmable(kind, depth=1), 0.5, "pt2", Path("half.pt2"), images)["max_abs_diff"] <= 1e-5
 
 
 def test_pixels_are_normalised_within(images):
-    net = slimmable()
+    net = slimmable(depth=1)
     export(net, 0.5, "onnx", Path("half.onnx"), images, pixels=True)
     pixels = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
     cfg = net.spec.pretrained_cfg
@@ -90,7 +90,7 @@ def test_pixels_are_normalised_within(images):
     ],
 )
 def test_pixels_of_one_channel_are_normalised_where_that_is_told(cfg, wanted):
-    vit, args = build("deit", in_chans=1)
+    vit, args = build("deit", in_chans=1, depth=1)
     spec = describe(vit, args)
     spec = replace(spec, pretrained_cfg={**spec.pretrained_cfg, **cfg})
     net = SlimmableViT(vit, spec, Rule(ratios_of(parse_points("0.5,1")), spec.num_heads)).eval()
@@ -117,7 +117,7 @@ def test_pixels_of_one_channel_with_the_means_of_three_are_refused():
 @pytest.mark.parametrize("kind", ["onnx", "onnx-int8"])
 def test_the_opset_asked_for_is_that_of_the_file(kind, opset, images):
     """By ONNX's own checker too, for a model with reductions, which are another operator in 17."""
-    net = slimmable("average pool, fc_norm")
+    net = slimmable("average pool, fc_norm", depth=1)
     told = export(net, 0.5, kind, Path("half.onnx"), images, opset=opset)
     written = onnx.load("half.onnx")
     assert told["opset"] == opset == {each.domain: each.version for each in written.opset_import}[""]
@@ -128,7 +128,7 @@ def test_the_opset_asked_for_is_that_of_the_file(kind, opset, images):
 
 @pytest.mark.no_cover
 def test_every_width_in_an_opset_over_one_copy_of_the_weights(images):
-    net = slimmable("average pool, fc_norm", ratios="0.5,1")
+    net = slimmable("average pool, fc_norm", ratios="0.5,1", depth=1)
     save(net, Record(), Path("net"))
     told = export_all(net, Path("net"), Path("all"), images, opset=17)
     assert told["opset"] == 17
@@ -292,7 +292,7 @@ def test_what_is_made_of_thirds_is_named_like_all_else(scala, monkeypatch):
 @pytest.mark.parametrize("kind", formats.FORMATS)
 @pytest.mark.parametrize("classes", [0, 5])
 def test_the_features_of_the_patches_as_a_second_output(kind, classes, images):
-    net = from_memory(build("class token, registers", num_classes=classes)[0])
+    net = from_memory(build("class token, registers", num_classes=classes, depth=1)[0])
     net = put_first_what_matters(net, [images, images.flip(0)])
     file, names = Path(f"half{SUFFIXES[kind]}"), ["logits" if classes else "features", "tokens"]
     told = export(net, 0.5, kind, file, images, outputs=",".join(names))

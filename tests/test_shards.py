@@ -123,6 +123,13 @@ def test_a_backbone_learns_from_tar_files(scala):
     assert scala("eval", "run", "--data", "s", "-j", 0, "--json").json["points"][0]["images"] == 24
 
 
+def test_an_archive_beside_images_is_passed_over():
+    shard("photos/0.tar", 0, 3)
+    Image.new("RGB", (9, 9)).save("photos/a.png")
+    split = open_images("photos")
+    assert len(split) == 1 and "1 .tar" in split.notes[0]
+
+
 def test_class_numbers_are_not_used_for_features():
     shard("s/0.tar", 0, 12, classes=3)
     listener = Listener()
@@ -161,12 +168,9 @@ def test_mistakes_with_tar_files(scala, tiny):
     write_timm_directory(Path("backbone"), num_classes=0)
     shard("s/0.tar", 0, 3)
     shard("s/1.tar", 3, 3, classes=2)
-    shard("mixed/0.tar", 0, 3)
-    Image.new("RGB", (9, 9)).save("mixed/a.png")
     refused = [
         (("finetune", "backbone", "--data", "s/{0..2}.tar"), "there is no tar file s/2.tar"),
         (("finetune", "backbone", "--data", "s/{2..0}.tar"), "names no file"),
-        (("finetune", "backbone", "--data", "mixed"), "tar files beside images or folders"),
         (("finetune", tiny, "--data", "s/1.tar"), "has no validation part. Give a folder"),
         (("finetune", tiny, "--data", "s/{0..1}.tar", "--holdout", 0.2), "not every image has a class"),
         (("finetune", tiny, "--data", "wds/s"), "Tar files are given so: --data 'DIR/{000..010}.tar'"),

@@ -146,13 +146,13 @@ def labelled_shards(files: Sequence[Path], origin: object) -> Split:
 
 
 def tars_in(folder: Path) -> list[Path]:
-    """Return the tar files of a folder in natural order. Raises DataError where images lie beside them."""
-    entries = [*visible(folder)]
-    tars = [Path(entry.path) for entry in entries if entry.is_file() and suffix(entry.name) == TAR]
-    if tars and any(entry.is_dir() or is_image(entry) for entry in entries):
-        raise DataError(
-            f"{folder} holds tar files beside images or folders.", "Give the one or the other alone."
-        )
+    """Return the tar files of a folder in natural order; none where images or folders lie beside them."""
+    tars = []
+    for entry in visible(folder):
+        if entry.is_dir() or is_image(entry):
+            return []
+        if suffix(entry.name) == TAR:
+            tars.append(Path(entry.path))
     return sorted(tars, key=lambda path: natural_order(path.name))
 
 
