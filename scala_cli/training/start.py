@@ -75,7 +75,7 @@ def with_new_head(start: SlimmableViT, classes: Sequence[str], seed: int) -> Sli
         torch.manual_seed(seed)
         vit.reset_classifier(len(classes))
     extra = {name: t for name, t in start.extra.items() if not name.partition(":")[2].startswith("head")}
-    return SlimmableViT(vit, start.spec.naming(classes), start.rule, {**extra, **kept_reader(start)})
+    return start.like(vit=vit, spec=start.spec.naming(classes), extra={**extra, **kept_reader(start)})
 
 
 def prepare(
@@ -92,7 +92,7 @@ def prepare(
     chosen = method_named(settings.method.method).effective(settings.method)
     unfitted = [r for r in start.rule.ratios if r < 1 and not own_vectors(start.vectors, r)]
     fit = record.widths_are_free(start.rule) and bool(unfitted) and chosen.calibrate
-    if settings.method.order == "importance" and (free or fit):
+    if chosen.order == "importance" and (free or fit):
         todo = ["putting the channels in order of importance"] if free else []
         todo += ["fitting the narrower widths"] if fit else []
         watch.note(f"{' and '.join(todo)} on some training images.")
@@ -113,7 +113,7 @@ def prepare(
             remedy="leave_out",
             setting="isolation",
         )
-    return start.with_rule(replace(start.rule, isolated=isolation(start, record, settings))), record
+    return start.like(rule=replace(start.rule, isolated=isolation(start, record, settings))), record
 
 
 def isolation(start: SlimmableViT, record: Record, settings: Settings) -> bool:
