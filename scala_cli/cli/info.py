@@ -33,7 +33,7 @@ def info(
     net, record = load_with_record(directory)
     main = main_column(task_named(record.task))
     rows = [
-        {**point.columns(), **cost(net.spec.at(point.ratio)), main: record.measured(point, main)}
+        {**point.columns(), **cost(net.spec_at(point)), main: record.measured(point, main)}
         for point in net.points
     ]
     out.result(

@@ -33,7 +33,7 @@ Weights started from: {origin}.{command}
 FEATURES = "image-feature-extraction"
 """The Hub's name for a model without a classifier."""
 
-PLAIN = """import timm
+PLAIN = """import timm{also}
 
 model = timm.create_model("{place}", pretrained=True).eval()"""
 
@@ -67,7 +67,8 @@ def model_card(
     found = {Point.of_row(metric): metric for metric in record.metrics}
     task = task_named(record.task)
     place = f"{'hf-hub' if repository else 'local-dir'}:{name}"
-    code = [PLAIN.format(place=place)] if not family or holds_full_width(rows) else []
+    also = ", scala_cli  # needs: pip install scala-vit" if spec.keep < 1 else ""
+    code = [PLAIN.format(place=place, also=also)] if not family or holds_full_width(rows) else []
     if family:
         source, narrowest = place if repository else name, Point.of_row(rows[0]).label
         code.append(FAMILY.format(source=source, ratio=repr(narrowest)))

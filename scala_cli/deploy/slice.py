@@ -28,7 +28,7 @@ from scala_cli.models.locate import CARD, FILES, WEIGHTS, resolve, short_name
 from scala_cli.models.slimmable import Ratio, SlimmableViT
 from scala_cli.models.views import fill
 from scala_cli.models.vit import Spec, random_images, refuse_misfit
-from scala_cli.slicing.own import own_vectors
+from scala_cli.slicing.own import at_size, own_vectors
 from scala_cli.slicing.point import Point, find_point
 from scala_cli.watch import QUIET, Watcher
 
@@ -57,13 +57,16 @@ def slice_model(
         CheckpointError: where the slice read back by timm differs; nothing is left behind then.
     """
     checkpoint, target = resolve(checkpoint), Path(target)
-    full, rule, record = read_about(checkpoint)
-    point = find_point(ratio, map(Point, rule.ratios))
+    full, rule, record, points = read_about(checkpoint)
+    point = find_point(ratio, points, full.size)
     refuse_occupied(target, force, FILES, source=checkpoint)
-    spec = full.at(point.ratio)
+    spec, extra = full.at_point(point), read_extra(checkpoint)
     weights, probe = TensorByTensor(checkpoint / WEIGHTS), random_images(spec, 1)
     cut = partial(
-        rule.slice_state, weights, point.ratio, own=own_vectors(read_extra(checkpoint), point.ratio)
+        rule.slice_state,
+        at_size(weights, extra, point.size),
+        point.ratio,
+        own=own_vectors(extra, point.ratio),
     )
     views, skeleton = cut(), spec.build(slim=True)
     refuse_misfit(skeleton, views, weights.file)
@@ -83,12 +86,13 @@ def slice_family(
     Returns:
         as `slice_model`, with "calibrated", and "fit" where it was: `Fit.told`.
     """
-    point = find_point(ratio, net.points)
+    point = net.find(ratio)
     refuse_occupied(target, force, FILES)
     piece, fit = net.slice(point), net.fits.get(point.ratio) if isinstance(net, FittedViT) else None
-    expected = piece(random_images(net.spec.at(point.ratio), 1))
+    spec = net.spec_at(point)
+    expected = piece(random_images(spec, 1))
     record = replace(record, calibrated=record.calibrated if fit else 0)
-    return write_slice(target, net.spec.at(point.ratio), record, point, piece.state_dict, expected, fit)
+    return write_slice(target, spec, record, point, piece.state_dict, expected, fit)
 
 
 def write_slice(

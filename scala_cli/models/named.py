@@ -14,6 +14,7 @@ from scala_cli.models.foreign import Source, read_foreign
 from scala_cli.models.hub import fetch
 from scala_cli.models.huggingface import PREPROCESSOR, is_transformers, read_transformers, state_in
 from scala_cli.models.locate import ALIASES, CONFIG, INDEX, STATE, WEIGHT_FILES, path_of, read_config
+from scala_cli.models.supervit import is_supervit
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 """Suffixes of weight files, so that a missing file is not taken for a model's name."""
@@ -59,7 +60,7 @@ def source_in_file(file: Path, model: str | None, average: bool) -> Source:
     ):
         return read_transformers(file.parent)
     held = read_foreign(file, average)
-    if is_theirs(held):
+    if is_theirs(held) or (held.weights is not None and is_supervit(held.weights())):
         return held
     config = config_of(held.config.architecture if model is None else model)
     args = {name: value for name, value in config.model_args.items() if name != "num_classes"}

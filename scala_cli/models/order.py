@@ -95,7 +95,10 @@ def put_first_what_matters(net: SlimmableViT, batches: Iterable[Tensor]) -> Slim
     spec, table = net.spec, net.rule.table
     blocks = [f"blocks.{number}" for number in range(len(net.vit.blocks))]
     norms = norms_of(net.vit)
-    state = {name: tensor.double() for name, tensor in {**net.vit.state_dict(), **way_back(net)}.items()}
+    state = {
+        name: tensor.double()
+        for name, tensor in {**net.vit.state_dict(), **way_back(net), **net.positions}.items()
+    }
     if WEIGHT in state:
         norms = {
             name: [*layers, "tokens"] if name in HEAD_NORMS else layers for name, layers in norms.items()
@@ -139,8 +142,8 @@ def put_first_what_matters(net: SlimmableViT, batches: Iterable[Tensor]) -> Slim
             value="none",
         )
     like = next(vit.parameters())
-    extra = {name: state[name].to(like) for name in way_back(net)}
-    return SlimmableViT(vit, spec, net.rule, extra).eval()
+    extra = {name: state[name].to(like) for name in (*way_back(net), *net.positions)}
+    return net.like(vit=vit, spec=spec, extra=extra).eval()
 
 
 def way_back(net: SlimmableViT) -> dict[str, Tensor]:

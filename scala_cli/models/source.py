@@ -20,10 +20,11 @@ from scala_cli.models.locate import ALIASES, path_of, read_config, resolve, shor
 from scala_cli.models.named import HUB, directory_of, find_source, weight_file
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.stream import norms_with_eps, with_eps
+from scala_cli.models.supervit import is_supervit, open_supervit
 from scala_cli.models.vit import Spec, describe, random_images
 from scala_cli.settings import DEFAULT_RATIOS
 from scala_cli.slicing.original import BIAS, WEIGHT, original_of
-from scala_cli.slicing.point import Point, find_point, parse_points, ratios_of
+from scala_cli.slicing.point import Point, find_point, parse_points, widths_of
 from scala_cli.slicing.rule import Rule
 from scala_cli.slicing.table import Layout
 from scala_cli.watch import QUIET, Watcher
@@ -94,6 +95,7 @@ def open_source(
     scratch: bool = False,
     average: bool = False,
     layout: Layout = "aligned",
+    heads: int | None = None,
     watch: Watcher = QUIET,
 ) -> Opened:
     """Pretrained weights as a slimmable model, beside timm's own model on them.
@@ -105,6 +107,7 @@ def open_source(
         weights: a file (.safetensors, or a pickle that holds tensors only) to read instead of downloading.
         scratch: random weights.
         average: take the moving average that a weight file of a training script holds beside the weights.
+        heads: of a checkpoint of the SuperViT authors, which does not tell; None is one for 64 channels.
 
     Raises:
         CheckpointError: unknown name, no network, unreadable or unfitting weights, unsupported model.
@@ -114,8 +117,11 @@ def open_source(
     source = find_source(model, weights, scratch, average)
     for note in source.notes:
         watch.note(note)
+    file = str(weights or model)
     if is_theirs(source):
-        return open_family(source, str(weights or model), points, changes, layout)
+        return open_family(source, file, points, changes, layout)
+    if source.weights and is_supervit(source.weights()):
+        return open_sizes(source, file, points, changes, layout, heads)
     about = {} if scratch or weights else about_of(model)
     refuse_trained(model, about)
     config, points = source.config.with_args(**changes.sizes()), points or parse_points(DEFAULT_RATIOS)
@@ -141,7 +147,8 @@ def open_source(
         original = norms_with_eps(original, source.eps)
         vit = spec.build_with(with_eps(vit.state_dict(), spec, source.eps))
     way_back = {} if scratch else way_back_of(model, about, state, new_head)
-    net = SlimmableViT(vit, spec, Rule(ratios_of(points), spec.num_heads, layout=layout), way_back)
+    rule = Rule(widths_of(points), spec.num_heads, layout=layout)
+    net = SlimmableViT(vit, spec, rule, way_back, points)
     return Opened(net, record, original)
 
 
@@ -177,7 +184,7 @@ def refuse_uncut(config: Config, points: Sequence[Point]) -> None:
     spec = describe(skeleton_of(config))
     check_patches(spec)
     for point in points:
-        spec.at(point.ratio)
+        spec.at_point(point)
 
 
 def record_of(
@@ -220,6 +227,28 @@ def open_family(
     origin = {"model": source.config.architecture, "weights": Path(file).name}
     record = Record(method="scala", order="none", provenance=origin)
     return Opened(net.with_points(points or net.points).eval(), record, original)
+
+
+def open_sizes(
+    source: Source,
+    file: str,
+    points: Sequence[Point] | None,
+    changes: Changes,
+    layout: Layout,
+    heads: int | None,
+) -> Opened:
+    """A checkpoint of the SuperViT authors' release: a trained family of sizes and shares of tokens."""
+    if changes.given() or layout == "fused":
+        raise CheckpointError(
+            f"{file} is a family of sizes by SuperViT's authors; it is converted as it is.",
+            remedy="leave_as_it_is",
+        )
+    net, original = open_supervit(source, heads, file)
+    refuse_broken(original, file)
+    chosen = [net.find(point) for point in points or net.points]
+    origin = {"model": net.spec.architecture, "weights": Path(file).name}
+    record = Record(method="supervit", order="none", provenance=origin)
+    return Opened(net.with_points(chosen).eval(), record, original)
 
 
 @torch.inference_mode()

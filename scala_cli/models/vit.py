@@ -9,7 +9,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import AttentionPoolLatent, Mlp, PatchEmbed, SwiGLU
+from timm.layers import AttentionPoolLatent, Mlp, PatchEmbed, SwiGLU, resample_abs_pos_embed
 from timm.models import (
     VisionTransformer,
     VisionTransformerDistilled,
@@ -19,9 +19,12 @@ from timm.models import (
 from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import Tensor, nn
 
-from scala_cli.errors import CheckpointError
-from scala_cli.models.block import SlimBlock
+from scala_cli.errors import CheckpointError, PointError
+from scala_cli.models.block import MergeBlock, SlimBlock, pass_on
+from scala_cli.models.resize import Resize
+from scala_cli.slicing.point import Point
 from scala_cli.slicing.rule import kept_count
+from scala_cli.slicing.tokens import TokenRule
 
 MODULES = ("deit", "vision_transformer", "vision_transformer_hybrid", "vitamin")
 """timm's files that build its class VisionTransformer; all other architectures are other classes."""
@@ -38,6 +41,9 @@ class Spec:
         block: the class of its blocks.
         features: whether its outputs are no classes but features, those of a full model without a classifier
             (models/features.py).
+        tokens: how its blocks reduce their tokens where `keep` is below 1.
+        keep: share of the tokens that each dropping block passes on.
+        resize: how a family brings images to the size of a point.
     """
 
     architecture: str
@@ -48,6 +54,9 @@ class Spec:
     hidden_dim: int
     block: type[nn.Module] = Block
     features: bool = False
+    tokens: TokenRule = field(default_factory=TokenRule)
+    keep: Fraction = Fraction(1)
+    resize: Resize = "bilinear"
 
     @property
     def head_dim(self) -> int:
@@ -67,6 +76,12 @@ class Spec:
         """(channels, height, width)"""
         height, width = self.model_args["img_size"]
         return self.model_args["in_chans"], height, width
+
+    @property
+    def size(self) -> int | None:
+        """Pixels a side; None of a model for images that are no squares."""
+        _, height, width = self.input_size
+        return height if height == width else None
 
     @property
     def patch_size(self) -> tuple[int, int]:
@@ -96,6 +111,31 @@ class Spec:
         narrow = {"embed_dim": dim, "num_heads": self.num_heads, "mlp_ratio": (hidden + 0.5) / dim}
         return replace(self, model_args={**self.model_args, **narrow}, embed_dim=dim, hidden_dim=hidden)
 
+    def at_point(self, point: Point) -> "Spec":
+        """The ViT of a point: narrower, for another size of images, with fewer tokens.
+
+        Raises PointError where the width does not divide, or the size is no multiple of the patch.
+        """
+        spec = replace(self.at(point.ratio), keep=point.keep)
+        if point.keep < 1 and self.block is not Block:
+            raise PointError(
+                f"the blocks of {self.architecture} cannot pass on fewer tokens.", "Leave out the share."
+            )
+        if point.size in (None, self.size):
+            return spec
+        for side in self.patch_size:
+            if point.size % side:
+                near = max(point.size // side, 1) * side
+                raise PointError(
+                    f"size {point.size} is not a multiple of the patch size, {side}.",
+                    remedy="example",
+                    setting="sizes",
+                    value=near,
+                )
+        size = [point.size, point.size]
+        cfg = {**self.pretrained_cfg, "input_size": [self.input_size[0], *size]}
+        return replace(spec, model_args={**spec.model_args, "img_size": size}, pretrained_cfg=cfg)
+
     def of_fixed_size(self) -> "Spec":
         """The same model, which does not resample its position embedding to the image."""
         return replace(self, model_args={**self.model_args, "dynamic_img_size": False})
@@ -113,9 +153,12 @@ class Spec:
             slim: with SlimBlocks in place of timm's plain Blocks.
         """
         args: dict[str, Any] = {**self.model_args, "pretrained_cfg": dict(self.pretrained_cfg)}
-        if slim and self.block is Block:
-            args["block_fn"] = SlimBlock
-        return refuse_unless_plain(skeleton(self.architecture, **args)).eval()
+        if (slim or self.keep < 1) and self.block is Block:
+            args["block_fn"] = MergeBlock if self.keep < 1 and self.tokens.kind == "merge" else SlimBlock
+        vit = refuse_unless_plain(skeleton(self.architecture, **args)).eval()
+        if self.keep < 1:
+            pass_on(vit, self.tokens, self.keep)
+        return vit
 
     def build_with(self, state: Mapping[str, Tensor], origin: object = "the state") -> VisionTransformer:
         """The model on the given tensors, not copied.
@@ -137,8 +180,19 @@ def skeleton(architecture: str, **args: Any) -> nn.Module:
         args["weight_init"] = "skip"
     with torch.device("meta"):
         model = timm.create_model(architecture, **args)
-    getattr(model, "_model_args", {}).pop("weight_init", None)  # timm saves these with a model
+    for name in ("weight_init", "block_fn"):
+        getattr(model, "_model_args", {}).pop(name, None)  # timm saves these with a model
     return model
+
+
+def embedding_at(vit: Any, spec: Spec) -> Tensor:
+    """Returns the position embedding for the size of a spec, (1, N, C), resampled as timm does."""
+    return resample_abs_pos_embed(
+        vit.pos_embed.detach(),
+        [*spec.grid],
+        [*vit.patch_embed.grid_size],
+        num_prefix_tokens=0 if vit.no_embed_class else vit.num_prefix_tokens,
+    ).clone()
 
 
 def random_images(spec: Spec, count: int) -> Tensor:
@@ -191,7 +245,7 @@ def describe(model: nn.Module, args: Mapping[str, Any] | None = None) -> Spec:
         embed_dim=width_of(vit),
         num_heads=block.attn.num_heads,
         hidden_dim=block.mlp.fc2.in_features,
-        block=Block if type(block) is SlimBlock else type(block),
+        block=Block if isinstance(block, SlimBlock) else type(block),
     )
 
 
@@ -231,7 +285,7 @@ def first_odd_part(vit: VisionTransformer) -> str:
     if type(vit.attn_pool) not in (type(None), AttentionPoolLatent):
         return f"it pools by {type(vit.attn_pool).__name__}"
     for block in vit.blocks:
-        if type(block) not in (Block, SlimBlock, ResPostBlock):
+        if type(block) not in (Block, SlimBlock, MergeBlock, ResPostBlock):
             return f"it has a {type(block).__name__} where a plain Block is needed"
         if type(block.attn) is not Attention:
             return f"it has a {type(block.attn).__name__} where a plain Attention is needed"
@@ -293,7 +347,7 @@ def skip_unread(vit: VisionTransformer) -> None:
     What wants the features of every token must not do this.
     """
     last: Any = vit.blocks[-1]
-    plain = isinstance(last, SlimBlock) and type(last.attn.q_norm) is type(last.attn.norm) is nn.Identity
+    plain = type(last) is SlimBlock and type(last.attn.q_norm) is type(last.attn.norm) is nn.Identity
     if plain and vit.global_pool == "token":
         last.read = 2 if isinstance(vit, VisionTransformerDistilled) else 1  # registers are not
 

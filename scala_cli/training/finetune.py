@@ -13,7 +13,7 @@ from scala_cli.models.features import for_task
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.precision import note_emulation
 from scala_cli.settings import Settings
-from scala_cli.slicing.point import Point, ratios_of
+from scala_cli.slicing.point import Point
 from scala_cli.tasks import task_named
 from scala_cli.training.loop import Trainer
 from scala_cli.training.run import Row, Run
@@ -46,6 +46,8 @@ def finetune(
     task = task_named(record.task)
     taught = is_taught(record, task, settings.method)
     splits = task.open(settings, start.spec.label_names, watch, world)
+    if sizes := [point.size for point in start.points if point.size]:
+        splits[0].tell_enlarged(max(sizes), watch)
     classes = splits[0].classes
     kind = method_named(settings.method.method)
     kind(start.points, settings.method, task)  # refuses points that it does not train
@@ -60,7 +62,7 @@ def finetune(
         watch.note(f"{misfit}: the head is new, and there is no teacher.")
         taught = False
     elif task.labelled:
-        start = SlimmableViT(start.vit, start.spec.naming(classes), start.rule, start.extra)
+        start = start.like(spec=start.spec.naming(classes))
     begun = start
     start, record = prepare(begun, record, settings, splits[0], watch)
     # fitting the widths changes the full one a little, so the model from before teaches
@@ -116,7 +118,7 @@ def go_on_from(state: dict[str, Any], run: Run, watch: Watcher, changes: Mapping
     trainer.restore(state)
     if len(trainer.rows) < trainer.epochs:
         watch.note(f"going on after step {trainer.step.number} of {trainer.steps}.")
-    return trainer.train(run, trained_by(record, start.points, settings, state["taught"]), watch)
+    return trainer.train(run, trained_by(record, start, settings, state["taught"]), watch)
 
 
 def begin(trainer: Trainer, start: SlimmableViT, record: Record, run: Run, watch: Watcher) -> Row:
@@ -124,7 +126,7 @@ def begin(trainer: Trainer, start: SlimmableViT, record: Record, run: Run, watch
     taught = trainer.step.frozen is not None
     trainer.measure(watch)
     run.begin(start, record, trainer.state())
-    return trainer.train(run, trained_by(record, start.points, trainer.settings, taught), watch)
+    return trainer.train(run, trained_by(record, start, trainer.settings, taught), watch)
 
 
 def learn_classes_first(
@@ -142,7 +144,7 @@ def learn_classes_first(
         method=replace(settings.method, method=ONE_POINT, order="none"),
         optimizer=settings.optimizer.for_share(LEARNING),
     )
-    alone = start.with_rule(replace(start.rule, ratios=(FULL.ratio,)))
+    alone = start.with_points([FULL])
     trainer = Trainer(alone, task_named(record.task), None, learning, splits)
     points = [str(point) for point in start.points]
     with run.claimed(settings, force):
@@ -150,7 +152,7 @@ def learn_classes_first(
             run.teacher.begin(alone, record, trainer.state())
             state = {**trainer.terms(), "settings": asdict(settings), "learning": True, "points": points}
             run.write_state(state)
-            trainer.train(run.teacher, trained_by(record, alone.points, learning, taught=False), watch)
+            trainer.train(run.teacher, trained_by(record, alone, learning, taught=False), watch)
         trainer.world.wait()
         return widen(run, settings, start.points, splits, watch)
 
@@ -162,7 +164,7 @@ def widen(
     net, _ = load_with_record(run.teacher.path / "last")
     _, record = load_with_record(run.teacher.path / "start")
     record = replace(record, new_head=False)
-    start = net.with_rule(replace(net.rule, ratios=ratios_of(points)))
+    start = net.with_points(points)
     start, record = prepare(start, record, settings, splits[0], watch)
     trainer = Trainer(start, task_named(record.task), net, settings, splits)
     return begin(trainer, start, record, run, watch)

@@ -33,7 +33,7 @@ class Macs:
 
     @classmethod
     def of(cls, net: SlimmableViT) -> "Macs":
-        return cls({point: macs(net.spec.at(point.ratio)) for point in net.points}, macs(net.spec))
+        return cls({point: macs(net.spec_at(point)) for point in net.points}, macs(net.spec))
 
 
 def training_macs(macs: Macs, method: MethodSettings, task: str, pretrained: bool) -> float:

@@ -17,6 +17,7 @@ from scala_cli.methods import method_named
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.dense import kept_reader
 from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.models.vit import Spec
 from scala_cli.settings import (
     DEFAULT_RATIOS,
     CalibrationSettings,
@@ -25,7 +26,6 @@ from scala_cli.settings import (
     Settings,
 )
 from scala_cli.slicing.own import own_vectors
-from scala_cli.slicing.point import Point
 from scala_cli.tasks.base import Task
 from scala_cli.watch import Watcher
 
@@ -76,7 +76,7 @@ def with_new_head(start: SlimmableViT, classes: Sequence[str], seed: int) -> Sli
         torch.manual_seed(seed)
         vit.reset_classifier(len(classes))
     extra = {name: t for name, t in start.extra.items() if not name.partition(":")[2].startswith("head")}
-    return SlimmableViT(vit, start.spec.naming(classes), start.rule, {**extra, **kept_reader(start)})
+    return start.like(vit=vit, spec=start.spec.naming(classes), extra={**extra, **kept_reader(start)})
 
 
 def prepare(
@@ -93,7 +93,7 @@ def prepare(
     chosen = method_named(settings.method.method).effective(settings.method)
     unfitted = [r for r in start.rule.ratios if r < 1 and not own_vectors(start.vectors, r)]
     fit = record.widths_are_free(start.rule) and bool(unfitted) and chosen.calibrate
-    if settings.method.order == "importance" and (free or fit):
+    if chosen.order == "importance" and (free or fit):
         todo = ["putting the channels in order of importance"] if free else []
         todo += ["fitting the narrower widths"] if fit else []
         watch.note(f"{' and '.join(todo)} on some training images.")
@@ -106,7 +106,7 @@ def prepare(
             remedy="leave_out",
             setting="isolation",
         )
-    return start.with_rule(replace(start.rule, isolated=isolation(start, record, settings))), record
+    return start.like(rule=replace(start.rule, isolated=isolation(start, record, settings))), record
 
 
 def isolation(start: SlimmableViT, record: Record, settings: Settings) -> bool:
@@ -122,15 +122,18 @@ def isolation(start: SlimmableViT, record: Record, settings: Settings) -> bool:
     return method_named(settings.method.method).isolated and record.order != "importance"
 
 
-def trained_by(record: Record, points: Sequence[Point], settings: Settings, taught: bool) -> Record:
+def trained_by(record: Record, start: SlimmableViT, settings: Settings, taught: bool) -> Record:
     """Returns the record of the trained model: that of the starting model, and how it was trained."""
     former = record.provenance.get("command")
     model = "CKPT" if former else str(record.provenance.get("model", "MODEL"))
     lies = Path(settings.data).is_dir() or is_shards(settings.data)
     data = Path(settings.data).name if lies else settings.data
-    ratios = ",".join(map(str, points))
+    ratios = ",".join(map(str, start.points))
+    blocks, resize = start.spec.tokens.blocks, start.spec.resize
     sizes = [] if former else record.provenance.get("options", [])
     words = [model, "--data", data, *sizes, *(["--ratios", ratios] if ratios != DEFAULT_RATIOS else [])]
+    words += ["--drop-blocks", ",".join(map(str, blocks))] if blocks else []
+    words += ["--resize", resize] if resize != Spec.resize else []
     command = shlex.join(["scala", "finetune", *words, *settings.words()])
     origin = {**record.provenance, "data": data, "teacher": taught, "command": command}
     origin |= {"before": former} if former else {}

@@ -112,7 +112,7 @@ class Step:
         return [*self.net.parameters(), *self.modules.parameters()]
 
     def optimizer_of(self, name: str) -> Optimizer:
-        """Returns timm's optimizer of this name for the weights and the vectors that a width has of its own.
+        """Returns timm's optimizer of this name for the weights and what a width or a size has of its own.
 
         With Muon, which moves every matrix equally far, rates are relative (`rates.py`).
         """
@@ -131,10 +131,10 @@ class Step:
         return optimizer
 
     def add_own_vectors(self, optimizer: Optimizer) -> None:
-        """Adds the vectors that a width has of its own to the groups of those that all share."""
+        """Adds what a width or a size has of its own to the groups of what all share."""
         shared = dict(self.net.vit.named_parameters())
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        for name, vector in self.net.vectors.items():
+        for name, vector in [*self.net.vectors.items(), *self.net.positions.items()]:
             groups[id(shared[name.partition(":")[2]])]["params"].append(vector)
 
     def state(self) -> dict[str, Any]:
@@ -253,7 +253,7 @@ class Step:
     def predict(self, images: Tensor, point: Point) -> Tensor:
         """The model's output at a width, in float32 and in the task's units: (B, classes) logits."""
         with autocast(self.device, self.settings.device):
-            output = self.run(self.net.model_at(point), images)
+            output = self.run(self.net.at(point), self.net.fitting(images, point))
         return self.task.standardised(output.float(), self.statistics)
 
     def teach(self, images: Tensor) -> Tensor:
