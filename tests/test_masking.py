@@ -109,7 +109,7 @@ def test_a_run_that_was_stopped_hides_the_same_patches(pictures):
 def test_a_student_learns_to_tell_what_it_does_not_see():
     net = backbone(ratios="0.5")
     how = settings("", method=replace(MASKED, method="separate", mask_patches=1.0))
-    step = Step(net, TASK, backbone(), replace(how, optimizer=OptimizerSettings(lr=3e-3)), CPU)
+    step = Step(net, TASK, backbone(), replace(how, optimizer=OptimizerSettings(opt="adamw", lr=3e-3)), CPU)
     images, generator = torch.randn(8, 3, 16, 16), torch.get_rng_state()
 
     def error() -> float:
