@@ -48,6 +48,9 @@ def convert(
     num_classes: Annotated[int | None, typer.Option(min=1, help="A new head with so many classes.")] = None,
     img_size: ImgSize = None,
     patch_size: PatchSize = None,
+    num_heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads, where a weight file does not tell.")
+    ] = None,
     layout: Annotated[
         Literal["aligned", "fused"],
         typer.Option(help="Cut every head of q, k and v alike, or qkv as one block (only for comparison)."),
@@ -112,7 +115,7 @@ def convert(
     from scala_cli.models.vit import random_images
 
     split = open_images(data, read.data_dir) if data is not None else None  # before any download
-    changes = Changes(num_classes, img_size, patch_size)
+    changes = Changes(num_classes, img_size, patch_size, num_heads)
     with out.progress() as live:
         opened = open_source(
             model,

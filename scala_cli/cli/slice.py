@@ -112,4 +112,5 @@ def slice(
             f"{fit['r2']:.1%} of how the full model's varies."
         )
     out.result({**result, "candidates": rows} if rows else result, rows)
-    out.note(f"load it: timm.create_model('local-dir:{result['path']}', pretrained=True)")
+    first = f"import {result['import']}; " if "import" in result else ""
+    out.note(f"load it: {first}timm.create_model('local-dir:{result['path']}', pretrained=True)")

@@ -33,8 +33,11 @@ FEATURES = "image-feature-extraction"
 """The Hub's name for a model without a classifier."""
 
 PLAIN = """import timm
-
+{more}
 model = timm.create_model("{place}", pretrained=True).eval()"""
+
+REGISTERED = "scala_cli.models.slimmed"
+"""What has to be imported before timm knows the architectures of this package."""
 
 FAMILY = """# every width; needs: pip install scala-vit
 import scala_cli
@@ -64,7 +67,9 @@ def model_card(
     found = {Point.of_row(metric): metric for metric in record.metrics}
     task = task_named(record.task)
     place = f"{'hf-hub' if repository else 'local-dir'}:{name}"
-    code = [PLAIN.format(place=place)] if not family or holds_full_width(rows) else []
+    plain = not family or holds_full_width(rows, spec)
+    more = f"import {REGISTERED}  # pip install scala-vit\n" if spec.is_of_this_package else ""
+    code = [PLAIN.format(place=place, more=more)] if plain else []
     if family:
         source, narrowest = place if repository else name, Point.of_row(rows[0]).label
         code.append(FAMILY.format(source=source, ratio=repr(narrowest)))
@@ -98,7 +103,7 @@ def description(spec: Spec, record: Record, rows: Rows, family: bool) -> str:
         )
     cuts = (
         "timm loads the full width; scala-vit cuts the others."
-        if holds_full_width(rows)
+        if holds_full_width(rows, spec)
         else "scala-vit cuts them."
     )
     return (
@@ -107,9 +112,9 @@ def description(spec: Spec, record: Record, rows: Rows, family: bool) -> str:
     )
 
 
-def holds_full_width(rows: Rows) -> bool:
-    """Whether the widest of a family's widths, which come last, is that of the model itself."""
-    return Point.of_row(rows[-1]).ratio == 1
+def holds_full_width(rows: Rows, spec: Spec) -> bool:
+    """Whether the widest of the widths, which come last, is the model that timm loads: no token is slimmed."""
+    return Point.of_row(rows[-1]).ratio == 1 and not spec.tsm
 
 
 def line(row: Mapping[str, Any]) -> dict[str, Any]:

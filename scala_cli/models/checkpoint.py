@@ -27,12 +27,14 @@ from scala_cli.files import whole_directory
 from scala_cli.models.config import spec_of
 from scala_cli.models.locate import CONFIG, EXTRA, WEIGHTS, read_config, resolve
 from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.models.slimmed import apart
 from scala_cli.models.vit import Spec
 from scala_cli.slicing.point import Point, decimal, parse_points, ratios_of
 from scala_cli.slicing.rule import AttnScale, Rule
 from scala_cli.slicing.table import Layout
 
-FORMAT = 1
+FORMAT, SLIMMED_FORMAT = 1, 2
+"""The second has token slimming modules, without which its weights are another model."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def save(net: SlimmableViT, record: Record, directory: Path) -> None:
     """Writes the full-width model as a checkpoint directory, atomically, replacing a former one."""
     rule = net.rule
     about = {
-        "format": FORMAT,
+        "format": SLIMMED_FORMAT if net.spec.tsm else FORMAT,
         **record.told(),
         "ratios": [*map(decimal, rule.ratios)],
         "isolated": rule.isolated,
@@ -116,11 +118,14 @@ def save(net: SlimmableViT, record: Record, directory: Path) -> None:
         "attn_scale": rule.attn_scale,
         "dims": {decimal(ratio): dims(net.spec.at(ratio)) for ratio in rule.ratios},
         "provenance": {**record.provenance, "versions": versions()},
+        **({"tsm": dict(net.spec.tsm)} if net.spec.tsm else {}),
     }
+    plain, slim = apart(net.vit.state_dict())
+    extra = {**net.extra, **slim}
     with whole_directory(directory) as fresh:
-        write_timm(net.vit.state_dict(), net.spec, about, fresh)
-        if net.extra:
-            save_file({name: t.detach().contiguous() for name, t in net.extra.items()}, fresh / EXTRA)
+        write_timm(plain, replace(net.spec, tsm={}), about, fresh)
+        if extra:
+            save_file({name: t.detach().contiguous() for name, t in extra.items()}, fresh / EXTRA)
 
 
 def write_timm(state: Mapping[str, Tensor], spec: Spec, about: Mapping[str, Any], directory: Path) -> None:
@@ -129,7 +134,11 @@ def write_timm(state: Mapping[str, Tensor], spec: Spec, about: Mapping[str, Any]
     if spec.label_names:
         config["label_names"] = list(spec.label_names)
     stock = spec.build_with(state)  # without the blocks and settings of training
-    save_for_hf(stock, str(directory), config, model_args=dict(spec.model_args), safe_serialization=True)
+    args = dict(spec.model_args)
+    if spec.tsm:
+        stock.pretrained_cfg["architecture"] = "slimmed_vit"
+        args |= {"base": spec.architecture, "tsm": dict(spec.tsm)}
+    save_for_hf(stock, str(directory), config, model_args=args, safe_serialization=True)
 
 
 def dims(spec: Spec) -> dict[str, int]:
@@ -147,8 +156,8 @@ def load(checkpoint: str | Path | None = None) -> SlimmableViT:
 def load_with_record(directory: Path) -> tuple[SlimmableViT, Record]:
     """The model of a resolved checkpoint directory, and what its config.json records."""
     spec, rule, record = read_about(directory)
-    file = directory / WEIGHTS
-    net = SlimmableViT(spec.build_with(read_weights(file), origin=file), spec, rule, read_extra(directory))
+    file, (extra, slim) = directory / WEIGHTS, apart(read_extra(directory))
+    net = SlimmableViT(spec.build_with({**read_weights(file), **slim}, origin=file), spec, rule, extra)
     return net.eval(), record
 
 
@@ -168,13 +177,14 @@ def read_about(directory: Path) -> tuple[Spec, Rule, Record]:
             f"Load it with timm.create_model('local-dir:{directory}', pretrained=True), "
             "or name the family that it was cut from.",
         )
-    if about.get("format") != FORMAT:
+    if about.get("format") not in (FORMAT, SLIMMED_FORMAT):
         raise CheckpointError(
-            f"{directory} has checkpoint format {about.get('format')}; this version reads {FORMAT}.",
+            f"{directory} has checkpoint format {about.get('format')}; this version reads {SLIMMED_FORMAT}.",
             "Upgrade: pip install -U scala-vit",
         )
     spec = spec_of(config)
     try:
+        spec = replace(spec, tsm={int(number): int(count) for number, count in about.get("tsm", {}).items()})
         rule = read_rule(about, spec)
         record = read_record(about)
         if spec.features and "task" not in about:

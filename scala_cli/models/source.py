@@ -40,11 +40,13 @@ class Changes:
         num_classes: classes of a new head.
         img_size: pixels a side; timm resamples the position embedding.
         patch_size: pixels a side; timm resamples the patch embedding.
+        num_heads: attention heads, of a weight file that does not tell.
     """
 
     num_classes: int | None = None
     img_size: int | None = None
     patch_size: int | None = None
+    num_heads: int | None = None
 
     def given(self) -> dict[str, int]:
         return {name: value for name, value in vars(self).items() if value is not None}
@@ -52,7 +54,10 @@ class Changes:
     def words(self) -> list[str]:
         """The options of `scala finetune` that say the same."""
         return [
-            word for name, size in self.sizes().items() for word in (f"--{name.replace('_', '-')}", str(size))
+            word
+            for name, size in self.sizes().items()
+            if name != "num_heads"  # part of what was converted
+            for word in (f"--{name.replace('_', '-')}", str(size))
         ]
 
     def sizes(self) -> dict[str, int]:
@@ -111,7 +116,7 @@ def open_source(
         PointError: a width that does not divide the model's channels.
     """
     changes = changes or Changes()
-    source = find_source(model, weights, scratch, average)
+    source = find_source(model, weights, scratch, average, changes.num_heads)
     for note in source.notes:
         watch.note(note)
     if is_theirs(source):

@@ -21,10 +21,13 @@ from torch import Tensor, nn
 
 from scala_cli.errors import CheckpointError
 from scala_cli.models.block import SlimBlock
+from scala_cli.models.lvvit import image_channels, stem_args
+from scala_cli.models.slimmed import MODULE, SLIMMED_ARGS, SlimmedBlock, counts_of, put_behind
 from scala_cli.slicing.rule import kept_count
 
-MODULES = ("deit", "vision_transformer", "vision_transformer_hybrid", "vitamin")
-"""timm's files that build its class VisionTransformer; all other architectures are other classes."""
+MODULES = ("deit", "vision_transformer", "vision_transformer_hybrid", "vitamin", "lvvit")
+"""The files, of timm and of this package, that build timm's class VisionTransformer; other architectures are
+other classes."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Spec:
         block: the class of its blocks.
         features: whether its outputs are no classes but features, those of a full model without a classifier
             (models/features.py).
+        tsm: how many patch tokens go on behind a block, by its number, where token slimming modules stand
+            (models/slimmed.py).
     """
 
     architecture: str
@@ -48,10 +53,21 @@ class Spec:
     hidden_dim: int
     block: type[nn.Module] = Block
     features: bool = False
+    tsm: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def head_dim(self) -> int:
         return self.embed_dim // self.num_heads
+
+    @property
+    def is_of_this_package(self) -> bool:
+        """Whether timm builds it only once `scala_cli.models.slimmed` has been imported."""
+        return bool(self.tsm) or is_model_in_modules(self.architecture, ("lvvit",))
+
+    @property
+    def tokens(self) -> str:
+        """How many patch tokens there are from stage to stage: "196, 98, 49, 24"."""
+        return ", ".join(map(str, (self.patches, *self.tsm.values())))
 
     @property
     def num_classes(self) -> int:
@@ -81,6 +97,8 @@ class Spec:
             return self
         head_dim = kept_count(self.head_dim, ratio)
         dim, hidden = head_dim * self.num_heads, kept_count(self.hidden_dim, ratio)
+        if self.tsm:
+            kept_count(self.embed_dim // 2, ratio)  # of the modules' own layer
         # timm computes int(dim * mlp_ratio): half a channel more keeps the product above the integer
         narrow = {"embed_dim": dim, "num_heads": self.num_heads, "mlp_ratio": (hidden + 0.5) / dim}
         return replace(self, model_args={**self.model_args, **narrow}, embed_dim=dim, hidden_dim=hidden)
@@ -102,9 +120,11 @@ class Spec:
             slim: with SlimBlocks in place of timm's plain Blocks.
         """
         args: dict[str, Any] = {**self.model_args, "pretrained_cfg": dict(self.pretrained_cfg)}
-        if slim and self.block is Block:
-            args["block_fn"] = SlimBlock
-        return refuse_unless_plain(skeleton(self.architecture, **args)).eval()
+        if (slim or self.tsm) and self.block is Block:
+            args["block_fn"] = SlimmedBlock if self.tsm else SlimBlock
+        vit = skeleton(self.architecture, **args)
+        put_behind(vit, self.tsm)
+        return refuse_unless_plain(vit).eval()
 
     def build_with(self, state: Mapping[str, Tensor], origin: object = "the state") -> VisionTransformer:
         """The model on the given tensors, not copied.
@@ -122,11 +142,12 @@ def skeleton(architecture: str, **args: Any) -> nn.Module:
 
     timm initialises weights there too unless told not to, which takes six times as long as all else.
     """
-    if is_model_in_modules(architecture, MODULES):
+    if is_model_in_modules(architecture, (*MODULES, "slimmed")):
         args["weight_init"] = "skip"
     with torch.device("meta"):
         model = timm.create_model(architecture, **args)
-    getattr(model, "_model_args", {}).pop("weight_init", None)  # timm saves these with a model
+    for name in ("weight_init", "block_fn"):
+        getattr(model, "_model_args", {}).pop(name, None)  # timm saves these with a model
     return model
 
 
@@ -162,17 +183,21 @@ def describe(model: nn.Module, args: Mapping[str, Any] | None = None) -> Spec:
     patch = vit.patch_embed.patch_size
     model_args = {
         **(args or {}),
+        **stem_args(vit),
         "img_size": list(vit.patch_embed.img_size),
         "patch_size": patch[0] if patch[0] == patch[1] else list(patch),
-        "in_chans": vit.patch_embed.proj.in_channels,
+        "in_chans": image_channels(vit),
         "num_classes": vit.num_classes,
         "global_pool": vit.global_pool,
     }
     if cfg.get("num_classes") != vit.num_classes:
         cfg.pop("label_names", None)
     cfg["num_classes"] = vit.num_classes
+    cfg["architecture"] = getattr(vit, "base", cfg["architecture"])  # of one with token slimming modules
     cfg["input_size"] = [model_args["in_chans"], *model_args["img_size"]]
-    block = vit.blocks[0]
+    block, tsm = vit.blocks[0], counts_of(vit)
+    if tsm:
+        model_args = {name: value for name, value in model_args.items() if name not in SLIMMED_ARGS}
     return Spec(
         architecture=cfg["architecture"],
         model_args=model_args,
@@ -180,7 +205,8 @@ def describe(model: nn.Module, args: Mapping[str, Any] | None = None) -> Spec:
         embed_dim=width_of(vit),
         num_heads=block.attn.num_heads,
         hidden_dim=block.mlp.fc2.in_features,
-        block=Block if type(block) is SlimBlock else type(block),
+        block=Block if type(block) in (SlimBlock, SlimmedBlock) else type(block),
+        tsm=tsm,
     )
 
 
@@ -220,7 +246,7 @@ def first_odd_part(vit: VisionTransformer) -> str:
     if type(vit.attn_pool) not in (type(None), AttentionPoolLatent):
         return f"it pools by {type(vit.attn_pool).__name__}"
     for block in vit.blocks:
-        if type(block) not in (Block, SlimBlock, ResPostBlock):
+        if type(block) not in (Block, SlimBlock, SlimmedBlock, ResPostBlock):
             return f"it has a {type(block).__name__} where a plain Block is needed"
         if type(block.attn) is not Attention:
             return f"it has a {type(block.attn).__name__} where a plain Attention is needed"
@@ -234,7 +260,7 @@ def first_odd_size(vit: Any) -> str:
     first = {name: parameter.shape for name, parameter in vit.blocks[0].named_parameters()}
     for number, block in enumerate(vit.blocks):
         for name, parameter in block.named_parameters():
-            if parameter.shape != first.get(name, parameter.shape):
+            if parameter.shape != first.get(name, parameter.shape) and MODULE not in f".{name}":
                 sizes = times(parameter.shape), times(first[name])
                 return f"blocks.{number}.{name} is {sizes[0]}, blocks.0.{name} {sizes[1]}"
     read, written = width_of(vit), vit.blocks[0].attn.qkv.out_features
