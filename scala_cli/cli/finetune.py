@@ -11,6 +11,7 @@ from scala_cli.cli.options import DATA_HELP, Force, ImgSize, PatchSize, Ratios, 
 from scala_cli.cli.remedies import advice
 from scala_cli.errors import ScalaError
 from scala_cli.files import new_directory, refuse_occupied
+from scala_cli.methods import RATIOS
 from scala_cli.models.locate import path_of, short_name
 from scala_cli.settings import (
     ON_RESUME,
@@ -92,7 +93,8 @@ def finetune(
                 refuse_unknown(data, read.data_dir)  # before anything is downloaded
                 settings = Settings(place_of(data), method, optimizer, augment, read, device, drawn)
                 sizes = Changes(None, img_size, patch_size)
-                net, record = open_slimmable(model, ratios, sizes, weights=weights, watch=live)
+                widths = ratios or RATIOS.get(method.method)
+                net, record = open_slimmable(model, widths, sizes, weights=weights, watch=live)
                 best = finetune(net, record, settings, run, live, force)
         except KeyboardInterrupt:
             if run.holds_state():

@@ -8,17 +8,18 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.settings import MethodSettings
 from scala_cli.slicing.point import Point
 from scala_cli.slicing.rule import AttnScale
 from scala_cli.slicing.table import Layout
 from scala_cli.tasks.base import Task
 
-Student = Callable[[Tensor, Point], Tensor]
-"""images (B, C, H, W), point -> the task's output, such as logits (B, classes)"""
+Student = Callable[[Tensor, Point], Any]
+"""images (B, C, H, W), point -> the task's output, such as logits (B, classes); or `Output`"""
 
-Teacher = Callable[[Tensor], Tensor]
-"""images (B, C, H, W) -> the task's output, without gradient"""
+Teacher = Callable[[Tensor], Any]
+"""images (B, C, H, W) -> the same of the frozen model, without gradient"""
 
 OFF: Mapping[str, Any] = {
     "order": "none",
@@ -29,10 +30,28 @@ OFF: Mapping[str, Any] = {
 
 
 class Batch(NamedTuple):
-    """Images (B, C, H, W) and targets: (B,) class numbers, or (B, classes) probabilities."""
+    """Images (B, C, H, W) and targets: (B,) class numbers, or (B, classes) probabilities.
+
+    `hints` are the (B,) class numbers that a second teacher gives, where there is one.
+    """
 
     images: Tensor
     targets: Tensor
+    hints: Tensor | None = None
+
+
+class Output(NamedTuple):
+    """What a model gives to a method that reads its blocks.
+
+    Args:
+        answer: the task's output.
+        tokens: patch tokens after each block, (B, N, C).
+        distilled: (B, classes) logits of the distillation head, where there is one.
+    """
+
+    answer: Tensor
+    tokens: Sequence[Tensor]
+    distilled: Tensor | None
 
 
 class Pass(NamedTuple):
@@ -67,6 +86,15 @@ class Method(ABC):
     one_point: ClassVar[bool] = False
     """Whether a run trains one point only; a family then needs one run per point."""
 
+    adds_modules: ClassVar[bool] = False
+    """Whether `prepared` changes the full width, so that this one too is taught by the model from before."""
+
+    reads_blocks: ClassVar[bool] = False
+    """Whether `passes` reads the tokens after every block: student and teacher then return an `Output`."""
+
+    module_rate: ClassVar[float] = 1.0
+    """The learning rate of `modules`, relative to the model's."""
+
     isolated: ClassVar[bool] = False
     """Whether the method trains with Isolated Activation unless the user says otherwise."""
 
@@ -95,11 +123,19 @@ class Method(ABC):
             drawn: the points that `draw` returned.
         """
 
-    def modules(self, width: int) -> nn.Module:
+    def prepared(self, start: SlimmableViT, seed: int) -> SlimmableViT:
+        """Returns the model to train: the starting one, or one with modules of its own added.
+
+        Args:
+            seed: of what is random in them.
+        """
+        return start
+
+    def modules(self, net: SlimmableViT) -> nn.Module:
         """Returns the modules that only training needs: trained and resumed, but in no checkpoint.
 
         Args:
-            width: channels of the full model.
+            net: the model to train.
         """
         return nn.Module()
 

@@ -48,13 +48,14 @@ def finetune(
     splits = task.open(settings, start.spec.label_names, watch, world)
     classes = splits[0].classes
     kind = method_named(settings.method.method)
-    kind(start.points, settings.method, task)  # refuses points that it does not train
+    method = kind(start.points, settings.method, task)  # refuses points that it does not train
+    method.prepared(start, settings.run.seed)  # refuses what it cannot add to
     if len(start.points) == 1 and not kind.one_point:
         watch.note(f"only width {start.points[0]} is trained; for others give --ratios.")
     misfit = unlearnt(start, record, classes) if task.labelled else ""
     if misfit:
         start = with_new_head(start, classes, settings.run.seed)
-        if taught and start.points != (FULL,):
+        if taught and (start.points != (FULL,) or method.adds_modules):
             watch.note(f"{misfit}: the head is new, so the full width learns alone first, then it teaches.")
             return learn_classes_first(start, record, settings, splits, run, watch, force)
         watch.note(f"{misfit}: the head is new, and there is no teacher.")
@@ -63,8 +64,10 @@ def finetune(
         start = SlimmableViT(start.vit, start.spec.naming(classes), start.rule, start.extra)
     begun = start
     start, record = prepare(begun, record, settings, splits[0], watch)
-    # fitting the widths changes the full one a little, so the model from before teaches
-    teacher = begun if start.vectors.keys() != begun.vectors.keys() else start
+    start = method.prepared(start, settings.run.seed)
+    # fitting the widths, and modules that are added, change the full one, so the model from before teaches
+    changed = method.adds_modules or start.vectors.keys() != begun.vectors.keys()
+    teacher = begun if changed else start
     trainer = Trainer(start, task, teacher if taught else None, settings, splits)
     with run.claimed(settings, force):
         if taught and teacher is begun:
@@ -164,7 +167,11 @@ def widen(
     record = replace(record, new_head=False)
     start = net.with_rule(replace(net.rule, ratios=ratios_of(points)))
     start, record = prepare(start, record, settings, splits[0], watch)
-    trainer = Trainer(start, task_named(record.task), net, settings, splits)
+    task = task_named(record.task)
+    start = method_named(settings.method.method)(start.points, settings.method, task).prepared(
+        start, settings.run.seed
+    )
+    trainer = Trainer(start, task, net, settings, splits)
     return begin(trainer, start, record, run, watch)
 
 

@@ -249,7 +249,7 @@ class Trainer:
     @property
     def lr(self) -> float:
         """Of the next step, where layers do not differ."""
-        return self.step.optimizer.param_groups[-1]["lr"]
+        return self.step.optimizer.param_groups[self.step.shared_groups - 1]["lr"]
 
     def is_due(self, seconds: float) -> bool:
         """Whether to save now, so many seconds after the last time."""

@@ -92,7 +92,7 @@ def prepare(
     chosen = method_named(settings.method.method).effective(settings.method)
     unfitted = [r for r in start.rule.ratios if r < 1 and not own_vectors(start.vectors, r)]
     fit = record.widths_are_free(start.rule) and bool(unfitted) and chosen.calibrate
-    if settings.method.order == "importance" and (free or fit):
+    if chosen.order == "importance" and (free or fit):
         todo = ["putting the channels in order of importance"] if free else []
         todo += ["fitting the narrower widths"] if fit else []
         watch.note(f"{' and '.join(todo)} on some training images.")
