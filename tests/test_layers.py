@@ -18,7 +18,7 @@ LAYERS = [
     {"tasks"},
     {"methods"},
     {"report", "plot", "cascade"},
-    {"probe", "evaluate", "formats", "calibration"},
+    {"probe", "evaluate", "formats", "calibration", "explain"},
     {"embeddings"},
     {"bench", "training"},
     {"deploy"},

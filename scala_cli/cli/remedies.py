@@ -77,6 +77,7 @@ REMEDIES = {
     "resume": "Go on: scala finetune --resume {run}",
     "resume_or_slice": "Go on with it: scala finetune --resume {run}; cut it: scala slice {run}",
     "resume_together": "Then go on: torchrun ... -m scala_cli finetune --resume RUN",
+    "slim_tokens": "Slim its tokens first: scala finetune MODEL --data DIR --method sit",
     "distilled": "Leave out --teacher-model, or start from one that has: deit_s_distilled.",
     "lower_rate": "Lower --lr (now {rate:g}). What was saved before is whole.",
     "whole_method": "Leave it out of another method: --methods paper has all of the paper's parts.",

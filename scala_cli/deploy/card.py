@@ -113,7 +113,7 @@ def description(spec: Spec, record: Record, rows: Rows, family: bool) -> str:
 
 
 def holds_full_width(rows: Rows, spec: Spec) -> bool:
-    """Whether the widest of the widths, which come last, is the model that timm loads: no token is slimmed."""
+    """Whether the widest of the widths, which come last, is what timm loads: no token is slimmed."""
     return Point.of_row(rows[-1]).ratio == 1 and not spec.tsm
 
 
