@@ -1,19 +1,24 @@
 """Feature recalibration distillation: a step against the loss by hand, runs, resuming, what is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from conftest import TINY, slimmable
+from conftest import TINY, interrupt, slimmable
 from safetensors import safe_open
 from test_methods import TARGETS, ce, kl
+from test_slimmed import slimmed
 from torch.nn import functional as F
 
+from scala_cli.deploy.export import export
 from scala_cli.errors import CheckpointError, TrainingError
+from scala_cli.formats import FORMATS
 from scala_cli.methods.base import Batch
 from scala_cli.methods.sit import Reverse, SiT
-from scala_cli.models.checkpoint import load
+from scala_cli.models.checkpoint import Record, load, save
+from scala_cli.models.features import for_task
 from scala_cli.models.slimmed import modules_of
 from scala_cli.models.tokens import answer_and_patches, put_back, slimming
 from scala_cli.settings import DeviceSettings, MethodSettings, OptimizerSettings, RunSettings, Settings
@@ -101,9 +106,6 @@ def test_a_reverse_module_has_the_papers_sizes():
 @pytest.mark.parametrize("kind", ["deit", "no class token, registers"])
 def test_features_are_learnt_without_labels(kind, images):
     """Each patch gets the mean of the tokens it went into, so that it can be compared with the teacher's."""
-    from scala_cli.models.checkpoint import Record
-    from scala_cli.models.features import for_task
-
     net, _ = for_task(slimmable(kind, "1"), Record(), "features")
     purpose, chosen = task_named("features"), settings()
     start = SiT(FULL, chosen.method, purpose).prepared(net, 0)
@@ -163,9 +165,6 @@ def test_a_run_from_start_to_export(scala, tiny, photos):
 
 @pytest.mark.parametrize("kind", ["onnx", "pt2", "openvino", "executorch"])
 def test_every_format_runs_it(kind, images, tmp_path):
-    from scala_cli.deploy.export import export
-    from scala_cli.formats import FORMATS
-
     for module in FORMATS[kind].modules:
         pytest.importorskip(module)
     step, _ = step_of()
@@ -175,8 +174,6 @@ def test_every_format_runs_it(kind, images, tmp_path):
 
 
 def test_an_interrupted_run_resumes_to_the_same_weights(scala, tiny, photos, monkeypatch):
-    from conftest import interrupt
-
     assert scala("finetune", "tiny", "--data", photos, *WORDS, "-o", "whole").code == 0
     with monkeypatch.context() as broken:
         done = []
@@ -251,6 +248,25 @@ def test_what_cannot_be_is_refused(words, said, scala, tiny, photos):
     assert not Path("run").exists()
 
 
+def test_what_another_method_needs_is_refused(scala, tiny, photos):
+    told = scala("finetune", "tiny", "--data", photos, "--stages", "1,1", "-o", "run")
+    assert told.code == 2 and "stages has no part in method scala" in told.told
+
+
+@pytest.mark.parametrize("task", ["classification", "features"])
+def test_blocks_that_are_computed_again_give_the_same_step(task, images):
+    losses = []
+    for again in (False, True):
+        chosen, purpose = settings(), task_named(task)
+        optimizer = replace(chosen.optimizer, grad_checkpointing=again)
+        net, _ = for_task(slimmable("deit", "1"), Record(), task)
+        start = SiT(FULL, chosen.method, purpose).prepared(net, 0)
+        step = Step(start, purpose, net, replace(chosen, optimizer=optimizer), CPU)
+        step.net.train()
+        losses.append([step(images, TARGETS)["1"] for _ in range(3)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_a_second_teacher_of_other_classes_is_refused(elsewhere):
     spec = slimmable().spec.naming("abc")
     with pytest.raises(TrainingError, match="the model knows 4 classes, the student has 3"):
@@ -261,3 +277,27 @@ def test_a_second_teacher_of_other_classes_is_refused(elsewhere):
         Expert(expert("mixed", 3, label_names=["b", "a", "c"]), spec)
     with pytest.raises(CheckpointError, match="there is no model"):
         Expert("resnet17", spec)
+
+
+def test_every_width_over_one_copy_of_the_weights(scala, elsewhere):
+    """In `export --all` too: the modules' tensors, which lie in another file, are cut like the others."""
+    pytest.importorskip("onnxruntime")
+    save(slimmed(), Record(method="sit"), elsewhere / "net")
+    told = scala("export", "net", "--all", "-o", "all", "--json")
+    assert told.code == 0, told.stderr
+    assert all(point["max_abs_diff"] <= 1e-4 for point in told.json["points"])
+
+
+def test_a_head_for_new_classes_is_learnt_before_tokens_are_slimmed(scala, tiny, photos):
+    assert scala("convert", "tiny-timm", "--num-classes", "3", "-o", "new").code == 0
+    words = ("finetune", "new", "--data", photos, *WORDS, "--epochs", "1", "-o", "run")
+    told = scala(*words)
+    assert told.code == 0, told.stderr
+    assert load("run/teacher/last").spec.tsm == {} and load("run/last").spec.tsm == {0: 8}
+
+
+def test_it_is_compared_with_other_methods(scala, tiny, photos):
+    words = ("--ratios", "1", "--seeds", "1", "--epochs", "1", "-b", "4", "--workers", "0", "-o", "out")
+    told = scala("compare", "tiny", "--data", photos, "--methods", "separate,sit", *words, "--json")
+    assert told.code == 0, told.stderr
+    assert {arm["arm"] for arm in told.json["arms"]} == {"separate", "sit"}

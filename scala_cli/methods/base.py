@@ -83,6 +83,9 @@ class Method(ABC):
     parts: ClassVar[frozenset[str]] = frozenset()
     """The keys of OFF that affect the method. With "teacher", the frozen starting model takes part."""
 
+    own: ClassVar[frozenset[str]] = frozenset()
+    """Fields of MethodSettings that mean something to this method alone."""
+
     one_point: ClassVar[bool] = False
     """Whether a run trains one point only; a family then needs one run per point."""
 

@@ -56,6 +56,7 @@ class SiT(Method):
     """
 
     parts = frozenset({"teacher"})
+    own = frozenset({"stages", "slim_keep", "slim_start", "logit_weight", "token_weight", "teacher_model"})
     one_point = True
     adds_modules = True
     reads_blocks = True

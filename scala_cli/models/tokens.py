@@ -55,14 +55,15 @@ def read_every(model: VisionTransformer, tokens: Tensor, shares: Sequence[Tensor
 def slimming(vit: VisionTransformer) -> Iterator[list[Tensor]]:
     """Within, finds how the model's token slimming modules share out tokens, in order.
 
-    Each is (B, tokens that go on, tokens that come in); there is none in a model without such modules.
+    Each is (B, tokens that go on, tokens that come in), without gradient. A model without such modules has none.
     """
     found: list[Tensor] = []
     mine = get_ident()  # other threads may run the same model
 
     def note(module: TokenSlimming, read: tuple[Tensor, ...], wrote: Tensor) -> None:
         if get_ident() == mine:
-            found.append(module.shares(read[0][:, module.prefix :]))
+            with torch.no_grad():  # gradient checkpointing would miss what is saved for it
+                found.append(module.shares(read[0][:, module.prefix :]))
 
     hooks = [module.register_forward_hook(note) for module in modules_of(vit).values()]
     try:

@@ -17,7 +17,7 @@ from scala_cli.slicing.point import Point, ratios_of
 from scala_cli.tasks import task_named
 from scala_cli.training.loop import Trainer
 from scala_cli.training.run import Row, Run
-from scala_cli.training.start import is_taught, prepare, trained_by, unlearnt, with_new_head
+from scala_cli.training.start import is_taught, prepare, refuse_foreign, trained_by, unlearnt, with_new_head
 from scala_cli.watch import Watcher
 from scala_cli.world import World
 
@@ -44,6 +44,7 @@ def finetune(
     world = World.join(device)
     start, record = for_task(start, record, settings.run.task)
     task = task_named(record.task)
+    refuse_foreign(settings.method)
     taught = is_taught(record, task, settings.method)
     splits = task.open(settings, start.spec.label_names, watch, world)
     classes = splits[0].classes

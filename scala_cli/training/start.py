@@ -12,7 +12,7 @@ from scala_cli.calibration import fit_family
 from scala_cli.data.classes import class_misfit
 from scala_cli.data.split import Split
 from scala_cli.errors import TrainingError
-from scala_cli.methods import method_named
+from scala_cli.methods import METHODS, method_named
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.dense import kept_reader
 from scala_cli.models.slimmable import SlimmableViT
@@ -66,6 +66,18 @@ def is_taught(record: Record, task: Task, method: MethodSettings) -> bool:
             setting="class-token",
         )
     return True
+
+
+def refuse_foreign(method: MethodSettings) -> None:
+    """Raises TrainingError for a setting that means something to another method alone."""
+    others = {name for each in METHODS for name in method_named(each).own} - method_named(method.method).own
+    for name in sorted(others):
+        if getattr(method, name) != getattr(MethodSettings(), name):
+            raise TrainingError(
+                f"{name} has no part in method {method.method}.",
+                remedy="leave_out",
+                setting=name.replace("_", "-"),
+            )
 
 
 def with_new_head(start: SlimmableViT, classes: Sequence[str], seed: int) -> SlimmableViT:
