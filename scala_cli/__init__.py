@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from scala_cli.with_timm import register
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ _HOMES = {
     "calibrate": "scala_cli.models.calibrate",
     "slimmable": "scala_cli.models.in_memory",
 }
+
+register()
 
 
 def __getattr__(name: str) -> Any:

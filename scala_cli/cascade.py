@@ -1,27 +1,27 @@
-"""A small width answers; a larger one is asked only where it is unsure."""
+"""A small point of a family answers; a larger one is asked only where it is unsure."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scala_cli.cost import gmacs
+from scala_cli.cost import gmacs, macs
 from scala_cli.errors import CheckpointError, PointError
 from scala_cli.models.slimmable import Ratio, SlimmableViT
-from scala_cli.slicing.point import find_point
 
 
 class Cascade(nn.Module):
-    """Several widths of one family as one classifier that spends little on easy images.
+    """Several points of one family as one classifier that spends little on easy images.
 
     Args:
         net: the family.
-        ratios: the widths in the order in which they are asked, narrowest first.
+        ratios: the points in the order in which they are asked, cheapest first.
         threshold: an answer stands where the probability of its class is at least this.
 
     Raises:
-        PointError: a width that was not trained, or widths that do not grow.
+        PointError: a point that was not trained, or points whose cost does not grow.
         CheckpointError: a model that gives features.
     """
 
@@ -30,10 +30,11 @@ class Cascade(nn.Module):
         if net.spec.features:
             raise CheckpointError("a cascade needs classes; this model gives features.", remedy="train_head")
         self.net, self.threshold = net, threshold
-        self.points = tuple(find_point(ratio, net.points) for ratio in ratios)
-        if len(self.points) < 2 or list(self.points) != sorted(set(self.points)):
+        self.points = tuple(net.find(ratio) for ratio in ratios)
+        spent = [macs(net.spec_at(point)) for point in self.points]
+        if len(spent) < 2 or any(later <= earlier for earlier, later in pairwise(spent)):
             raise PointError(
-                "a cascade needs two widths or more, each wider than the one before.",
+                "a cascade needs two points or more, each costing more than the one before.",
                 remedy="example",
                 setting="cascade",
                 value="0.25,1",

@@ -80,7 +80,7 @@ def embed(
     for images, targets in batches(loader, device, watch):
         for point, some in found.items():
             with naming_lack_of_memory(len(images)), autocast(device, settings):
-                some.append(pooled(net, images, point.ratio).float())
+                some.append(pooled(net, images, point).float())
         labels.append(targets)
     if not labels:
         raise loader.nothing_read()

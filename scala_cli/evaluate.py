@@ -1,7 +1,6 @@
 """How well every width does, in one pass over the images."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from fractions import Fraction
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,7 +13,7 @@ from scala_cli.cost import gmacs, macs
 from scala_cli.data.loader import Loader
 from scala_cli.data.transform import transform_for
 from scala_cli.data.workers import naming_a_dead_reader
-from scala_cli.errors import CheckpointError
+from scala_cli.errors import CheckpointError, PointError
 from scala_cli.memory import naming_lack_of_memory
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.precision import autocast
@@ -61,7 +60,7 @@ def evaluate(
     """
     device = next(net.parameters()).device
     if reference is None and not task.labelled:
-        reference = answering(net.at(Fraction(1)), task, settings)
+        reference = answering(net.vit, task, settings)
     found = metrics(widths(net, task, points, settings), task, loader, device, watch, world, reference)
     return [{**point.columns(), **measured} for point, measured in found.items()]
 
@@ -69,13 +68,24 @@ def evaluate(
 def widths(
     net: SlimmableViT, task: Task, points: Sequence[Point], settings: DeviceSettings
 ) -> dict[Point, Predictor]:
-    """The model at each width as it is evaluated."""
+    """The model at each point as it is evaluated.
+
+    Raises PointError where the task reads every patch, and a point does not have them all.
+    """
     net.eval()
+    if task.every_token:
+        for point in points:
+            spec = net.spec_at(point)
+            if spec.patches != net.spec.patches or (spec.keep < 1 and spec.tokens.kind == "drop"):
+                raise PointError(
+                    f"features are compared patch by patch, and {point} does not give one for each.",
+                    "Merge tokens instead of dropping them, at the size of the model.",
+                )
     device = next(net.parameters()).device
 
     def predict(point: Point, images: Tensor) -> Tensor:
         with autocast(device, settings):
-            return task.forward(net.model_at(point), images)
+            return task.forward(net.at(point), net.fitting(images, point))
 
     return {point: partial(predict, point) for point in points}
 
@@ -104,7 +114,7 @@ def reference_for(net: SlimmableViT, other: SlimmableViT) -> VisionTransformer:
             f"the other one {theirs[1]} for each of {theirs[0]}.",
             "Give the model that it was made from, at the same image size.",
         )
-    return other.at(Fraction(1))
+    return other.vit
 
 
 @naming_a_dead_reader()
@@ -157,7 +167,7 @@ def evaluate_cascade(
     if not seen:
         raise loader.nothing_read()
     sure, right = (torch.cat(part, dim=1) for part in zip(*seen, strict=True))
-    spent = [macs(net.spec.at(point.ratio)) for point in points]
+    spent = [macs(net.spec_at(point)) for point in points]
     alone = [
         {**point.columns(), "top1": round(100 * share, 4), "gmacs": gmacs(each)}
         for point, share, each in zip(points, right.float().mean(1).tolist(), spent, strict=True)

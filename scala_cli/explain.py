@@ -2,19 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.models import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from scala_cli.data.images import as_rgb, open_image
 from scala_cli.data.transform import transform_for
 from scala_cli.errors import CheckpointError, DataError
-from scala_cli.models.slimmed import modules_of
-from scala_cli.models.tokens import slimming
+from scala_cli.models.block import MergeBlock, attention_to_patches
+from scala_cli.models.slimmed import TokenSlimming, modules_of
+from scala_cli.models.stages import hooked
 from scala_cli.models.vit import Spec
+from scala_cli.slicing.tokens import Merged
 
 
 @dataclass(frozen=True)
@@ -31,14 +34,15 @@ class Merging:
 
     @property
     def owners(self) -> Tensor:
-        """(patches,) the token that has most of each patch."""
-        return self.shares.argmax(0)
+        """(patches,) the token that has most of each patch; -1 of a patch that is in none."""
+        most, owners = self.shares.max(0)
+        return owners.where(most > 0, -1)
 
     def told(self) -> dict[str, Any]:
         """{"block", "tokens", "effective", "owners"}.
 
         A token is effectively made of 1 / sum(share^2) patches; "effective" is the mean over tokens. "owners"
-        are the token that has most of each patch, row by row.
+        are the token that has most of each patch, row by row, -1 of a patch that was dropped.
         """
         effective = (1 / self.shares.square().sum(1)).mean().item()
         return {
@@ -51,25 +55,50 @@ class Merging:
 
 @torch.inference_mode()
 def mergings(vit: VisionTransformer, image: Tensor) -> list[Merging]:
-    """Returns what the tokens are made of after each block that merges some.
+    """Returns what the tokens are made of after each block that passes on fewer.
 
     Args:
         image: (C, H, W), normalised.
 
     Raises CheckpointError for a model that passes on every token.
     """
-    blocks = [*modules_of(vit)]
-    if not blocks:
+    full: Any = vit
+    stages = [Merging(-1, torch.eye(full.patch_embed.num_patches, device=image.device))]
+
+    def note(number: int, reducer: nn.Module, read: tuple[Any, ...], wrote: Any) -> None:
+        stages.append(Merging(number, passed_on(reducer, read[0], wrote, stages[-1].shares)))
+
+    places: dict[int, nn.Module] = {n: b for n, b in enumerate(full.blocks) if getattr(b, "passing", None)}
+    places |= modules_of(vit)
+    if not places:
         raise CheckpointError(
             "every token of this model goes on to the end: there is nothing to explain.", remedy="slim_tokens"
         )
-    with slimming(vit) as found:
+    with hooked([place.register_forward_hook(partial(note, number)) for number, place in places.items()]):
         vit.eval()(image[None])
-    total, stages = torch.eye(found[0].shape[-1], device=image.device), []
-    for block, (share,) in zip(blocks, found, strict=True):
-        total = share @ total
-        stages.append(Merging(block, total))
-    return stages
+    return stages[1:]
+
+
+def passed_on(reducer: Any, read: Any, wrote: Any, shares: Tensor) -> Tensor:
+    """Returns the shares (`Merging`) of the tokens of one image behind what passes on fewer of them.
+
+    Args:
+        reducer: a token slimming module, or a block that drops or merges tokens.
+        read, wrote: its input and its output.
+        shares: of the tokens before.
+    """
+    if isinstance(reducer, TokenSlimming):
+        return reducer.shares(read[:, reducer.prefix :])[0] @ shares
+    passing = reducer.passing
+    if isinstance(reducer, MergeBlock):
+        if isinstance(wrote, Merged):
+            places = wrote.places[0]
+        else:  # the last one gives every patch its token back: those of one token are alike
+            places = wrote[0, passing.prefix :].unique(dim=0, return_inverse=True)[1]
+        stands = (places == torch.arange(int(places.max()) + 1, device=places.device)[:, None]).float()
+        return stands / stands.sum(1, keepdim=True)
+    scores = attention_to_patches(reducer.attn, reducer.norm1(read), passing)
+    return shares[scores[0].topk(passing.count).indices]
 
 
 def read_image(file: Path, spec: Spec, upright: bool = True) -> Tensor:
@@ -92,7 +121,7 @@ def pixels_of(image: Tensor, spec: Spec) -> Tensor:
 
 
 def painted(pixels: Tensor, merging: Merging, grid: Sequence[int]) -> Tensor:
-    """Returns the picture with every patch in the mean colour of the token that has most of it.
+    """Returns the picture with every patch in the mean colour of the token that has most of it, or black.
 
     Lines are drawn where two patches go into different tokens.
 
@@ -105,6 +134,7 @@ def painted(pixels: Tensor, merging: Merging, grid: Sequence[int]) -> Tensor:
     patches = pixels.unflatten(1, (columns, wide)).unflatten(0, (rows, high))
     colours = merging.shares @ patches.mean((1, 3)).flatten(0, 1)
     owners = merging.owners.unflatten(0, (rows, columns))
+    colours = torch.cat([colours, colours.new_zeros(1, colours.shape[1])])  # for -1
     picture = colours[owners][:, None, :, None].expand(patches.shape).clone()
     below, beside = owners[1:] != owners[:-1], owners[:, 1:] != owners[:, :-1]
     picture[:-1, -1][below] = 0  # the last line of pixels of a patch

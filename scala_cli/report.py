@@ -30,6 +30,14 @@ div {{ overflow-x: auto; }} svg {{ max-width: 100%; height: auto; }}
 """
 
 
+def even(rows: Rows) -> list[dict[str, Any]]:
+    """Returns rows that all have the same columns: what only some points have is filled in for the others."""
+    columns = dict.fromkeys(column for row in sorted(rows, key=len, reverse=True) for column in row)
+    return [
+        {column: row.get(column, 1.0 if column == "keep" else None) for column in columns} for row in rows
+    ]
+
+
 def markdown(rows: Rows) -> str:
     """Rows as a table of Markdown."""
     lines = [[*rows[0]], ["---"] * len(rows[0]), *([cell(*item) for item in row.items()] for row in rows)]

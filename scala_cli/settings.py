@@ -210,6 +210,42 @@ class FamilySettings:
 
 
 @dataclass(frozen=True)
+class TokenSettings:
+    """How tokens get fewer, at points such as 1~0.5 of a model that was not trained for it."""
+
+    tokens: Literal["merge", "drop"] | None = option(
+        None,
+        "Merge tokens that are alike, in every block, or drop those that the class token attends to least. "
+        "Default: merge; as trained, where that was trained.",
+    )
+    drop_blocks: str | None = option(
+        None, "Blocks that drop tokens, from 1. Default: 4,7,10 of 12, the same shares of another depth."
+    )
+
+    def given(self) -> bool:
+        return self != TokenSettings()
+
+
+@dataclass(frozen=True)
+class GridSettings:
+    """Which sizes and shares of tokens are trained, beside the widths."""
+
+    sizes: str | None = option(None, "Image sizes, 128,160,192,224. Default: the model's own.")
+    keeps: str | None = option(
+        None,
+        "Shares of the tokens that each dropping block passes on. Default: 1; of supervit 0.5,0.7,1.",
+    )
+    drop_blocks: str | None = option(
+        None, "Blocks that drop tokens, from 1. Default: 4,7,10 of 12, the same shares of another depth."
+    )
+    resize: Literal["bilinear", "bicubic"] | None = option(
+        None,
+        "How images of the largest size are brought to the others: bilinear with aligned corners as in the "
+        "paper, or bicubic with antialiasing. Default: bilinear.",
+    )
+
+
+@dataclass(frozen=True)
 class BenchSettings:
     """How it is timed."""
 

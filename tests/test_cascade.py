@@ -49,7 +49,7 @@ def test_a_sweep_counts_what_a_cascade_does():
 
 def test_a_cascade_climbs():
     for ratios in ([0.5], [0.5, 0.25], [0.5, 0.5], []):
-        with pytest.raises(PointError, match="two widths or more"):
+        with pytest.raises(PointError, match="two points or more"):
             Cascade(slimmable(), ratios, 0.8)
     with pytest.raises(PointError, match="not trained"):
         Cascade(slimmable(), [0.3, 1], 0.8)

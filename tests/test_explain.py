@@ -1,13 +1,19 @@
 """scala explain: which patches go into which token."""
 
+from dataclasses import replace
+from fractions import Fraction
+
 import pytest
 import torch
+from conftest import slimmable
 from PIL import Image
 from test_slimmed import slimmed
 
 from scala_cli.explain import Merging, mergings, painted, pixels_of, read_image
 from scala_cli.models.checkpoint import Record, save
 from scala_cli.models.slimmed import modules_of, start_slimming
+from scala_cli.slicing.point import parse_points
+from scala_cli.slicing.tokens import TokenRule
 
 
 @torch.no_grad()
@@ -25,6 +31,40 @@ def test_shares_are_those_of_the_patches_themselves(images):
     torch.testing.assert_close(stages[1].shares, (second.shares(x[:, 1:]) @ share)[0])
     for stage in stages:
         assert torch.allclose(stage.shares.sum(1), torch.ones(len(stage.shares)))
+
+
+@torch.no_grad()
+def test_dropped_patches_are_those_that_did_not_go_on(images):
+    """The patches that are left after a dropping block, found in its output by their values."""
+    net = slimmable("deit", "1").with_points(parse_points("1~0.5"))
+    vit = net.at(net.points[0])
+    stage, last = mergings(vit, images[0])
+    block, x = vit.blocks[stage.block], vit._pos_embed(vit.patch_embed(images[:1]))
+    after = x + block.attn(block.norm1(x))
+    whole = (after + block.mlp(block.norm2(after)))[0, 1:]
+    kept = block(x)[0, 1:]
+    distance = torch.cdist(kept, whole)
+    assert (distance.min(1).values < 1e-4).all()
+    assert torch.equal(stage.shares.argmax(1), distance.argmin(1))
+    assert (stage.owners >= 0).sum() == len(kept) < 16
+    assert {*last.shares.argmax(1).tolist()} < {*stage.shares.argmax(1).tolist()}
+    assert (painted(torch.ones(16, 16, 3), stage, (4, 4)).sum(-1) == 0).any()
+
+
+@torch.no_grad()
+def test_merged_patches_are_those_that_share_a_token(images):
+    net = slimmable("deit", "1")
+    rule = TokenRule("merge")
+    net = net.like(spec=replace(net.spec, tokens=rule)).with_points(parse_points("1~0.5"))
+    vit = net.at(net.points[0])
+    stages = mergings(vit, images[0])
+    counts = rule.counts(16, 1, 2, Fraction(1, 2))
+    assert [len(stage.shares) for stage in stages] == [*counts.values()]
+    first = vit.blocks[0](vit._pos_embed(vit.patch_embed(images[:1])))
+    assert torch.equal(stages[0].owners, first.places[0])
+    assert all((stage.owners >= 0).all() for stage in stages)
+    groups = [{tuple(row.nonzero().flatten().tolist()) for row in stage.shares} for stage in stages]
+    assert all(any({*small} <= {*large} for large in groups[1]) for small in groups[0])
 
 
 def test_a_picture_shows_tokens_in_their_colour():
@@ -64,7 +104,7 @@ def test_the_command_draws_and_tells(scala, elsewhere):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("cat.png", "tiny"), "every token of this model goes on"),
+        (("cat.png", "tiny", "--ratio", "0.5"), "every token of this model goes on"),
         (("dog.png", "net"), "dog.png does not exist"),
         (("text.png", "net"), "cannot be read as an image"),
         (("cat.png", "net", "--ratio", "0.3"), "was not trained"),

@@ -7,7 +7,7 @@ import scala_cli
 
 ROOT = Path(scala_cli.__file__).parent
 LAYERS = [
-    {"errors", "__init__"},
+    {"errors", "with_timm", "__init__"},
     {"settings", "watch", "swap", "lock"},
     {"files"},
     {"slicing"},

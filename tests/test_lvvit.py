@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from scala_cli.errors import CheckpointError
 from scala_cli.models.checkpoint import load
-from scala_cli.models.source import Changes, open_model
+from scala_cli.models.source import open_model
 from scala_cli.slicing.point import parse_points
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -123,7 +123,7 @@ CASES = [("4c", 40, 5, 2), ("6c", 72, 9, 3), ("4_2", 44, 2, 1)]
 def test_released_checkpoints_give_the_same_logits(kind, dim, heads, side, wrapped):
     state = theirs(kind, dim, hidden=3 * dim - 1, side=side)
     torch.save({"state_dict": state} if wrapped else state, "theirs.pth")
-    net, record = open_model("theirs.pth", parse_points("1"), Changes(num_heads=heads))
+    net, record = open_model("theirs.pth", parse_points("1"), heads=heads)
     images = torch.randn(2, 3, 16 * side, 16 * side)
     expected = by_hand(state, images, kind, heads)
     assert (net(images) - expected).abs().max() <= 1e-4 * expected.abs().max().clamp_min(1)
@@ -193,7 +193,7 @@ def test_what_is_none_of_theirs_is_refused():
         torch.save(tensors, "bad.pth")
         heads = None if "heads" in said else 5
         with pytest.raises(CheckpointError, match=said):
-            open_model("bad.pth", parse_points("1"), Changes(num_heads=heads))
+            open_model("bad.pth", parse_points("1"), heads=heads)
     torch.save(state, "good.pth")
     with pytest.raises(CheckpointError, match="holds an LV-ViT, no deit_small"):
         open_model("deit_s", None, weights=Path("good.pth"))

@@ -18,7 +18,7 @@ from scala_cli.models.checkpoint import Record, load, save
 from scala_cli.models.order import put_first_what_matters
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.slimmed import modules_of, start_slimming
-from scala_cli.models.source import Changes, open_model
+from scala_cli.models.source import open_model
 from scala_cli.models.vit import describe, skeleton
 from scala_cli.slicing.point import parse_points
 from scala_cli.slicing.rule import Rule
@@ -72,7 +72,7 @@ def slimming_by_hand(state, stages):
 def test_released_checkpoints_give_the_same_logits(kind, dim, heads, side, stages, keep):
     state = with_slimming(theirs(kind, dim, sum(stages), 3 * dim - 1, side), stages, keep, side)
     torch.save({"model": state, "epoch": 3}, "sit.pth")
-    net, record = open_model("sit.pth", parse_points("1"), Changes(num_heads=heads))
+    net, record = open_model("sit.pth", parse_points("1"), heads=heads)
     images = torch.randn(2, 3, 16 * side, 16 * side)
     expected = by_hand(state, images, kind, heads, after=slimming_by_hand(state, stages))
     assert (net(images) - expected).abs().max() <= 1e-4 * expected.abs().max().clamp_min(1)
@@ -84,7 +84,7 @@ def test_a_file_that_does_not_tell_its_stages_is_refused():
     state = with_slimming(theirs(dim=40, depth=3, side=3), (1, 1, 1), 0.5, 3)
     torch.save({"model": {n: t for n, t in state.items() if not n.startswith("rtsm.")}}, "sit.pth")
     with pytest.raises(CheckpointError, match="does not tell behind which blocks"):
-        open_model("sit.pth", None, Changes(num_heads=5))
+        open_model("sit.pth", None, heads=5)
 
 
 def slimmed(kind="deit", stages=(1, 1), keep=Fraction(1, 2), ratios=HALVES, depth=2) -> SlimmableViT:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -88,7 +87,7 @@ def bench(
     exact: dict[Any, float | None] = {point: record.measured(point, main) for point in points}
     if loader:
         there = net if device.type == "cpu" else deepcopy(net).to(device)
-        reference = None if task.labelled else answering(there.at(Fraction(1)), task, where)
+        reference = None if task.labelled else answering(there.vit, task, where)
         exact = {**measured(widths(there, task, points, where), task, loader, device, watch, reference)}
 
     def accuracy(runtime: str, models: Mapping[Point, Predictor]) -> Mapping[Any, float | None]:

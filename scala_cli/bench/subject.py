@@ -40,9 +40,10 @@ class Subject:
 
 
 def points_of(net: SlimmableViT, points: Sequence[Point]) -> list[Subject]:
-    size, subjects = net.spec.input_size, []
+    subjects = []
     for point in points:
-        skeleton = net.spec.at(point.ratio).build()
+        spec = net.spec_at(point)
+        skeleton, size = spec.build(), spec.input_size
         costs = params_of(skeleton), macs_of(skeleton, size)
         subjects.append(Subject(net.spec.architecture, point, size, *costs, partial(net.slice, point)))
     return subjects

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import Widths, find_checkpoint
+from scala_cli.cli.options import Named, Widths, find_checkpoint
 from scala_cli.files import refuse_unwritable
 from scala_cli.settings import (
     BenchSettings,
@@ -15,8 +15,8 @@ from scala_cli.settings import (
     OptimizerSettings,
     ReadSettings,
     Settings,
+    TokenSettings,
 )
-from scala_cli.slicing.point import choose_points
 
 if TYPE_CHECKING:
     from scala_cli.models.checkpoint import Record
@@ -24,13 +24,7 @@ if TYPE_CHECKING:
 
 
 def bench(
-    checkpoint: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[CKPT|MODEL]",
-            help="A checkpoint, or a model as in scala convert. Default: the newest run.",
-        ),
-    ] = None,
+    checkpoint: Named = None,
     ratio: Widths = None,
     data: Annotated[str | None, typer.Option("--data", help="Also evaluate on these images.")] = None,
     compare: Annotated[
@@ -59,6 +53,7 @@ def bench(
     ] = False,
     *,
     settings: BenchSettings,
+    tokens: TokenSettings,
     calibration: CalibrationSettings,
     read: ReadSettings,
     device: DeviceSettings,
@@ -86,6 +81,7 @@ def bench(
     from scala_cli.calibration import cut_without_training
     from scala_cli.data.split import open_images
     from scala_cli.evaluate import validation_loader
+    from scala_cli.models.points import with_untrained
     from scala_cli.plot import as_svg, bench_picture, refuse_picture, save
     from scala_cli.report import write_csv, write_page
     from scala_cli.tasks import task_named
@@ -96,8 +92,9 @@ def bench(
         if picture:
             refuse_picture(picture)
     net, record, directory = what_to_time(checkpoint, data is not None, out)
-    points, task = choose_points(ratio, net.points), task_named(record.task)
+    task = task_named(record.task)
     with out.progress() as live:
+        net, points = with_untrained(net, record, ratio, tokens, live)
         if train:
             size = settings.batch_size or OptimizerSettings().batch_size
             optimizer = OptimizerSettings(
@@ -160,6 +157,9 @@ def what_to_time(
 
 def told(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows without columns that say nothing: unknown in all, or the same model or runtime in all."""
+    from scala_cli.report import even
+
+    rows = even(rows)
     dull = {name for name in rows[0] if all(row[name] is None for row in rows)}
     dull |= {name for name in ("model", "runtime") if len({row.get(name) for row in rows}) == 1}
     return [{name: value for name, value in row.items() if name not in dull} for row in rows]

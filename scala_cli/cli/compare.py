@@ -9,6 +9,7 @@ from scala_cli.models.locate import short_name
 from scala_cli.settings import (
     AugmentSettings,
     DeviceSettings,
+    GridSettings,
     OptimizerSettings,
     ReadSettings,
     RunSettings,
@@ -20,7 +21,8 @@ def compare(
     model: Annotated[str, typer.Argument(metavar="MODEL|CKPT", help="What every method starts from.")],
     data: Data,
     methods: Annotated[
-        str, typer.Option("--methods", help="Of scala, paper (as its authors' code), usnet, separate.")
+        str,
+        typer.Option("--methods", help="Of scala, paper (as its authors' code), supervit, usnet, separate."),
     ] = "scala,paper,separate",
     without: Annotated[
         str,
@@ -36,6 +38,7 @@ def compare(
     ] = None,
     ratios: Ratios = None,
     *,
+    grid: GridSettings,
     optimizer: OptimizerSettings,
     augment: AugmentSettings,
     read: ReadSettings,
@@ -50,7 +53,7 @@ def compare(
 
     Example: scala compare deit_s --data DIR --methods scala,separate --seeds 3 --epochs 2
     """
-    from scala_cli.models.source import open_slimmable
+    from scala_cli.models.points import open_grid
     from scala_cli.plot import MISSING, can_draw
     from scala_cli.training.compare import arms_of, columns
     from scala_cli.training.compare import compare as run
@@ -66,7 +69,7 @@ def compare(
         try:
             rows = run(
                 model,
-                lambda: open_slimmable(model, ratios, watch=live),
+                lambda: open_grid(model, ratios, grid, watch=live),
                 arms,
                 seeds,
                 equal,

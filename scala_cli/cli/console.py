@@ -20,6 +20,7 @@ from rich.table import Table
 from scala_cli.cli.remedies import advice
 from scala_cli.cli.signals import Stop
 from scala_cli.errors import LostProcess, ScalaError
+from scala_cli.report import even
 from scala_cli.settings import option
 from scala_cli.slicing.point import Point
 from scala_cli.watch import Stopped, Watcher, is_first
@@ -132,6 +133,7 @@ class Live(Watcher):
 def print_table(console: Console, rows: Sequence[Mapping[str, Any]], title: str = "") -> None:
     if not rows:
         return
+    rows = even(rows)
     cells = [[shown(value, column) for column, value in row.items()] for row in rows]
     if console.is_terminal:
         table = Table(title=title or None, title_justify="left")

@@ -46,11 +46,14 @@ def convert(
         ),
     ] = None,
     num_classes: Annotated[int | None, typer.Option(min=1, help="A new head with so many classes.")] = None,
+    num_heads: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Attention heads, where a weight file does not tell. Default: one for 64 channels."
+        ),
+    ] = None,
     img_size: ImgSize = None,
     patch_size: PatchSize = None,
-    num_heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads, where a weight file does not tell.")
-    ] = None,
     layout: Annotated[
         Literal["aligned", "fused"],
         typer.Option(help="Cut every head of q, k and v alike, or qkv as one block (only for comparison)."),
@@ -110,12 +113,11 @@ def convert(
     from scala_cli.models.checkpoint import save
     from scala_cli.models.features import for_task, headless, refuse_without_classes
     from scala_cli.models.order import put_first_what_matters
-    from scala_cli.models.slimmable import SlimmableViT
     from scala_cli.models.source import Changes, distance, open_source
     from scala_cli.models.vit import random_images
 
     split = open_images(data, read.data_dir) if data is not None else None  # before any download
-    changes = Changes(num_classes, img_size, patch_size, num_heads)
+    changes = Changes(num_classes, img_size, patch_size)
     with out.progress() as live:
         opened = open_source(
             model,
@@ -125,6 +127,7 @@ def convert(
             scratch=scratch,
             average=ema,
             layout=layout,
+            heads=num_heads,
             watch=live,
         )
         net, record = for_task(opened.net, opened.record, task)
@@ -133,7 +136,7 @@ def convert(
         refuse_without_classes(net, record)
         if labels is not None:
             spec = net.spec.naming(read_labels(labels, net.spec.num_classes))
-            net = SlimmableViT(net.vit, spec, net.rule, net.extra)
+            net = net.like(spec=spec)
         fits: Mapping[Point, Fit] = {}
         if split is not None:
             net, record, fits = fit_family(net, record, split, calibration, read, device, live, kept)
@@ -141,10 +144,7 @@ def convert(
             net = put_first_what_matters(net, random_images(net.spec, 256).split(64))
     difference = distance(net, original, exact=not fits)
     save(net, replace(record, order=order or record.order), target)
-    rows = [
-        {**point.columns(), **cost(net.spec.at(point.ratio)), **r2_of(fits.get(point))}
-        for point in net.points
-    ]
+    rows = [{**point.columns(), **cost(net.spec_at(point)), **r2_of(fits.get(point))} for point in net.points]
     out.result(
         {
             "path": str(target),

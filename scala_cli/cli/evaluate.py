@@ -4,21 +4,30 @@ from typing import Annotated, Any
 import typer
 
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import Checkpoint, Data, Widths, find_checkpoint
-from scala_cli.settings import CalibrationSettings, DeviceSettings, EvalSettings, ProbeSettings, ReadSettings
-from scala_cli.slicing.point import choose_points
+from scala_cli.cli.options import Data, Named, Widths, open_points
+from scala_cli.settings import (
+    CalibrationSettings,
+    DeviceSettings,
+    EvalSettings,
+    ProbeSettings,
+    ReadSettings,
+    TokenSettings,
+)
 
 THRESHOLDS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
 def evaluate(
-    checkpoint: Checkpoint = None,
+    checkpoint: Named = None,
     *,
     data: Data,
     ratio: Widths = None,
     cascade: Annotated[
         str | None,
-        typer.Option(help="Widths, 0.25,1: the first answers, the next is asked where it is unsure."),
+        typer.Option(
+            help="Points, 0.25,1 or 0.5@128~0.5,1@224~0.7: the first answers, the next is asked where it is "
+            "unsure."
+        ),
     ] = None,
     threshold: Annotated[
         float | None,
@@ -37,13 +46,16 @@ def evaluate(
         Path | None, typer.Option("--plot", help="Draw the cascade at every threshold: .svg, .png or .pdf.")
     ] = None,
     probe: ProbeSettings,
+    tokens: TokenSettings,
     calibration: CalibrationSettings,
     settings: EvalSettings,
     read: ReadSettings,
     device: DeviceSettings,
     out: Output,
 ) -> None:
-    """Accuracy of every width on the validation images, or of several widths as a cascade.
+    """Accuracy of every point on the validation images, or of several as a cascade.
+
+    A point such as 1~0.5 of a model that was not trained for it needs no training: its tokens are merged.
 
     Of a backbone: how like the full width's features those of every width are, on any folder of images.
 
@@ -60,7 +72,6 @@ def evaluate(
     if (plot or threshold is not None) and not cascade:
         raise typer.BadParameter("--threshold and --plot go with --cascade.")
     threshold = 0.8 if threshold is None else threshold
-    directory = find_checkpoint(checkpoint, out)
 
     from scala_cli.calibration import cut_without_training
     from scala_cli.cascade import Cascade
@@ -74,7 +85,6 @@ def evaluate(
         reference_for,
         validation_loader,
     )
-    from scala_cli.models.checkpoint import load_with_record
     from scala_cli.models.source import open_backbone
     from scala_cli.models.vit import choose_attention
     from scala_cli.plot import cascade_picture, refuse_picture, save
@@ -84,13 +94,13 @@ def evaluate(
     if plot:
         refuse_picture(plot)
     place = choose_device(device)
-    net, record = load_with_record(directory)
+    named = cascade.split(",") if cascade else ratio
+    net, record, points = open_points(checkpoint, named, tokens, out)
     task = task_named(record.task)
     if cascade:
-        Cascade(net, cascade.split(","), threshold)  # refuses widths, before anything is looked at
+        Cascade(net, points, threshold)  # refuses widths, before anything is looked at
     if against and task.labelled:
         raise typer.BadParameter("--against compares features; this model has classes.")
-    points = choose_points(ratio, net.points)
     if probe.probe:
         loaders = probe_loaders(net, data, probe, settings.batch_size, read)
         loader = loaders[-1]
@@ -110,13 +120,15 @@ def evaluate(
         choose_attention(net, place, uses_bfloat16(place, device))
         note_emulation(place, device, live)
         loader.split.tell(live)
+        if sizes := [point.size for point in points if point.size]:
+            loader.split.tell_enlarged(max(sizes), live)
         if probe.probe:
             loaders[0].split.tell(live)
             rows = probe_widths(net, probe, loaders, points, device, live)
             document = {"points": rows}
             loaders[0].tell_skipped(live)
         elif cascade:
-            asked = Cascade(net, cascade.split(","), threshold)
+            asked = Cascade(net, points, threshold)
             thresholds = sorted({*THRESHOLDS, threshold})
             rows, sweep = evaluate_cascade(asked, loader, thresholds, device, live)
             document = next({**row} for row in sweep if row["threshold"] == threshold)

@@ -4,15 +4,15 @@ from typing import Annotated, Literal
 import typer
 
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import DATA_HELP, Checkpoint, find_checkpoint
-from scala_cli.settings import ReadSettings
+from scala_cli.cli.options import DATA_HELP, Named, find_checkpoint, open_points
+from scala_cli.settings import ReadSettings, TokenSettings
 
 COMPARED = 64
 """About so many images are put to both runtimes."""
 
 
 def export(
-    checkpoint: Checkpoint = None,
+    checkpoint: Named = None,
     *,
     ratio: Annotated[str | None, typer.Option("--ratio", help="One of the trained widths.")] = None,
     every: Annotated[
@@ -45,6 +45,7 @@ def export(
         str | None, typer.Option("--data", help=f"Images to compare the runtimes on, else noise. {DATA_HELP}")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    tokens: TokenSettings,
     read: ReadSettings,
     out: Output,
 ) -> None:
@@ -65,7 +66,6 @@ def export(
         raise typer.BadParameter(
             "--all writes plain ONNX: leave out --format, --int8, --outputs and --with-preprocess."
         )
-    directory = find_checkpoint(checkpoint, out)
 
     import torch
 
@@ -75,18 +75,21 @@ def export(
     from scala_cli.deploy.export import export_all
     from scala_cli.deploy.slice import default_target, tell_untrained
     from scala_cli.formats import FORMATS
-    from scala_cli.models.checkpoint import load_with_record
+    from scala_cli.models.locate import short_name
+    from scala_cli.models.source import is_checkpoint
     from scala_cli.models.vit import random_images
-    from scala_cli.slicing.point import find_point
 
-    net, record = load_with_record(directory)
-    point = net.widest if every else find_point(ratio or "", net.points)
+    is_model = checkpoint is not None and not is_checkpoint(checkpoint) and ratio is not None
+    directory = Path(short_name(str(checkpoint))) if is_model else find_checkpoint(checkpoint, out)
+    net, record, points = open_points(checkpoint, None if every else [str(ratio)], tokens, out)
+    point = net.widest if every else points[0]
+    spec = net.spec_at(point)
     with out.progress() as live:
-        images = random_images(net.spec, COMPARED if net.spec.input_size[1] <= 64 else 4)
+        images = random_images(spec, COMPARED if spec.input_size[1] <= 64 else 4)
         if data is not None:
             split = open_split(data, False, read.data_dir)
             split.tell(live)
-            images = torch.cat([*calibration_images(split, net.spec, read, live, COMPARED)])
+            images = torch.cat([*calibration_images(split, spec, read, live, COMPARED)])
         if every:
             target = output or default_target(checkpoint, directory, "onnx")
             result = export_all(net, directory, target, images, opset=opset, force=force, watch=live)

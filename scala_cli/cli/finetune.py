@@ -1,6 +1,7 @@
 import os
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,12 +12,12 @@ from scala_cli.cli.options import DATA_HELP, Force, ImgSize, PatchSize, Ratios, 
 from scala_cli.cli.remedies import advice
 from scala_cli.errors import ScalaError
 from scala_cli.files import new_directory, refuse_occupied
-from scala_cli.methods import RATIOS
 from scala_cli.models.locate import path_of, short_name
 from scala_cli.settings import (
     ON_RESUME,
     AugmentSettings,
     DeviceSettings,
+    GridSettings,
     MethodSettings,
     OptimizerSettings,
     ReadSettings,
@@ -47,6 +48,7 @@ def finetune(
     force: Force = False,
     *,
     method: MethodSettings,
+    grid: GridSettings,
     optimizer: OptimizerSettings,
     augment: AugmentSettings,
     read: ReadSettings,
@@ -76,7 +78,9 @@ def finetune(
         raise typer.BadParameter("Several processes must agree on the run directory: --output runs/NAME")
 
     from scala_cli.data.split import refuse_unknown
-    from scala_cli.models.source import Changes, open_slimmable
+    from scala_cli.methods import method_named
+    from scala_cli.models.points import open_grid
+    from scala_cli.models.source import Changes, is_checkpoint
     from scala_cli.training.finetune import finetune, go_on
     from scala_cli.training.run import FILES, Run
 
@@ -92,9 +96,11 @@ def finetune(
                 refuse_occupied(run.path, force, FILES, path_of(model), in_place=True)
                 refuse_unknown(data, read.data_dir)  # before anything is downloaded
                 settings = Settings(place_of(data), method, optimizer, augment, read, device, drawn)
+                kind = method_named(method.method)
+                if not is_checkpoint(model) or kind.adds_modules:
+                    ratios, grid = ratios or kind.ratios, replace(grid, keeps=grid.keeps or kind.keeps)
                 sizes = Changes(None, img_size, patch_size)
-                widths = ratios or RATIOS.get(method.method)
-                net, record = open_slimmable(model, widths, sizes, weights=weights, watch=live)
+                net, record = open_grid(model, ratios, grid, sizes, weights=weights, watch=live)
                 best = finetune(net, record, settings, run, live, force)
         except KeyboardInterrupt:
             if run.holds_state():

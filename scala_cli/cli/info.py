@@ -33,7 +33,7 @@ def info(
     net, record = load_with_record(directory)
     main = main_column(task_named(record.task))
     rows = [
-        {**point.columns(), **cost(net.spec.at(point.ratio)), main: record.measured(point, main)}
+        {**point.columns(), **cost(net.spec_at(point)), main: record.measured(point, main)}
         for point in net.points
     ]
     out.result(
@@ -48,7 +48,7 @@ def info(
             "isolated": net.rule.isolated,
             "layout": net.rule.layout,
             "attn_scale": net.rule.attn_scale,
-            **({"tokens": net.spec.tokens} if net.spec.tsm else {}),
+            **({"tokens": net.spec.token_counts} if net.spec.tsm else {}),
             "provenance": dict(record.provenance),
             "points": rows,
         },

@@ -6,17 +6,22 @@ help text are written once, where the setting is.
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
 from scala_cli.cli.console import Output, reporting_errors
 from scala_cli.methods import METHODS
 from scala_cli.models.locate import resolve
-from scala_cli.settings import DEFAULT_RATIOS
+from scala_cli.settings import DEFAULT_RATIOS, TokenSettings
+
+if TYPE_CHECKING:
+    from scala_cli.models.checkpoint import Record
+    from scala_cli.models.slimmable import SlimmableViT
+    from scala_cli.slicing.point import Point
 
 Checkpoint = Annotated[
     str | None,
@@ -38,7 +43,16 @@ Ratios = Annotated[
 ]
 Widths = Annotated[
     list[str] | None,
-    typer.Option("--ratio", help="One of the trained widths; repeat for more. Default: all."),
+    typer.Option(
+        "--ratio", help="A trained width or point, 0.5 or 0.5@160~0.7; repeat for more. Default: all."
+    ),
+]
+Named = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[CKPT|MODEL]",
+        help="A checkpoint, or a model as in scala convert. Default: the newest run.",
+    ),
 ]
 Weights = Annotated[Path | None, typer.Option("--weights", help="Read this file instead of downloading.")]
 ImgSize = Annotated[int | None, typer.Option("--img-size", min=1, help="Pixels a side.")]
@@ -53,6 +67,29 @@ def find_checkpoint(named: str | None, out: Output) -> Path:
     if named is None:
         out.note(f"the newest run: {os.path.relpath(directory.resolve())}")
     return directory
+
+
+def open_points(
+    named: str | None, wanted: Sequence[str] | None, tokens: TokenSettings, out: Output
+) -> "tuple[SlimmableViT, Record, list[Point]]":
+    """Opens a checkpoint, or a MODEL with its pretrained weights, with the points that are meant.
+
+    Args:
+        wanted: labels; None is all points of a checkpoint, and the full width of a MODEL.
+    """
+    from scala_cli.models.checkpoint import load_with_record
+    from scala_cli.models.points import with_untrained
+    from scala_cli.models.source import is_checkpoint, open_slimmable
+    from scala_cli.slicing.point import Point, decimal, widths_of
+
+    with out.progress() as live:
+        if named is None or is_checkpoint(named):
+            net, record = load_with_record(find_checkpoint(named, out))
+        else:
+            ratios = widths_of(map(Point.of, wanted or ("1",)))
+            net, record = open_slimmable(named, ",".join(map(decimal, ratios)), watch=live)
+        net, points = with_untrained(net, record, wanted, tokens, live)
+    return net, record, points
 
 
 def place_of(data: str) -> str:

@@ -8,7 +8,14 @@ from scala_cli.cli.console import Output
 from scala_cli.cli.options import Force, ImgSize, PatchSize, Target, Weights, find_checkpoint
 from scala_cli.files import refuse_occupied
 from scala_cli.models.locate import FILES, path_of, short_name
-from scala_cli.settings import Budget, CalibrationSettings, DeviceSettings, EvalSettings, ReadSettings
+from scala_cli.settings import (
+    Budget,
+    CalibrationSettings,
+    DeviceSettings,
+    EvalSettings,
+    ReadSettings,
+    TokenSettings,
+)
 from scala_cli.slicing.point import Point
 
 
@@ -21,7 +28,10 @@ def slice(
         ),
     ] = None,
     *,
-    ratio: Annotated[str | None, typer.Option("--ratio", help="One of its widths; of a MODEL any.")] = None,
+    ratio: Annotated[
+        str | None,
+        typer.Option("--ratio", help="One of its widths or points, 0.5@160~0.7; of a MODEL any width."),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option("--data", help="Images to fit the slice on: any folder of them, labels are not needed."),
@@ -31,6 +41,7 @@ def slice(
     weights: Weights = None,
     img_size: ImgSize = None,
     patch_size: PatchSize = None,
+    tokens: TokenSettings,
     calibration: CalibrationSettings,
     budget: Budget,
     read: ReadSettings,
@@ -61,13 +72,16 @@ def slice(
     from scala_cli.deploy.slice import default_target, slice_family, slice_model, tell_untrained
     from scala_cli.evaluate import evaluate, validation_loader
     from scala_cli.models.checkpoint import load_with_record
+    from scala_cli.models.points import with_untrained
     from scala_cli.models.source import Changes, is_checkpoint, open_model
     from scala_cli.tasks import task_named
 
     if device != DeviceSettings() and not is_measured(budget) and data is None:
         raise typer.BadParameter("--device, --amp and --threads go with what is measured: --max-latency-ms.")
     changes = Changes(None, img_size, patch_size)
-    is_model = data is not None and checkpoint is not None and not is_checkpoint(checkpoint)
+    # at the full width, another size or fewer tokens need no images
+    whole = point is not None and point.ratio == 1 and point != Point(point.ratio)
+    is_model = (data is not None or whole) and checkpoint is not None and not is_checkpoint(checkpoint)
     if (weights or changes.given()) and not is_model:
         raise typer.BadParameter("--weights, --img-size and --patch-size go with a MODEL and --data.")
     split = open_images(data, read.data_dir) if data is not None else None  # before any download
@@ -75,11 +89,15 @@ def slice(
     with out.progress() as live:
         if is_model:
             model = str(checkpoint)
-            net, record = open_model(model, (point,) if point else None, changes, weights=weights, watch=live)
+            alone = (Point(point.ratio),) if point else None
+            net, record = open_model(model, alone, changes, weights=weights, watch=live)
             directory = Path(short_name(model))
         else:
             directory = find_checkpoint(checkpoint, out)
             net, record = load_with_record(directory)
+        family = net
+        if ratio is not None:
+            net, (point,) = with_untrained(net, record, [ratio], tokens, live)
         task = task_named(record.task)
         if point is None and (budget.min_top1 is None or not task.labelled):
             rows = candidates(net, record, budget, device, live)
@@ -100,7 +118,7 @@ def slice(
             rows = candidates(net, record, budget, device, live)
             point = Point.of_row(choose(rows, budget))
         target = output or default_target(checkpoint, directory, point.file_name)
-        if cut_anew:
+        if cut_anew or is_model or net is not family:
             tell_untrained(record, [point], live)
             result = slice_family(net, record, point, target, force)
         else:
@@ -112,5 +130,5 @@ def slice(
             f"{fit['r2']:.1%} of how the full model's varies."
         )
     out.result({**result, "candidates": rows} if rows else result, rows)
-    first = f"import {result['import']}; " if "import" in result else ""
-    out.note(f"load it: {first}timm.create_model('local-dir:{result['path']}', pretrained=True)")
+    needed = "import scala_cli, which brings timm its architecture; " if "import" in result else ""
+    out.note(f"load it: {needed}timm.create_model('local-dir:{result['path']}', pretrained=True)")

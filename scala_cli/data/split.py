@@ -3,7 +3,7 @@
 import sys
 from array import array
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +15,7 @@ from scala_cli.data.classes import same_classes, spelled
 from scala_cli.data.folder import class_folders, counted, read_folder, read_images
 from scala_cli.data.images import open_image
 from scala_cli.data.samples import FromDataset, FromReader, Renumbered, Samples, Some
-from scala_cli.errors import DataError
+from scala_cli.errors import DataError, ScalaError
 from scala_cli.watch import Watcher
 
 VALIDATION = ("val", "validation", "valid", "test")
@@ -37,6 +37,13 @@ class Split:
         """Pass these notes to `watch`."""
         for note in self.notes:
             watch.note(note)
+
+    def tell_enlarged(self, size: int, watch: Watcher) -> None:
+        """Notes if images, judged by the first, are smaller than a model's, so that it sees them enlarged."""
+        with suppress(ScalaError, OSError):
+            width, height = self.samples[0][0].size
+            if min(width, height) < size:
+                watch.note(f"images of {width} x {height} pixels are enlarged to {size}.")
 
     def numbered_as(self, names: Sequence[str] | None) -> "Split":
         """Return the same images with classes numbered like a model's, if the names are the same."""

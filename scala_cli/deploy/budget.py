@@ -39,7 +39,7 @@ def candidates(
         rows = bench(net, record, net.points, (), BenchSettings(batch_size=1), where, watch)["points"]
     else:
         rows = [
-            {**point.columns(), **cost(net.spec.at(point.ratio)), main: record.measured(point, main)}
+            {**point.columns(), **cost(net.spec_at(point)), main: record.measured(point, main)}
             for point in net.points
         ]
     names = ["params", "gmacs", main, *(name for name, _, _ in limits_of(budget))]
@@ -59,8 +59,9 @@ def choose(rows: Sequence[dict[str, Any]], budget: Budget) -> dict[str, Any]:
     Raises PointError where none fits, naming the one that comes closest.
     """
     fitting = [row for row in rows if row["fits"]]
-    if fitting:
-        return fitting[0 if budget.min_top1 is not None else -1]
+    if fitting:  # of widths the narrowest or the widest
+        pick = min if budget.min_top1 is not None else max
+        return pick(fitting, key=lambda row: (row.get("gmacs") or 0, Point.of_row(row)))
     closest = min(rows, key=lambda row: excess(row, budget))
     ratio = Point.of_row(closest).label
     has = ", ".join(f"{name} {shown(closest.get(name))}" for name, _, _ in limits_of(budget))

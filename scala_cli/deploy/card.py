@@ -32,12 +32,9 @@ Weights started from: {origin}.{command}
 FEATURES = "image-feature-extraction"
 """The Hub's name for a model without a classifier."""
 
-PLAIN = """import timm
-{more}
-model = timm.create_model("{place}", pretrained=True).eval()"""
+PLAIN = """import timm{also}
 
-REGISTERED = "scala_cli.models.slimmed"
-"""What has to be imported before timm knows the architectures of this package."""
+model = timm.create_model("{place}", pretrained=True).eval()"""
 
 FAMILY = """# every width; needs: pip install scala-vit
 import scala_cli
@@ -67,9 +64,9 @@ def model_card(
     found = {Point.of_row(metric): metric for metric in record.metrics}
     task = task_named(record.task)
     place = f"{'hf-hub' if repository else 'local-dir'}:{name}"
+    also = ", scala_cli  # needs: pip install scala-vit" if spec.is_of_this_package else ""
     plain = not family or holds_full_width(rows, spec)
-    more = f"import {REGISTERED}  # pip install scala-vit\n" if spec.is_of_this_package else ""
-    code = [PLAIN.format(place=place, more=more)] if plain else []
+    code = [PLAIN.format(place=place, also=also)] if plain else []
     if family:
         source, narrowest = place if repository else name, Point.of_row(rows[0]).label
         code.append(FAMILY.format(source=source, ratio=repr(narrowest)))

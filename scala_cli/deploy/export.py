@@ -39,8 +39,8 @@ from scala_cli.models.locate import CONFIG, EXTRA, WEIGHTS
 from scala_cli.models.slimmable import Ratio, SlimmableViT
 from scala_cli.models.views import fill, weights_of
 from scala_cli.models.vit import Spec
-from scala_cli.slicing.own import own_vectors
-from scala_cli.slicing.point import Point, find_point
+from scala_cli.slicing.own import at_size, own_vectors
+from scala_cli.slicing.point import Point
 from scala_cli.timing import Predictor
 from scala_cli.watch import QUIET, Watcher
 
@@ -160,7 +160,7 @@ def export(
     refuse_opset(opset)
     names = output_names(net.spec, outputs)
     refuse_file(target, chosen, force)
-    point = find_point(ratio, net.points)
+    point = net.find(ratio)
     vit = net.slice(point, fixed_size=True)
     model: nn.Module = WithTokens(vit, reader_of(net, vit, point.ratio)).eval() if outputs else vit
     if pixels:
@@ -211,10 +211,11 @@ class AtWidth(nn.Module):
             self.add_module(name, part)
         for name, parameter in full.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
-        own = {name: tensor.detach() for name, tensor in own_vectors(net.extra, point.ratio).items()}
-        self.cut = lambda state: net.rule.slice_state(state, point.ratio, own=own)
+        extra = {name: tensor.detach() for name, tensor in net.extra.items()}
+        own = own_vectors(extra, point.ratio)
+        self.cut = lambda state: net.rule.slice_state(at_size(state, extra, point.size), point.ratio, own=own)
         # in a list, for its parameters are not this model's
-        self.skeleton = [net.spec.at(point.ratio).of_fixed_size().build()]
+        self.skeleton = [net.spec_at(point).of_fixed_size().build()]
 
     def forward(self, images: Tensor) -> Tensor:
         (skeleton,) = self.skeleton
@@ -262,7 +263,8 @@ def export_all(
         for point, name in names.items():
             model = AtWidth(net, point).eval()
             # not optimised: that would fold the cuts into tensors of their own
-            graph = to_onnx(model, twice(images[:1]), net.spec.label_names or (), opset, optimize=False)
+            there, labels = net.fitting(images, point), net.spec.label_names or ()
+            graph = to_onnx(model, twice(there[:1]), labels, opset, optimize=False)
             for initializer, value in graph.graph.initializers.items():
                 if initializer in places:
                     place = (WEIGHTS, *places[initializer], value.dtype)
@@ -271,7 +273,7 @@ def export_all(
                     )
             onnx_ir.save(graph, fresh / name)
             ours: Predictor = partial(net, ratio=point)
-            found = Difference.between(ours, opened("onnx", fresh / name), images)
+            found = Difference.between(ours, opened("onnx", fresh / name), there)
             refuse_difference(found, "onnx", real=False)
             rows.append({**point.columns(), "file": name, "max_abs_diff": found.largest})
             watch.step(1)

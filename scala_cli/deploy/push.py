@@ -16,7 +16,7 @@ from scala_cli.models.hub import TRANSPORT, quiet_hub
 from scala_cli.models.locate import CARD, FILES
 from scala_cli.models.slimmable import Ratio
 from scala_cli.plot import arms_picture, can_draw, save
-from scala_cli.slicing.point import Point, find_point
+from scala_cli.slicing.point import find_point
 from scala_cli.tasks import task_named
 from scala_cli.tasks.base import main_column
 from scala_cli.watch import Watcher
@@ -43,14 +43,14 @@ def write_repository(
     if "/" not in repo:
         raise ScalaError("that is no name of a repository.", remedy="name_repository")
     refuse_occupied(target, force, OURS, source=checkpoint)
-    full, rule, record = read_about(checkpoint)
-    points, task = tuple(map(Point, rule.ratios)), task_named(record.task)
-    points = points if ratio is None else (find_point(ratio, points),)
+    full, _, record, points = read_about(checkpoint)
+    task = task_named(record.task)
+    points = points if ratio is None else (find_point(ratio, points, full.size),)
     main = main_column(task)
     rows = [
         {
             **point.columns(),
-            **cost(full.at(point.ratio)),
+            **cost(full.at_point(point)),
             main: record.measured(point, main),
             "spread": None,
         }
@@ -65,7 +65,7 @@ def write_repository(
             slice_model(checkpoint, points[0], fresh, force=True, watch=watch)
         if drawn:
             save(arms_picture([{"arm": repo, "points": rows}], task), fresh / PICTURE)
-        spec = full if ratio is None else full.at(points[0].ratio)
+        spec = full if ratio is None else full.at_point(points[0])
         card = model_card(
             repo, spec, record, rows, family=ratio is None, repository=True, picture=PICTURE if drawn else ""
         )

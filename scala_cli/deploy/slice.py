@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scala_cli.cost import cost
-from scala_cli.deploy.card import REGISTERED, model_card
+from scala_cli.deploy.card import model_card
 from scala_cli.errors import CheckpointError
 from scala_cli.files import refuse_occupied, whole_directory
 from scala_cli.models.checkpoint import (
@@ -30,7 +30,7 @@ from scala_cli.models.slimmable import Ratio, SlimmableViT
 from scala_cli.models.slimmed import apart
 from scala_cli.models.views import fill
 from scala_cli.models.vit import Spec, random_images, refuse_misfit
-from scala_cli.slicing.own import own_vectors
+from scala_cli.slicing.own import at_size, own_vectors
 from scala_cli.slicing.point import Point, find_point
 from scala_cli.watch import QUIET, Watcher
 
@@ -60,13 +60,18 @@ def slice_model(
         CheckpointError: where the slice read back by timm differs; nothing is left behind then.
     """
     checkpoint, target = resolve(checkpoint), Path(target)
-    full, rule, record = read_about(checkpoint)
-    point = find_point(ratio, map(Point, rule.ratios))
+    full, rule, record, points = read_about(checkpoint)
+    point = find_point(ratio, points, full.size)
     refuse_occupied(target, force, FILES, source=checkpoint)
-    spec = full.at(point.ratio)
+    spec, extra = full.at_point(point), read_extra(checkpoint)
     weights, probe = TensorByTensor(checkpoint / WEIGHTS), random_images(spec, 1)
-    extra, slim = apart(read_extra(checkpoint))
-    cut = partial(rule.slice_state, ChainMap(slim, weights), point.ratio, own=own_vectors(extra, point.ratio))
+    extra, slim = apart(extra)
+    cut = partial(
+        rule.slice_state,
+        at_size(ChainMap(slim, weights), extra, point.size),  # type: ignore[arg-type]  # it is only read
+        point.ratio,
+        own=own_vectors(extra, point.ratio),
+    )
     views, skeleton = cut(), spec.build(slim=True)
     refuse_misfit(skeleton, views, weights.file)
     tell_untrained(record, [point], watch)
@@ -85,12 +90,13 @@ def slice_family(
     Returns:
         as `slice_model`, with "calibrated", and "fit" where it was: `Fit.told`.
     """
-    point = find_point(ratio, net.points)
+    point = net.find(ratio)
     refuse_occupied(target, force, FILES)
     piece, fit = net.slice(point), net.fits.get(point.ratio) if isinstance(net, FittedViT) else None
-    expected = piece(random_images(net.spec.at(point.ratio), 1))
+    spec = net.spec_at(point)
+    expected = piece(random_images(spec, 1))
     record = replace(record, calibrated=record.calibrated if fit else 0)
-    return write_slice(target, net.spec.at(point.ratio), record, point, piece.state_dict, expected, fit)
+    return write_slice(target, spec, record, point, piece.state_dict, expected, fit)
 
 
 def write_slice(
@@ -118,7 +124,7 @@ def write_slice(
         "gmacs": size["gmacs"],
         "calibrated": fit is not None,
         **({"fit": fit.told()} if fit else {}),
-        **({"import": REGISTERED} if spec.is_of_this_package else {}),
+        **({"import": "scala_cli"} if spec.is_of_this_package else {}),
     }
     about = {
         "sliced_from": record.provenance,

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.settings import MethodSettings
+from scala_cli.settings import DEFAULT_RATIOS, MethodSettings
 from scala_cli.slicing.point import Point
 from scala_cli.slicing.rule import AttnScale
 from scala_cli.slicing.table import Layout
@@ -100,6 +100,12 @@ class Method(ABC):
 
     isolated: ClassVar[bool] = False
     """Whether the method trains with Isolated Activation unless the user says otherwise."""
+
+    ratios: ClassVar[str] = DEFAULT_RATIOS
+    """The widths that a model is trained at unless told."""
+
+    keeps: ClassVar[str] = ""
+    """The shares of tokens likewise; none of its own if empty."""
 
     recipes: ClassVar[Mapping[str, Recipe]] = {}
     """Variants of the method that `scala compare` offers, by their names."""

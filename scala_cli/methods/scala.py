@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from scala_cli.methods.base import OFF, Batch, Method, Pass, Recipe, Student, Teacher
 from scala_cli.settings import MethodSettings
-from scala_cli.slicing.point import Point
+from scala_cli.slicing.point import Point, widths_of
 
 PASSES = 4
 """Widths trained in one step, if the family has as many."""
@@ -35,8 +35,9 @@ class Scala(Method):
     }
 
     def draw(self, random: Random) -> list[Point]:
-        """The largest, two between, the smallest."""
-        sample = stable_sample if self.settings.stable_sampling else uniform_sample
+        """The largest, two between, the smallest; of sizes and shares of tokens from anywhere between."""
+        widths = len(widths_of(self.points)) == len(self.points)
+        sample = stable_sample if self.settings.stable_sampling and widths else uniform_sample
         return sample(self.points, random)
 
     def passes(

@@ -3,16 +3,16 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from scala_cli.errors import PointError, TrainingError
 from scala_cli.methods.base import Batch, Method, Output, Pass, Student, Teacher
+from scala_cli.models.modes import drop_alike
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.slimmed import start_slimming
-from scala_cli.models.vit import drop_alike
 from scala_cli.settings import MethodSettings
 from scala_cli.slicing.point import Point
 from scala_cli.slicing.slim import default_stages, parse_stages, slim_counts, tokens_of_blocks
@@ -57,6 +57,7 @@ class SiT(Method):
 
     parts = frozenset({"teacher"})
     own = frozenset({"stages", "slim_keep", "slim_start", "logit_weight", "token_weight", "teacher_model"})
+    ratios: ClassVar[str] = "1"
     one_point = True
     adds_modules = True
     reads_blocks = True

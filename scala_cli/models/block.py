@@ -1,26 +1,54 @@
-"""timm's transformer block, able to compute only the tokens that the head reads."""
+"""timm's transformer block, able to pass on fewer tokens than it gets."""
 
-from typing import Any
+from fractions import Fraction
+from typing import Any, NamedTuple
 
+import torch
 from timm.models.vision_transformer import Block
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from scala_cli.slicing.tokens import Merged, TokenRule, best, merge
+
+
+class Passing(NamedTuple):
+    """How a block reduces its tokens.
+
+    Args:
+        count: patch tokens that go on.
+        prefix: tokens before them, which always go on.
+        by_class: whether the first of these is a class token, whose attention scores the patches.
+        last: whether no later block reduces them.
+    """
+
+    count: int
+    prefix: int
+    by_class: bool
+    last: bool
 
 
 class SlimBlock(Block):
-    """timm's block bit for bit, unless `read` says that only the first tokens are needed.
+    """timm's block bit for bit, unless it is told to pass on fewer tokens.
 
     Pass this class to timm as `block_fn` to build a model of these blocks.
     """
 
     read: int | None = None
     """How many tokens, from the first on, the block computes; None computes all. They attend to all."""
+    passing: Passing | None = None
+    """Which tokens go on from the attention to the MLP; None passes on all."""
 
-    def forward(self, x: Tensor, *masks: Any, **named: Any) -> Tensor:
-        """(B, N, C) -> (B, N, C), or (B, read, C)"""
-        if self.read is None:
+    def forward(self, x: Any, *masks: Any, **named: Any) -> Any:
+        """(B, N, C) -> (B, N, C), or (B, read, C), or (B, prefix + count, C)"""
+        if self.read is not None:
+            x = x[:, : self.read] + self.drop_path1(self.ls1(self.attend(self.norm1(x), self.read)))
+        elif self.passing is not None:
+            inside = self.norm1(x)
+            scores = attention_to_patches(self.attn, inside, self.passing)
+            x = x + self.drop_path1(self.ls1(self.attn(inside)))
+            x = best(x, scores, self.passing.prefix, self.passing.count)
+        else:
             return super().forward(x, *masks, **named)
-        x = x[:, : self.read] + self.drop_path1(self.ls1(self.attend(self.norm1(x), self.read)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
     def attend(self, x: Tensor, read: int) -> Tensor:
@@ -49,3 +77,70 @@ class SlimBlock(Block):
             average_attn_weights=False,
         )
         return attn.proj_drop(attended.transpose(0, 1))
+
+
+class MergeBlock(SlimBlock):
+    """Merges tokens between attention and MLP (ToMe, arXiv 2210.09461); needs no training.
+
+    From the first to the last block that merges, a `Merged` takes the place of the tokens. The last gives
+    every patch its token back, so the head, which may pool, sees as many as ever.
+    """
+
+    def forward(self, x: Any, *masks: Any, **named: Any) -> Any:
+        """(B, N, C), or Merged -> Merged; from the last merging block on (B, N, C)"""
+        if self.passing is None:
+            return super().forward(x, *masks, **named)
+        merged = x if isinstance(x, Merged) else Merged.none(x, self.passing.prefix)
+        inside = self.norm1(merged.tokens)
+        keys = mean_keys(self.attn, inside[:, self.passing.prefix :])
+        mask = None if merged is not x else merged.bias()
+        attended = self.drop_path1(self.ls1(self.attn(inside, attn_mask=mask)))
+        merged = merge(merged._replace(tokens=merged.tokens + attended), keys, self.passing.count)
+        tokens = merged.tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(merged.tokens))))
+        merged = merged._replace(tokens=tokens)
+        return merged.put_back() if self.passing.last else merged
+
+
+def pass_on(vit: Any, rule: TokenRule, keep: Fraction) -> None:
+    """Tells the SlimBlocks of a model which tokens go on. Raises PointError as `TokenRule.counts`."""
+    counts = rule.counts(vit.patch_embed.num_patches, vit.num_prefix_tokens, len(vit.blocks), keep)
+    for number, count in counts.items():
+        passing = Passing(count, vit.num_prefix_tokens, vit.cls_token is not None, number == max(counts))
+        vit.blocks[number - 1].passing = passing
+
+
+@torch.no_grad()
+def attention_to_patches(attn: Any, x: Tensor, passing: Passing) -> Tensor:
+    """Returns the attention that each patch gets from the class token, mean over heads: (B, patches).
+
+    In a model without a class token: from all tokens, on average.
+
+    Args:
+        x: (B, N, C), what the attention layer reads.
+    """
+    queries, keys, _ = attn.qkv.weight.chunk(3)
+    biases = (None, None) if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
+    q = attn.q_norm(heads(F.linear(x[:, :1] if passing.by_class else x, queries, biases[0]), attn))
+    if passing.by_class and isinstance(attn.k_norm, nn.Identity):
+        # q (W x) = (q W) x spares the keys of all tokens; their bias is the same for all, so softmax drops it
+        logits = (q @ keys.unflatten(0, (attn.num_heads, -1))).flatten(1, 2) @ x.mT
+    else:
+        k = attn.k_norm(heads(F.linear(x, keys, biases[1]), attn))
+        logits = (q @ k.mT).flatten(1, 2)
+    return (logits * attn.scale).softmax(-1).mean(1)[:, passing.prefix :]
+
+
+def heads(x: Tensor, attn: Any) -> Tensor:
+    """(B, N, heads * D) -> (B, heads, N, D)"""
+    return x.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+
+
+@torch.no_grad()
+def mean_keys(attn: Any, x: Tensor) -> Tensor:
+    """Returns the mean over heads of the keys of tokens: (B, N, C) -> (B, N, D)."""
+    weight = attn.qkv.weight.chunk(3)[1]
+    bias = None if attn.qkv.bias is None else attn.qkv.bias.chunk(3)[1]
+    if isinstance(attn.k_norm, nn.Identity):
+        bias = None if bias is None else bias.unflatten(0, (attn.num_heads, -1)).mean(0)
+        return F.linear(x, weight.unflatten(0, (attn.num_heads, -1)).mean(0), bias)
+    return attn.k_norm(heads(F.linear(x, weight, bias), attn)).mean(1)

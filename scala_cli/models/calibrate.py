@@ -23,7 +23,7 @@ from scala_cli.models.slimmable import Ratio, SlimmableViT
 from scala_cli.models.stages import Stage, embed, hooked, read_by, stages
 from scala_cli.models.views import evaluating
 from scala_cli.slicing.own import own_name, own_vectors
-from scala_cli.slicing.point import Point, find_point
+from scala_cli.slicing.point import Point
 from scala_cli.slicing.ridge import Moments, Normal, Part, best_solution, fit_shared
 from scala_cli.slicing.rule import kept_channels
 from scala_cli.watch import QUIET, Watcher
@@ -61,9 +61,9 @@ def calibrate(
 
     Arguments and errors are those of `calibrate_family`.
     """
-    point = find_point(ratio, net.points)
+    point = net.find(ratio)
     family, fits = calibrate_family(net.with_points([point]), batches, **how)
-    return family.slice(point), fits[point]
+    return family.slice(point), fits[Point(point.ratio)]
 
 
 @torch.no_grad()
@@ -107,8 +107,8 @@ def calibrate_family(
             before, streams = streams, fit_stage(net.vit, family, stage, streams, weights, strengths)
             watch.step(1)
     fits = {}
-    for point in net.points:
-        last = (family.at(point.ratio), before.own[point.ratio], streams.own[point.ratio])
+    for point in map(Point, net.rule.ratios):
+        last = (family.at(point), before.own[point.ratio], streams.own[point.ratio])
         fits[point] = judge((net.vit, before.wanted, streams.wanted), last, streams.held)
     return family, fits
 
@@ -140,7 +140,7 @@ def with_own_vectors(net: SlimmableViT) -> SlimmableViT:
             for name in gained & (cut.keys() - own.keys()):
                 cut[name] *= ratio**-0.5
             extra |= {own_name(ratio, name): cut[name] for name in vectors}
-    return SlimmableViT(vit, net.spec, replace(net.rule, attn_scale="fixed"), extra).eval()
+    return net.like(vit=vit, rule=replace(net.rule, attn_scale="fixed"), extra=extra).eval()
 
 
 def absorb_layer_scale(vit: VisionTransformer) -> None:

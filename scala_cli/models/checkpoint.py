@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from shutil import copyfile
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import safetensors
 from safetensors import safe_open
@@ -26,12 +26,14 @@ from scala_cli.errors import CheckpointError, PointError
 from scala_cli.files import whole_directory
 from scala_cli.models.config import spec_of
 from scala_cli.models.locate import CONFIG, EXTRA, WEIGHTS, read_config, resolve
+from scala_cli.models.resize import Resize
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.slimmed import apart
 from scala_cli.models.vit import Spec
-from scala_cli.slicing.point import Point, decimal, parse_points, ratios_of
+from scala_cli.slicing.point import Point, decimal, parse_points, ratios_of, sized, widths_of
 from scala_cli.slicing.rule import AttnScale, Rule
 from scala_cli.slicing.table import Layout
+from scala_cli.slicing.tokens import Reduction, TokenRule
 
 FORMAT, SLIMMED_FORMAT = 1, 2
 """The second has token slimming modules, without which its weights are another model."""
@@ -116,6 +118,7 @@ def save(net: SlimmableViT, record: Record, directory: Path) -> None:
         "bounds": [*map(decimal, rule.bounds)] if rule.bounds else None,
         "layout": rule.layout,
         "attn_scale": rule.attn_scale,
+        **families_own(net),
         "dims": {decimal(ratio): dims(net.spec.at(ratio)) for ratio in rule.ratios},
         "provenance": {**record.provenance, "versions": versions()},
         **({"tsm": dict(net.spec.tsm)} if net.spec.tsm else {}),
@@ -128,16 +131,33 @@ def save(net: SlimmableViT, record: Record, directory: Path) -> None:
             save_file({name: t.detach().contiguous() for name, t in extra.items()}, fresh / EXTRA)
 
 
+def families_own(net: SlimmableViT) -> dict[str, Any]:
+    """Returns what config.json says of a family that is more than widths cut from one size."""
+    told: dict[str, Any] = {}
+    if net.points != tuple(map(Point, net.rule.ratios)):
+        told["points"] = [*map(str, net.points)]
+    if net.spec.tokens != TokenRule() or any(point.keep < 1 for point in net.points):
+        places = net.spec.tokens.places(len(net.vit.blocks))
+        told["tokens"] = {"kind": net.spec.tokens.kind, "blocks": [*places]}
+    if net.spec.resize != Spec.resize:
+        told["resize"] = net.spec.resize
+    return told
+
+
 def write_timm(state: Mapping[str, Tensor], spec: Spec, about: Mapping[str, Any], directory: Path) -> None:
     """The two files timm reads, with `about` beside its own settings."""
     config: dict[str, Any] = {"scala": {**about, "features": True} if spec.features else about}
     if spec.label_names:
         config["label_names"] = list(spec.label_names)
-    stock = spec.build_with(state)  # without the blocks and settings of training
+    stock: Any = spec.build_with(state)  # without the blocks and settings of training
     args = dict(spec.model_args)
     if spec.tsm:
-        stock.pretrained_cfg["architecture"] = "slimmed_vit"
+        stock.pretrained_cfg = {**stock.pretrained_cfg, "architecture": "slimmed_vit"}
         args |= {"base": spec.architecture, "tsm": dict(spec.tsm)}
+    if spec.keep < 1:
+        stock.pretrained_cfg = {**stock.pretrained_cfg, "architecture": "scala_vit"}
+        args |= {"base": spec.architecture, "keep": float(spec.keep), "tokens": spec.tokens.kind}
+        args |= {"blocks": [*spec.tokens.places(len(stock.blocks))]}
     save_for_hf(stock, str(directory), config, model_args=args, safe_serialization=True)
 
 
@@ -153,15 +173,24 @@ def load(checkpoint: str | Path | None = None) -> SlimmableViT:
     return load_with_record(resolve(checkpoint))[0]
 
 
+class About(NamedTuple):
+    """All that a checkpoint's config.json tells."""
+
+    spec: Spec
+    rule: Rule
+    record: Record
+    points: tuple[Point, ...]
+
+
 def load_with_record(directory: Path) -> tuple[SlimmableViT, Record]:
     """The model of a resolved checkpoint directory, and what its config.json records."""
-    spec, rule, record = read_about(directory)
+    spec, rule, record, points = read_about(directory)
     file, (extra, slim) = directory / WEIGHTS, apart(read_extra(directory))
-    net = SlimmableViT(spec.build_with({**read_weights(file), **slim}, origin=file), spec, rule, extra)
-    return net.eval(), record
+    vit = spec.build_with({**read_weights(file), **slim}, origin=file)
+    return SlimmableViT(vit, spec, rule, extra, points).eval(), record
 
 
-def read_about(directory: Path) -> tuple[Spec, Rule, Record]:
+def read_about(directory: Path) -> About:
     """All that config.json tells. Raises CheckpointError where it is not a slimmable checkpoint's."""
     config = read_config(directory)
     about = config.get("scala")
@@ -186,6 +215,7 @@ def read_about(directory: Path) -> tuple[Spec, Rule, Record]:
     try:
         spec = replace(spec, tsm={int(number): int(count) for number, count in about.get("tsm", {}).items()})
         rule = read_rule(about, spec)
+        spec, points = read_points(about, spec, rule)
         record = read_record(about)
         if spec.features and "task" not in about:
             record = replace(record, task="features")
@@ -194,7 +224,22 @@ def read_about(directory: Path) -> tuple[Spec, Rule, Record]:
     except (TypeError, ValueError, AttributeError, PointError) as error:
         said = str(error).rstrip(".")
         raise CheckpointError(f"{directory / CONFIG} is damaged: {said}.", "Convert it again.") from None
-    return spec, rule, record
+    return About(spec, rule, record, points)
+
+
+def read_points(about: Mapping[str, Any], spec: Spec, rule: Rule) -> tuple[Spec, tuple[Point, ...]]:
+    """The members of the family, and the spec with how their tokens are reduced; errors as `read_rule`."""
+    points = tuple(map(Point, rule.ratios))
+    if "points" in about:
+        points = sized(parse_points(",".join(about["points"])), spec.size)
+    if not {*widths_of(points)} <= {*rule.ratios}:
+        raise ValueError("points of widths that it does not have")
+    told = about.get("tokens", {})
+    tokens = TokenRule(told.get("kind", TokenRule.kind), tuple(map(int, told.get("blocks", ()))))
+    resize = about.get("resize", Spec.resize)
+    if tokens.kind not in get_args(Reduction) or resize not in get_args(Resize):
+        raise ValueError(f"tokens {tokens.kind!r}, resize {resize!r}")
+    return replace(spec, tokens=tokens, resize=resize), points
 
 
 def read_record(about: Mapping[str, Any]) -> Record:

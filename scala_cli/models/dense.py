@@ -18,6 +18,7 @@ from scala_cli.models.slimmed import modules_of
 from scala_cli.models.stages import normed
 from scala_cli.models.tokens import put_back, slimming
 from scala_cli.slicing.original import BASIS, BIAS, WEIGHT, unchanged
+from scala_cli.slicing.point import Point
 
 if TYPE_CHECKING:
     from scala_cli.models.slimmable import SlimmableViT
@@ -77,10 +78,11 @@ class WithTokens(nn.Module):
 
 
 def features(
-    net: "SlimmableViT", images: Tensor, ratio: Fraction, blocks: int | Sequence[int] | None, grid: bool
+    net: "SlimmableViT", images: Tensor, point: Point, blocks: int | Sequence[int] | None, grid: bool
 ) -> Features | list[Features]:
-    """Returns what `SlimmableViT.features` does."""
-    vit: Any = net.at(ratio)
+    """Returns what `SlimmableViT.features` does, of images at the point's size."""
+    vit: Any = net.at(point)
+    ratio = point.ratio
     count = len(vit.blocks)
     asked = [count - 1] if blocks is None else block_numbers(blocks, count)
     numbers = sorted({*asked})
@@ -112,17 +114,21 @@ def features(
     return places[count - 1] if blocks is None else [places[number] for number in asked]
 
 
-def pooled(net: "SlimmableViT", images: Tensor, ratio: Fraction) -> Tensor:
+def pooled(net: "SlimmableViT", images: Tensor, point: Point | Fraction) -> Tensor:
     """Returns the features that a classifier reads, (B, C) in the full model's space.
 
     They are those of the class token, or the mean of the patches, as the model pools; of a model that gives
     features they are its outputs. If it pools nothing: the class token, or the mean if it has none.
     """
-    vit: Any = net.at(ratio)
+    point = Point.of(point)
+    vit: Any = net.at(point)
+    images = net.fitting(images, point)
     if net.spec.features:
         found = vit(images)
     else:
-        found = reader_of(net, vit, ratio)(vit.forward_head(vit.forward_features(images), pre_logits=True))
+        found = reader_of(net, vit, point.ratio)(
+            vit.forward_head(vit.forward_features(images), pre_logits=True)
+        )
     if found.ndim == 2:
         return found
     return found.mean(1) if vit.cls_token is None else found[:, 0]

@@ -70,9 +70,10 @@ def for_task(net: SlimmableViT, record: Record, task: str | None) -> tuple[Slimm
         )
     vit = headless(net.vit)
     give_identity_head(vit)
-    spec = replace(describe(vit, net.spec.model_args), features=True)
+    spec = describe(vit, net.spec.model_args)
+    spec = replace(spec, features=True, tokens=net.spec.tokens, resize=net.spec.resize)
     record = replace(record, metrics=(), new_head=False)
-    return SlimmableViT(vit, spec, net.rule).train(net.training), record
+    return net.like(vit=vit, spec=spec, extra={}).train(net.training), record
 
 
 def refuse_without_classes(net: SlimmableViT, record: Record) -> None:

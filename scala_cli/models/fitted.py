@@ -9,9 +9,10 @@ from torch import Tensor
 
 from scala_cli.models.calibrate import calibrate
 from scala_cli.models.fit import Fit
-from scala_cli.models.slimmable import Ratio, SlimmableViT
-from scala_cli.slicing.point import Point, find_point
-from scala_cli.slicing.rule import Rule
+from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.models.views import weights_of
+from scala_cli.slicing.own import at_size
+from scala_cli.slicing.point import Point
 from scala_cli.watch import QUIET, Watcher
 
 
@@ -27,34 +28,39 @@ class FittedViT(SlimmableViT):
     def __init__(
         self, net: SlimmableViT, slices: Mapping[Fraction, VisionTransformer], fits: Mapping[Fraction, Fit]
     ) -> None:
-        super().__init__(net.vit, net.spec, net.rule, net.extra)
+        super().__init__(**net.parts())
         self.fits = fits
         self.widths = list(slices)
         for number, vit in enumerate(slices.values()):
             self.add_module(f"slice_{number}", vit)
 
-    def with_rule(self, rule: Rule) -> "FittedViT":
-        """Returns the same weights with another rule, and the fitted slices of its widths."""
-        kept = [width for width in self.widths if width in rule.ratios]
-        slices = {width: vit for width in kept if (vit := self.fitted(width)) is not None}
-        return FittedViT(super().with_rule(rule), slices, self.fits)
+    def like(self, **others: Any) -> "FittedViT":
+        """As `SlimmableViT.like`, with the fitted slices of its widths."""
+        net = super().like(**others)
+        slices = {width: self.fitted(width) for width in self.widths if width in net.rule.ratios}
+        return FittedViT(net, slices, self.fits)
 
-    def fitted(self, ratio: Ratio) -> VisionTransformer | None:
-        """Returns the fitted slice of one of `points`, or None. Raises PointError for any other point."""
-        width = find_point(ratio, self.points).ratio
-        return self.get_submodule(f"slice_{self.widths.index(width)}") if width in self.widths else None  # type: ignore
+    def fitted(self, ratio: Fraction) -> VisionTransformer:
+        """Returns the fitted slice of one of `widths`."""
+        return self.get_submodule(f"slice_{self.widths.index(ratio)}")  # type: ignore
 
-    def at(self, ratio: Fraction) -> VisionTransformer:
+    def at(self, point: Point | Fraction) -> VisionTransformer:
         """As `SlimmableViT.at`; a fitted width is its slice, with weights of its own."""
-        return (self.fitted(ratio) if ratio in self.widths else None) or super().at(ratio)
+        point = Point.of(point)
+        plain = point == Point(point.ratio) and point.ratio in self.widths
+        return self.fitted(point.ratio) if plain else super().at(point)
 
-    def slice(self, ratio: Ratio, fixed_size: bool = False) -> VisionTransformer:
-        """As `SlimmableViT.slice`."""
-        vit, spec = self.fitted(ratio), self.spec.at(find_point(ratio, self.points).ratio)
-        if vit is None:
-            return super().slice(ratio, fixed_size)
-        state = {name: tensor.detach().clone() for name, tensor in vit.state_dict().items()}
-        return (spec.of_fixed_size() if fixed_size else spec).build_with(state)
+    def weights(self, ratio: Fraction) -> dict[str, Tensor]:
+        """As `SlimmableViT.weights`; those of a fitted width are its slice's."""
+        return weights_of(self.fitted(ratio)) if ratio in self.widths else super().weights(ratio)
+
+    def cut(self, point: Point, weights: Mapping[str, Tensor], copy: bool = False) -> dict[str, Tensor]:
+        """As `SlimmableViT.cut`; a fitted width is cut already."""
+        if point.ratio not in self.widths:
+            return super().cut(point, weights, copy)
+        embedding = self.rule.slice_state(at_size({}, self.extra, point.size), point.ratio)
+        state = {name: tensor.detach() for name, tensor in self.weights(point.ratio).items()} | embedding
+        return {name: tensor.clone() for name, tensor in state.items()} if copy else state
 
 
 def fit_widths(

@@ -10,20 +10,20 @@ from torch import nn
 
 from scala_cli.errors import CheckpointError
 from scala_cli.models.features import give_identity_head
+from scala_cli.models.modes import drop_alike
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.views import evaluating
 from scala_cli.models.vit import (
     Spec,
     attend_alike,
     describe,
-    drop_alike,
     random_images,
     refuse_misfit,
     refuse_unless_plain,
     width_of,
 )
 from scala_cli.settings import DEFAULT_RATIOS
-from scala_cli.slicing.point import parse_points, ratios_of
+from scala_cli.slicing.point import parse_points, widths_of
 from scala_cli.slicing.rule import Rule
 
 
@@ -34,7 +34,7 @@ def slimmable(model: nn.Module, ratios: str = DEFAULT_RATIOS) -> SlimmableViT:
     model keeps its head, its flags and its settings, whatever is done to the result.
 
     Args:
-        ratios: the widths, "0.25,0.5,0.75,1".
+        ratios: the widths, "0.25,0.5,0.75,1"; any points, "1@128~0.5,1@224".
 
     Raises:
         CheckpointError: a model that cannot be sliced, or that timm cannot rebuild from its attributes.
@@ -42,7 +42,7 @@ def slimmable(model: nn.Module, ratios: str = DEFAULT_RATIOS) -> SlimmableViT:
     """
     vit, spec, points = refuse_unless_plain(model), read_off(model), parse_points(ratios)
     for point in points:
-        spec.at(point.ratio)
+        spec.at_point(point)
     again = built_on(vit, spec)
     probe = random_images(spec, 2).to(next(vit.parameters()))
     with torch.no_grad(), evaluating(vit):
@@ -55,7 +55,8 @@ def slimmable(model: nn.Module, ratios: str = DEFAULT_RATIOS) -> SlimmableViT:
         )
     if give_identity_head(again):
         spec = replace(describe(again, spec.model_args), features=True)
-    return SlimmableViT(again, spec, Rule(ratios_of(points), spec.num_heads)).train(model.training)
+    rule = Rule(widths_of(points), spec.num_heads)
+    return SlimmableViT(again, spec, rule, points=points).train(model.training)
 
 
 def built_on(vit: VisionTransformer, spec: Spec) -> VisionTransformer:

@@ -140,7 +140,7 @@ def named_ends(held: Source) -> list[tuple[int, int]]:
 
 def refuse_other_kind(config: Config, file: Path) -> None:
     """Raises CheckpointError where the architecture named for one of their files is none of theirs."""
-    if not is_model_in_modules(config.architecture, ("lvvit", "slimmed")):
+    if not is_model_in_modules(config.architecture, ("lvvit", "registered")):
         raise CheckpointError(
             f"{file} holds an LV-ViT, no {config.architecture}.",
             "Its architecture is read off its tensors: name the file alone.",

@@ -15,6 +15,7 @@ from scala_cli.models.hub import fetch
 from scala_cli.models.huggingface import PREPROCESSOR, is_transformers, read_transformers, state_in
 from scala_cli.models.locate import ALIASES, CONFIG, INDEX, STATE, WEIGHT_FILES, path_of, read_config
 from scala_cli.models.lvvit_files import is_lvvit, read_lvvit, refuse_other_kind
+from scala_cli.models.supervit import is_supervit
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 """Suffixes of weight files, so that a missing file is not taken for a model's name."""
@@ -65,7 +66,7 @@ def source_in_file(file: Path, model: str | None, average: bool, num_heads: int 
     ):
         return read_transformers(file.parent)
     held = read_foreign(file, average)
-    if is_theirs(held):
+    if is_theirs(held) or (held.weights is not None and is_supervit(held.weights())):
         return held
     assert held.weights is not None
     if is_lvvit(held.weights()):

@@ -21,6 +21,7 @@ from scala_cli.slicing.importance import (
     value_basis,
 )
 from scala_cli.slicing.original import BASIS, NAMES, WEIGHT, unchanged
+from scala_cli.slicing.table import Group
 
 TOLERANCE = 1e-4
 """Largest difference between the outputs of the ordered and the pretrained model, relative to their size
@@ -96,7 +97,10 @@ def put_first_what_matters(net: SlimmableViT, batches: Iterable[Tensor]) -> Slim
     spec, table = net.spec, net.rule.table
     blocks = [f"blocks.{number}" for number in range(len(net.vit.blocks))]
     norms = norms_of(net.vit)
-    state = {name: tensor.double() for name, tensor in {**net.vit.state_dict(), **way_back(net)}.items()}
+    state = {
+        name: tensor.double()
+        for name, tensor in {**net.vit.state_dict(), **way_back(net), **net.positions}.items()
+    }
     if WEIGHT in state:
         norms = {
             name: [*layers, "tokens"] if name in HEAD_NORMS else layers for name, layers in norms.items()
@@ -111,7 +115,9 @@ def put_first_what_matters(net: SlimmableViT, batches: Iterable[Tensor]) -> Slim
     slimming = [f"blocks.{number}.tsm" for number in modules_of(vit)]
     readers += [f"{name}.key" for name in slimming]
     inputs = {name: Moments(spec.embed_dim if norms else 1) for name in readers}
-    hidden = [(f"{block}.mlp.fc2", "hidden") for block in blocks] + [(f"{m}.query", "slim") for m in slimming]
+    hidden: list[tuple[str, Group]] = [(f"{block}.mlp.fc2", "hidden") for block in blocks] + [
+        (f"{m}.query", "slim") for m in slimming
+    ]
     inputs |= {name: Moments() for name, _ in hidden}
     inputs |= {f"{block}.attn.proj": Moments(spec.head_dim) for block in blocks}
     outputs = {f"{block}.attn.qkv": Moments(spec.head_dim) for block in blocks}
@@ -144,8 +150,8 @@ def put_first_what_matters(net: SlimmableViT, batches: Iterable[Tensor]) -> Slim
             value="none",
         )
     like = next(vit.parameters())
-    extra = {name: state[name].to(like) for name in way_back(net)}
-    return SlimmableViT(vit, spec, net.rule, extra).eval()
+    extra = {name: state[name].to(like) for name in (*way_back(net), *net.positions)}
+    return net.like(vit=vit, spec=spec, extra=extra).eval()
 
 
 def way_back(net: SlimmableViT) -> dict[str, Tensor]:

@@ -1,17 +1,15 @@
 """Token slimming modules (SiT, arXiv 2111.12624): a ViT whose tokens are merged by a learnt soft assignment.
 
-To timm such a model is an architecture of its own, `slimmed_vit`, known once this module is imported. Without
-the modules its weights are an ordinary ViT's, so they lie beside it in a checkpoint (`extra.safetensors`).
+To timm such a model is an architecture of its own, `slimmed_vit` (models/registered.py). Without the modules
+its weights are an ordinary ViT's, so they lie beside it in a checkpoint (`extra.safetensors`).
 """
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from functools import partial
 from typing import Any
 
 import timm
 import torch
-from timm.models import VisionTransformer, build_model_with_cfg, get_pretrained_cfg, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -132,55 +130,3 @@ def build(base: str, tsm: Mapping[str, int] | None, stages: Sequence[int], keep:
     )
     put_behind(vit, counts)
     return vit
-
-
-@register_model
-def slimmed_vit(
-    pretrained: bool = False,
-    base: str = "deit_small_patch16_224",
-    tsm: Mapping[str, int] | None = None,
-    stages: Sequence[int] = (3, 3, 3, 3),
-    keep: float = 0.5,
-    **given: Any,
-) -> VisionTransformer:
-    """A ViT of timm with token slimming modules.
-
-    Args:
-        base: its architecture.
-        tsm: how many patch tokens go on behind a block, by the block's number.
-        stages, keep: instead of `tsm`, as `slim_counts`.
-    """
-    if not given.get("pretrained_cfg"):
-        given["pretrained_cfg"] = get_pretrained_cfg(base)
-    return build_model_with_cfg(
-        partial(build, base, tsm, stages, keep),  # type: ignore[arg-type]  # called like a class
-        "slimmed_vit",
-        pretrained,
-        pretrained_strict=given.pop("pretrained_strict", True),
-        **given,
-    )
-
-
-PAPER = {
-    "sit_t": ("lvvit_t", (1, 1, 1, 11)),
-    "sit_xs": ("lvvit_s", (1, 1, 1, 13)),
-    "sit_s": ("lvvit_s", (9, 3, 2, 2)),
-    "sit_m": ("lvvit_m", (10, 4, 3, 3)),
-    "sit_l": ("lvvit_l", (10, 4, 3, 7)),
-}
-"""The paper's models: what is slimmed, and its stages."""
-
-
-def entry(name: str) -> Any:
-    """Returns the function that timm calls to build the paper's model of that name."""
-    base, stages = PAPER[name]
-
-    def build(pretrained: bool = False, **given: Any) -> VisionTransformer:
-        return slimmed_vit(pretrained, **{"base": base, "stages": stages, **given})
-
-    build.__name__ = name
-    return build
-
-
-for each in PAPER:
-    register_model(entry(each))

@@ -20,10 +20,11 @@ from scala_cli.models.locate import ALIASES, path_of, read_config, resolve, shor
 from scala_cli.models.named import HUB, directory_of, find_source, weight_file
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.stream import norms_with_eps, with_eps
+from scala_cli.models.supervit import is_supervit, open_supervit
 from scala_cli.models.vit import Spec, describe, random_images
 from scala_cli.settings import DEFAULT_RATIOS
 from scala_cli.slicing.original import BIAS, WEIGHT, original_of
-from scala_cli.slicing.point import Point, find_point, parse_points, ratios_of
+from scala_cli.slicing.point import Point, find_point, parse_points, widths_of
 from scala_cli.slicing.rule import Rule
 from scala_cli.slicing.table import Layout
 from scala_cli.watch import QUIET, Watcher
@@ -40,13 +41,11 @@ class Changes:
         num_classes: classes of a new head.
         img_size: pixels a side; timm resamples the position embedding.
         patch_size: pixels a side; timm resamples the patch embedding.
-        num_heads: attention heads, of a weight file that does not tell.
     """
 
     num_classes: int | None = None
     img_size: int | None = None
     patch_size: int | None = None
-    num_heads: int | None = None
 
     def given(self) -> dict[str, int]:
         return {name: value for name, value in vars(self).items() if value is not None}
@@ -54,10 +53,7 @@ class Changes:
     def words(self) -> list[str]:
         """The options of `scala finetune` that say the same."""
         return [
-            word
-            for name, size in self.sizes().items()
-            if name != "num_heads"  # part of what was converted
-            for word in (f"--{name.replace('_', '-')}", str(size))
+            word for name, size in self.sizes().items() for word in (f"--{name.replace('_', '-')}", str(size))
         ]
 
     def sizes(self) -> dict[str, int]:
@@ -99,6 +95,7 @@ def open_source(
     scratch: bool = False,
     average: bool = False,
     layout: Layout = "aligned",
+    heads: int | None = None,
     watch: Watcher = QUIET,
 ) -> Opened:
     """Pretrained weights as a slimmable model, beside timm's own model on them.
@@ -110,20 +107,27 @@ def open_source(
         weights: a file (.safetensors, or a pickle that holds tensors only) to read instead of downloading.
         scratch: random weights.
         average: take the moving average that a weight file of a training script holds beside the weights.
+        heads: of a file that does not tell, as those of the authors of SuperViT, LV-ViT and SiT; None is one
+            for 64 channels.
 
     Raises:
         CheckpointError: unknown name, no network, unreadable or unfitting weights, unsupported model.
         PointError: a width that does not divide the model's channels.
     """
     changes = changes or Changes()
-    source = find_source(model, weights, scratch, average, changes.num_heads)
+    source = find_source(model, weights, scratch, average, heads)
     for note in source.notes:
         watch.note(note)
+    file = str(weights or model)
     if is_theirs(source):
-        return open_family(source, str(weights or model), points, changes, layout)
+        return open_family(source, file, points, changes, layout)
+    if source.weights and is_supervit(source.weights()):
+        return open_sizes(source, file, points, changes, layout, heads)
     about = {} if scratch or weights else about_of(model)
     refuse_trained(model, about)
-    config, points = source.config.with_args(**changes.sizes()), points or parse_points(DEFAULT_RATIOS)
+    counted = {"num_heads": heads} if heads else {}
+    config = source.config.with_args(**changes.sizes(), **counted)
+    points = points or parse_points(DEFAULT_RATIOS)
     refuse_uncut(config, points)
     torch.manual_seed(0)  # random weights, or a new head, are the same on every call
     state = source.weights() if source.weights and not scratch else None
@@ -146,7 +150,8 @@ def open_source(
         original = norms_with_eps(original, source.eps)
         vit = spec.build_with(with_eps(vit.state_dict(), spec, source.eps))
     way_back = {} if scratch else way_back_of(model, about, state, new_head)
-    net = SlimmableViT(vit, spec, Rule(ratios_of(points), spec.num_heads, layout=layout), way_back)
+    rule = Rule(widths_of(points), spec.num_heads, layout=layout)
+    net = SlimmableViT(vit, spec, rule, way_back, points)
     return Opened(net, record, original)
 
 
@@ -182,7 +187,7 @@ def refuse_uncut(config: Config, points: Sequence[Point]) -> None:
     spec = describe(skeleton_of(config))
     check_patches(spec)
     for point in points:
-        spec.at(point.ratio)
+        spec.at_point(point)
 
 
 def record_of(
@@ -225,6 +230,28 @@ def open_family(
     origin = {"model": source.config.architecture, "weights": Path(file).name}
     record = Record(method="scala", order="none", provenance=origin)
     return Opened(net.with_points(points or net.points).eval(), record, original)
+
+
+def open_sizes(
+    source: Source,
+    file: str,
+    points: Sequence[Point] | None,
+    changes: Changes,
+    layout: Layout,
+    heads: int | None,
+) -> Opened:
+    """A checkpoint of the SuperViT authors' release: a trained family of sizes and shares of tokens."""
+    if changes.given() or layout == "fused":
+        raise CheckpointError(
+            f"{file} is a family of sizes by SuperViT's authors; it is converted as it is.",
+            remedy="leave_as_it_is",
+        )
+    net, original = open_supervit(source, heads, file)
+    refuse_broken(original, file)
+    chosen = [net.find(point) for point in points or net.points]
+    origin = {"model": net.spec.architecture, "weights": Path(file).name}
+    record = Record(method="supervit", order="none", provenance=origin)
+    return Opened(net.with_points(chosen).eval(), record, original)
 
 
 @torch.inference_mode()

@@ -55,7 +55,7 @@ def read_every(model: VisionTransformer, tokens: Tensor, shares: Sequence[Tensor
 def slimming(vit: VisionTransformer) -> Iterator[list[Tensor]]:
     """Within, finds how the model's token slimming modules share out tokens, in order.
 
-    Each is (B, tokens that go on, tokens that come in), without gradient. A model without such modules has none.
+    Each is (B, tokens that go on, tokens that come in), without gradient; none in a model without modules.
     """
     found: list[Tensor] = []
     mine = get_ident()  # other threads may run the same model

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
 import timm
 import torch
-from timm.layers import AttentionPoolLatent, Mlp, PatchEmbed, SwiGLU
+from timm.layers import AttentionPoolLatent, Mlp, PatchEmbed, SwiGLU, resample_abs_pos_embed
 from timm.models import (
     VisionTransformer,
     VisionTransformerDistilled,
@@ -19,11 +18,14 @@ from timm.models import (
 from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import Tensor, nn
 
-from scala_cli.errors import CheckpointError
-from scala_cli.models.block import SlimBlock
+from scala_cli.errors import CheckpointError, PointError
+from scala_cli.models.block import MergeBlock, SlimBlock, pass_on
 from scala_cli.models.lvvit import image_channels, stem_args
+from scala_cli.models.resize import Resize
 from scala_cli.models.slimmed import MODULE, SLIMMED_ARGS, SlimmedBlock, counts_of, put_behind
+from scala_cli.slicing.point import Point
 from scala_cli.slicing.rule import kept_count
+from scala_cli.slicing.tokens import TokenRule
 
 MODULES = ("deit", "vision_transformer", "vision_transformer_hybrid", "vitamin", "lvvit")
 """The files, of timm and of this package, that build timm's class VisionTransformer; other architectures are
@@ -43,6 +45,9 @@ class Spec:
             (models/features.py).
         tsm: how many patch tokens go on behind a block, by its number, where token slimming modules stand
             (models/slimmed.py).
+        tokens: how its blocks reduce their tokens where `keep` is below 1.
+        keep: share of the tokens that each dropping block passes on.
+        resize: how a family brings images to the size of a point.
     """
 
     architecture: str
@@ -54,6 +59,9 @@ class Spec:
     block: type[nn.Module] = Block
     features: bool = False
     tsm: Mapping[int, int] = field(default_factory=dict)
+    tokens: TokenRule = field(default_factory=TokenRule)
+    keep: Fraction = Fraction(1)
+    resize: Resize = "bilinear"
 
     @property
     def head_dim(self) -> int:
@@ -61,11 +69,11 @@ class Spec:
 
     @property
     def is_of_this_package(self) -> bool:
-        """Whether timm builds it only once `scala_cli.models.slimmed` has been imported."""
-        return bool(self.tsm) or is_model_in_modules(self.architecture, ("lvvit",))
+        """Whether timm knows its architecture only once `scala_cli` has been imported."""
+        return bool(self.tsm) or self.keep < 1 or is_model_in_modules(self.architecture, ("lvvit",))
 
     @property
-    def tokens(self) -> str:
+    def token_counts(self) -> str:
         """How many patch tokens there are from stage to stage: "196, 98, 49, 24"."""
         return ", ".join(map(str, (self.patches, *self.tsm.values())))
 
@@ -85,11 +93,29 @@ class Spec:
         return self.model_args["in_chans"], height, width
 
     @property
+    def size(self) -> int | None:
+        """Pixels a side; None of a model for images that are no squares."""
+        _, height, width = self.input_size
+        return height if height == width else None
+
+    @property
+    def patch_sides(self) -> tuple[int, int]:
+        """(height, width) of a patch"""
+        patch = self.model_args["patch_size"]
+        return (patch, patch) if isinstance(patch, int) else tuple(patch)
+
+    @property
     def patches(self) -> int:
         """How many patches an image has."""
-        patch = self.model_args["patch_size"]
-        sides = (patch, patch) if isinstance(patch, int) else patch
-        return math.prod(pixels // side for pixels, side in zip(self.input_size[1:], sides, strict=True))
+        return math.prod(self.patch_grid)
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches"""
+        height, width = (
+            pixels // side for pixels, side in zip(self.input_size[1:], self.patch_sides, strict=True)
+        )
+        return height, width
 
     def at(self, ratio: Fraction) -> "Spec":
         """The narrower ViT of a width, as timm builds it. Raises PointError where it does not divide."""
@@ -102,6 +128,36 @@ class Spec:
         # timm computes int(dim * mlp_ratio): half a channel more keeps the product above the integer
         narrow = {"embed_dim": dim, "num_heads": self.num_heads, "mlp_ratio": (hidden + 0.5) / dim}
         return replace(self, model_args={**self.model_args, **narrow}, embed_dim=dim, hidden_dim=hidden)
+
+    def at_point(self, point: Point) -> "Spec":
+        """The ViT of a point: narrower, for another size of images, with fewer tokens.
+
+        Raises PointError where the width does not divide, or the size is no multiple of the patch.
+        """
+        spec = replace(self.at(point.ratio), keep=point.keep)
+        if self.tsm and (point.keep < 1 or point.size not in (None, self.size)):
+            raise PointError(
+                "the tokens of this model are slimmed already, for images of one size.",
+                "Leave out the share and the size.",
+            )
+        if point.keep < 1 and self.block is not Block:
+            raise PointError(
+                f"the blocks of {self.architecture} cannot pass on fewer tokens.", "Leave out the share."
+            )
+        if point.size in (None, self.size):
+            return spec
+        for side in self.patch_sides:
+            if point.size % side:
+                near = max(point.size // side, 1) * side
+                raise PointError(
+                    f"size {point.size} is not a multiple of the patch size, {side}.",
+                    remedy="example",
+                    setting="sizes",
+                    value=near,
+                )
+        size = [point.size, point.size]
+        cfg = {**self.pretrained_cfg, "input_size": [self.input_size[0], *size]}
+        return replace(spec, model_args={**spec.model_args, "img_size": size}, pretrained_cfg=cfg)
 
     def of_fixed_size(self) -> "Spec":
         """The same model, which does not resample its position embedding to the image."""
@@ -120,10 +176,13 @@ class Spec:
             slim: with SlimBlocks in place of timm's plain Blocks.
         """
         args: dict[str, Any] = {**self.model_args, "pretrained_cfg": dict(self.pretrained_cfg)}
-        if (slim or self.tsm) and self.block is Block:
-            args["block_fn"] = SlimmedBlock if self.tsm else SlimBlock
+        if (slim or self.tsm or self.keep < 1) and self.block is Block:
+            merging = self.keep < 1 and self.tokens.kind == "merge"
+            args["block_fn"] = SlimmedBlock if self.tsm else MergeBlock if merging else SlimBlock
         vit = skeleton(self.architecture, **args)
         put_behind(vit, self.tsm)
+        if self.keep < 1:
+            pass_on(vit, self.tokens, self.keep)
         return refuse_unless_plain(vit).eval()
 
     def build_with(self, state: Mapping[str, Tensor], origin: object = "the state") -> VisionTransformer:
@@ -142,13 +201,23 @@ def skeleton(architecture: str, **args: Any) -> nn.Module:
 
     timm initialises weights there too unless told not to, which takes six times as long as all else.
     """
-    if is_model_in_modules(architecture, (*MODULES, "slimmed")):
+    if is_model_in_modules(architecture, (*MODULES, "registered")):
         args["weight_init"] = "skip"
     with torch.device("meta"):
         model = timm.create_model(architecture, **args)
     for name in ("weight_init", "block_fn"):
         getattr(model, "_model_args", {}).pop(name, None)  # timm saves these with a model
     return model
+
+
+def embedding_at(vit: Any, spec: Spec) -> Tensor:
+    """Returns the position embedding for the size of a spec, (1, N, C), resampled as timm does."""
+    return resample_abs_pos_embed(
+        vit.pos_embed.detach(),
+        [*spec.patch_grid],
+        [*vit.patch_embed.grid_size],
+        num_prefix_tokens=0 if vit.no_embed_class else vit.num_prefix_tokens,
+    ).clone()
 
 
 def random_images(spec: Spec, count: int) -> Tensor:
@@ -205,7 +274,7 @@ def describe(model: nn.Module, args: Mapping[str, Any] | None = None) -> Spec:
         embed_dim=width_of(vit),
         num_heads=block.attn.num_heads,
         hidden_dim=block.mlp.fc2.in_features,
-        block=Block if type(block) in (SlimBlock, SlimmedBlock) else type(block),
+        block=Block if isinstance(block, SlimBlock) else type(block),
         tsm=tsm,
     )
 
@@ -246,7 +315,7 @@ def first_odd_part(vit: VisionTransformer) -> str:
     if type(vit.attn_pool) not in (type(None), AttentionPoolLatent):
         return f"it pools by {type(vit.attn_pool).__name__}"
     for block in vit.blocks:
-        if type(block) not in (Block, SlimBlock, SlimmedBlock, ResPostBlock):
+        if type(block) not in (Block, SlimBlock, MergeBlock, SlimmedBlock, ResPostBlock):
             return f"it has a {type(block).__name__} where a plain Block is needed"
         if type(block.attn) is not Attention:
             return f"it has a {type(block.attn).__name__} where a plain Attention is needed"
@@ -288,45 +357,6 @@ def has_bare_stream(vit: VisionTransformer) -> bool:
     )
 
 
-def rebuilt(vit: VisionTransformer, spec: Spec) -> VisionTransformer:
-    """A copy with weights of its own, in evaluation mode, whose plain blocks are SlimBlocks.
-
-    For training: it computes what the model does, bit for bit, until `skip_unread` is asked of it.
-    """
-    again = spec.build(slim=True)
-    again.load_state_dict({name: tensor.clone() for name, tensor in vit.state_dict().items()}, assign=True)
-    drop_alike(again, vit)
-    for copied, parameter in zip(again.parameters(), vit.parameters(), strict=True):
-        copied.requires_grad_(parameter.requires_grad)
-    return again
-
-
-def skip_unread(vit: VisionTransformer) -> None:
-    """Spares the last block what the head does not read, where that reads a class token alone.
-
-    Logits and gradients stay the same. Of n blocks it saves most of one's arithmetic (docs/performance.md).
-    What wants the features of every token must not do this.
-    """
-    last: Any = vit.blocks[-1]
-    plain = isinstance(last, SlimBlock) and type(last.attn.q_norm) is type(last.attn.norm) is nn.Identity
-    if plain and vit.global_pool == "token":
-        last.read = 2 if isinstance(vit, VisionTransformerDistilled) else 1  # registers are not
-
-
-def imitate(skeleton: VisionTransformer, vit: VisionTransformer) -> None:
-    """Sets a skeleton's modes to those of the full model.
-
-    They are training or evaluation, gradient checkpointing, fused or explicit attention, and whether the last
-    block skips the tokens that the head does not read.
-    """
-    if skeleton.training != vit.training:
-        skeleton.train(vit.training)
-    skeleton.set_grad_checkpointing(vit.grad_checkpointing)
-    attend_alike(skeleton, vit)
-    if getattr(vit.blocks[-1], "read", None):
-        skip_unread(skeleton)
-
-
 def choose_attention(vit: nn.Module, device: torch.device, bfloat16: bool) -> None:
     """Chooses which of timm's two implementations of attention a model uses; its narrower widths follow it.
 
@@ -334,14 +364,6 @@ def choose_attention(vit: nn.Module, device: torch.device, bfloat16: bool) -> No
     widths, 65 tokens; docs/performance.md).
     """
     use_fused(vit, not (device.type == "cpu" and bfloat16))
-
-
-def drop_alike(skeleton: nn.Module, vit: nn.Module) -> None:
-    """Gives a narrower model the full one's dropout, also where no argument of timm can say it."""
-    for name, module in vit.named_modules():
-        layer, _, own = name.rpartition(".")
-        if "drop" in own:
-            setattr(skeleton.get_submodule(layer), own, deepcopy(module))
 
 
 def attend_alike(skeleton: Any, vit: Any) -> None:

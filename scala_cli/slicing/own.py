@@ -1,9 +1,10 @@
-"""Vectors that a width has of its own, in place of those cut from the full width's.
+"""What a width or a size has of its own, in place of what all share.
 
 Norms and biases are few (0.3 % of a ViT-S's parameters), but the narrower a slice, the less the full width's
 suit it, for its activations have other means and deviations (as the switchable norms of arXiv 1812.08928).
 """
 
+from collections import ChainMap
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 
@@ -27,3 +28,19 @@ def own_of_widths(extra: Mapping[str, Tensor], ratios: Iterable[Fraction]) -> di
     """Returns the vectors of these widths, by their names in `extra`."""
     labels = {decimal(ratio) for ratio in ratios}
     return {name: tensor for name, tensor in extra.items() if name.partition(":")[0] in labels}
+
+
+POSITIONS = "pos_embed"
+
+
+def size_name(size: int) -> str:
+    """Returns the name in `extra.safetensors` of the position embedding for a size: "@160:pos_embed"."""
+    return f"@{size}:{POSITIONS}"
+
+
+def at_size(
+    weights: Mapping[str, Tensor], extra: Mapping[str, Tensor], size: int | None
+) -> Mapping[str, Tensor]:
+    """Returns the full width's weights with the position embedding for a size, if that has its own."""
+    embedding = None if size is None else extra.get(size_name(size))
+    return weights if embedding is None else ChainMap({POSITIONS: embedding}, weights)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import total_ordering
 from typing import Any
@@ -120,6 +120,62 @@ def parse_points(text: str) -> tuple[Point, ...]:
     return tuple(sorted(points))
 
 
+def grid(
+    points: Iterable[Point], sizes: Sequence[int] = (), keeps: Sequence[Fraction] = ()
+) -> tuple[Point, ...]:
+    """Returns every point at every size and with every share of tokens, smallest first; none given, as it is.
+
+    Raises PointError for a point that has a size or a share of its own beside those given.
+    """
+    points = tuple(points)
+    for point in points:
+        if (sizes and point.size) or (keeps and point.keep != 1):
+            raise PointError(
+                f"{point} has a size or a share of tokens of its own, beside those of the grid.",
+                "Give the width alone, or leave out the grid.",
+            )
+    made = [replace(p, size=size) for p in points for size in sizes] if sizes else points
+    return tuple(sorted({replace(p, keep=keep) for p in made for keep in keeps} if keeps else {*made}))
+
+
+def sized(points: Iterable[Point], own: int | None) -> tuple[Point, ...]:
+    """Returns the points as a family has them: all with their size, none if all have the family's own.
+
+    Args:
+        own: the size of a point without one.
+    """
+    points = [replace(point, size=point.size or own) for point in points]
+    plain = all(point.size == own for point in points)
+    return tuple(sorted({replace(point, size=None) if plain else point for point in points}))
+
+
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """The sizes of "128,160,224", smallest first. Raises PointError for anything else."""
+    return tuple(sorted({point.size or 0 for point in prefixed("1@", text, "sizes", "128,160,192,224")}))
+
+
+def parse_keeps(text: str) -> tuple[Fraction, ...]:
+    """The shares of "0.5,0.7,1". Raises PointError for anything else, and for 0, which keeps no token."""
+    return tuple(sorted({point.keep for point in prefixed("1~", text, "keeps", "0.5,0.7,1")}))
+
+
+def prefixed(prefix: str, text: str, setting: str, value: str) -> list[Point]:
+    """The points that a list of sizes or shares stands for; `setting` and `value` are for the message."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        return [Point.of(prefix + part) for part in parts]
+    except PointError:
+        what = "sizes in pixels" if setting == "sizes" else "shares of tokens, above 0 and at most 1"
+        raise PointError(
+            f"{text[:40]!r} are no {what}.", remedy="example", setting=setting, value=value
+        ) from None
+
+
+def widths_of(points: Iterable[Point]) -> tuple[Fraction, ...]:
+    """Returns the widths of points of any kind, narrowest first."""
+    return tuple(sorted({point.ratio for point in points}))
+
+
 def ratios_of(points: Iterable[Point]) -> tuple[Fraction, ...]:
     """Returns the widths of points without size or keep, narrowest first. Raises PointError for others."""
     points = set(points)
@@ -132,24 +188,35 @@ def ratios_of(points: Iterable[Point]) -> tuple[Fraction, ...]:
     return tuple(sorted(point.ratio for point in points))
 
 
-def find_point(wanted: "str | float | Fraction | Point", trained: Iterable[Point]) -> Point:
+def find_point(
+    wanted: "str | float | Fraction | Point", trained: Iterable[Point], own: int | None = None
+) -> Point:
     """Returns the trained point that equals `wanted`.
 
     Accuracy collapses between trained widths (Scala, Table 7: 1.6 % top-1 at 0.46875), so a point that was
     not trained raises PointError, naming its nearest trained neighbours.
+
+    Args:
+        own: the size of a point without one.
     """
     point, points = Point.of(wanted), sorted(trained)
+    if any(each.size for each in points):
+        point = replace(point, size=point.size or own)
+    elif point.size == own:
+        point = replace(point, size=None)
     if point in points:
         return point
-    near = sorted(points, key=lambda p: abs(p.ratio - point.ratio))[:2]
+    kind = "ratio" if point == Point(point.ratio) else "point"
+    near = sorted(points, key=lambda p: distance(p, point))[:2]
     raise PointError(
-        f"ratio {point} was not trained; the nearest trained: {', '.join(p.label for p in sorted(near))}.",
+        f"{kind} {point} was not trained; the nearest trained: {', '.join(p.label for p in sorted(near))}.",
         remedy="trained_ratio",
         trained=near[0],
         wanted=point,
     )
 
 
-def choose_points(wanted: Iterable[str] | None, trained: Sequence[Point]) -> list[Point]:
-    """Returns the wanted trained points, each once; all if none is named."""
-    return list(dict.fromkeys(find_point(ratio, trained) for ratio in wanted or trained))
+def distance(one: Point, other: Point) -> tuple[float, float, float]:
+    """How far two points are apart: in width, then in size, then in the share of tokens."""
+    sizes = abs((one.size or 0) - (other.size or 0))
+    return float(abs(one.ratio - other.ratio)), float(sizes), float(abs(one.keep - other.keep))

@@ -91,9 +91,12 @@ def vit_table(num_heads: int, layout: Layout) -> Table:
 
 
 def axes_of(name: str, table: Table) -> tuple[Axis | None, ...]:
-    """The axes of the parameter `name`. Raises CheckpointError where the table has no row for it."""
+    """The axes of the parameter `name`, also of one that a width or a size has of its own ("@160:pos_embed").
+
+    Raises CheckpointError where the table has no row for it.
+    """
     try:
-        return table[re.sub(r"^(blocks|patch_embed\.proj\.before)\.\d+", r"\1.*", name)]
+        return table[re.sub(r"^(blocks|patch_embed\.proj\.before)\.\d+", r"\1.*", name.rpartition(":")[2])]
     except KeyError:
         raise CheckpointError(
             f"parameter {name!r} is unknown to the slicing table.",

@@ -56,7 +56,7 @@ class Arm:
         """The start as this arm cuts it."""
         net, record = start
         rule = replace(net.rule, layout=self.recipe.layout, attn_scale=self.recipe.attn_scale)
-        return net.with_rule(rule), record
+        return net.like(rule=rule), record
 
     def without(self, part: str) -> "Arm":
         """The arm less one of its parts. Raises TrainingError for a part it does not have."""
@@ -133,6 +133,8 @@ def compare(
         "amp": settings.device.amp,
         "settings": settings.words(),
     }
+    if any(point.keep < 1 for point in net.points):
+        what["drop_blocks"] = [*net.spec.tokens.places(len(net.vit.blocks))]
     macs, task = Macs.of(net), task_named(record.task)
     first = training_macs(macs, arms[0].method, record.task, record.trained)
     with claimed(folder, what):
@@ -172,6 +174,8 @@ def refuse_unfit(net: SlimmableViT, record: Record, arms: Sequence[Arm], setting
     task = task_named(record.task)
     for arm in arms:
         is_taught(record, task, arm.method)
+        if not arm.kind.one_point:
+            arm.kind(net.points, arm.method, task)  # refuses points that it does not train
     classes = task.open(settings, net.spec.label_names)[0].classes
     misfit = unlearnt(net, record, classes) if task.labelled else ""
     if misfit:

@@ -13,7 +13,7 @@ from scala_cli.models.features import for_task
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.precision import note_emulation
 from scala_cli.settings import Settings
-from scala_cli.slicing.point import Point, ratios_of
+from scala_cli.slicing.point import Point
 from scala_cli.tasks import task_named
 from scala_cli.training.loop import Trainer
 from scala_cli.training.run import Row, Run
@@ -47,6 +47,8 @@ def finetune(
     refuse_foreign(settings.method)
     taught = is_taught(record, task, settings.method)
     splits = task.open(settings, start.spec.label_names, watch, world)
+    if sizes := [point.size for point in start.points if point.size]:
+        splits[0].tell_enlarged(max(sizes), watch)
     classes = splits[0].classes
     kind = method_named(settings.method.method)
     method = kind(start.points, settings.method, task)  # refuses points that it does not train
@@ -62,7 +64,7 @@ def finetune(
         watch.note(f"{misfit}: the head is new, and there is no teacher.")
         taught = False
     elif task.labelled:
-        start = SlimmableViT(start.vit, start.spec.naming(classes), start.rule, start.extra)
+        start = start.like(spec=start.spec.naming(classes))
     begun = start
     start, record = prepare(begun, record, settings, splits[0], watch)
     start = method.prepared(start, settings.run.seed)
@@ -146,7 +148,7 @@ def learn_classes_first(
         method=replace(settings.method, method=ONE_POINT, order="none"),
         optimizer=settings.optimizer.for_share(LEARNING),
     )
-    alone = start.with_rule(replace(start.rule, ratios=(FULL.ratio,)))
+    alone = start.with_points([FULL])
     trainer = Trainer(alone, task_named(record.task), None, learning, splits)
     points = [str(point) for point in start.points]
     with run.claimed(settings, force):
@@ -166,7 +168,7 @@ def widen(
     net, _ = load_with_record(run.teacher.path / "last")
     _, record = load_with_record(run.teacher.path / "start")
     record = replace(record, new_head=False)
-    start = net.with_rule(replace(net.rule, ratios=ratios_of(points)))
+    start = net.with_points(points)
     start, record = prepare(start, record, settings, splits[0], watch)
     task = task_named(record.task)
     start = method_named(settings.method.method)(start.points, settings.method, task).prepared(

@@ -33,7 +33,7 @@ class Macs:
 
     @classmethod
     def of(cls, net: SlimmableViT) -> "Macs":
-        points = {point: macs(net.spec.at(point.ratio)) for point in net.points}
+        points = {point: macs(net.spec_at(point)) for point in net.points}
         return cls(points, macs(replace(net.spec, tsm={})))
 
 

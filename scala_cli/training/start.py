@@ -75,8 +75,7 @@ def refuse_foreign(method: MethodSettings) -> None:
         if getattr(method, name) != getattr(MethodSettings(), name):
             raise TrainingError(
                 f"{name} has no part in method {method.method}.",
-                remedy="leave_out",
-                setting=name.replace("_", "-"),
+                "Leave it out.",
             )
 
 
@@ -87,7 +86,7 @@ def with_new_head(start: SlimmableViT, classes: Sequence[str], seed: int) -> Sli
         torch.manual_seed(seed)
         vit.reset_classifier(len(classes))
     extra = {name: t for name, t in start.extra.items() if not name.partition(":")[2].startswith("head")}
-    return SlimmableViT(vit, start.spec.naming(classes), start.rule, {**extra, **kept_reader(start)})
+    return start.like(vit=vit, spec=start.spec.naming(classes), extra={**extra, **kept_reader(start)})
 
 
 def prepare(
@@ -125,7 +124,7 @@ def prepare(
             remedy="leave_out",
             setting="isolation",
         )
-    return start.with_rule(replace(start.rule, isolated=isolation(start, record, settings))), record
+    return start.like(rule=replace(start.rule, isolated=isolation(start, record, settings))), record
 
 
 def isolation(start: SlimmableViT, record: Record, settings: Settings) -> bool:

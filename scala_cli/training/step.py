@@ -20,9 +20,10 @@ from scala_cli.errors import TrainingError, naming_failure
 from scala_cli.memory import naming_lack_of_memory
 from scala_cli.methods import method_named
 from scala_cli.methods.base import Batch, Output
+from scala_cli.models.modes import skip_unread
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.tokens import slimming
-from scala_cli.models.vit import choose_attention, random_images, skip_unread
+from scala_cli.models.vit import choose_attention, random_images
 from scala_cli.precision import autocast, uses_bfloat16
 from scala_cli.settings import AugmentSettings, Settings
 from scala_cli.slicing.point import Point
@@ -125,10 +126,10 @@ class Step:
         return [*self.net.parameters(), *self.modules.parameters()]
 
     def train_own_vectors(self) -> None:
-        """Adds the vectors that a width has of its own to the groups of those that all share."""
+        """Adds what a width or a size has of its own to the groups of those that all share."""
         shared = dict(self.net.vit.named_parameters())
         groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
-        for name, vector in self.net.vectors.items():
+        for name, vector in [*self.net.vectors.items(), *self.net.positions.items()]:
             groups[id(shared[name.partition(":")[2]])]["params"].append(vector)
 
     def state(self) -> dict[str, Any]:
@@ -247,8 +248,8 @@ class Step:
             self.world.agree_on(self.statistics.values())
 
     def predict(self, images: Tensor, point: Point) -> Any:
-        """The model's output at a width, in float32 and in the task's units, such as (B, classes) logits."""
-        return self.told_by(self.net.model_at(point), images)
+        """The model's output at a point, in float32 and in the task's units, such as (B, classes) logits."""
+        return self.told_by(self.net.at(point), self.net.fitting(images, point))
 
     @torch.no_grad()
     def teach(self, images: Tensor) -> Any:

@@ -1,0 +1,73 @@
+"""SuperViT: Super Vision Transformer (arXiv 2205.11397)."""
+
+from collections.abc import Iterator, Sequence
+from random import Random
+from typing import ClassVar
+
+from scala_cli.errors import PointError
+from scala_cli.methods.base import Batch, Method, Pass, Student, Teacher
+from scala_cli.settings import MethodSettings
+from scala_cli.slicing.point import Point, widths_of
+from scala_cli.tasks.base import Task
+
+
+class SuperViT(Method):
+    """Many sizes and shares of tokens in one ViT of one width (section 3 of the paper).
+
+    A step trains four points: the largest size with all tokens and with fewer, another size with all tokens
+    and with fewer. In the paper labels teach the points with all tokens, and each of these teaches the one of
+    its size with fewer. A frozen starting model, if there is one, teaches in addition to the labels and in
+    place of the same size (`teacher` all), or the largest size alone (full).
+    """
+
+    parts = frozenset({"teacher"})
+    ratios: ClassVar[str] = "1"
+    keeps: ClassVar[str] = "0.5,0.7,1"
+
+    def __init__(self, points: Sequence[Point], settings: MethodSettings, task: Task) -> None:
+        super().__init__(points, settings, task)
+        if len(widths_of(self.points)) > 1:
+            raise PointError(
+                "method supervit trains one width, of many sizes and shares of tokens.",
+                "Give one.",
+                remedy="example",
+                setting="ratios",
+                value="1",
+            )
+        self.whole = {point.size: point for point in self.points if point.keep == 1}
+        """size -> the point with all tokens, smallest first"""
+        lonely = [point for point in self.points if point.size not in self.whole]
+        if lonely:
+            raise PointError(
+                f"{lonely[0]} learns from the point of its size with all tokens, which is not trained.",
+                "Add it.",
+                remedy="example",
+                setting="keeps",
+                value=self.keeps,
+            )
+
+    def draw(self, random: Random) -> list[Point]:
+        """The largest size with all tokens and with fewer; a smaller one likewise."""
+        *smaller, largest = self.whole.values()
+        drawn = []
+        for whole in [largest, *([random.choice(smaller)] if smaller else [])]:
+            fewer = [point for point in self.points if point.size == whole.size and point.keep < 1]
+            drawn += [whole, *([random.choice(fewer)] if fewer else [])]
+        return drawn
+
+    def passes(
+        self, batch: Batch, student: Student, teacher: Teacher | None, drawn: Sequence[Point]
+    ) -> Iterator[Pass]:
+        frozen = teacher(batch.images) if teacher else None
+        lesson = None
+        for point in drawn:
+            output = student(batch.images, point)
+            everywhere = self.settings.teacher == "all" or point == drawn[0]
+            known = frozen if everywhere else None
+            if point.keep == 1:
+                loss = self.task.loss(output, batch.targets, known, self.settings)
+                lesson = output.detach()
+            else:
+                taught = frozen if frozen is not None and self.settings.teacher == "all" else lesson
+                loss = self.task.loss(output, None, taught, self.settings)
+            yield Pass(point, loss)

@@ -1,0 +1,85 @@
+"""Other points of a family than it was trained at: a grid to train, or what needs no training."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from scala_cli.errors import PointError
+from scala_cli.models.checkpoint import Record
+from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.models.source import Changes, is_checkpoint, open_slimmable
+from scala_cli.settings import GridSettings, TokenSettings
+from scala_cli.slicing.point import Point, parse_keeps, parse_sizes
+from scala_cli.slicing.point import grid as points_of_grid
+from scala_cli.slicing.tokens import TokenRule, parse_blocks
+from scala_cli.watch import QUIET, Watcher
+
+
+def open_grid(
+    name: str, ratios: str | None, grid: GridSettings, changes: Changes | None = None, **how: Any
+) -> tuple[SlimmableViT, Record]:
+    """Opens what a family is trained from, at every size and share of tokens: `open_slimmable`, `in_grid`.
+
+    A MODEL takes images of the largest size, unless `changes` says another one.
+    """
+    sizes, changes = parse_sizes(grid.sizes or ""), changes or Changes()
+    if sizes and changes.img_size is None and not is_checkpoint(name):
+        changes = replace(changes, img_size=sizes[-1])
+    net, record = open_slimmable(name, ratios, changes, **how)
+    return in_grid(net, grid), record
+
+
+def in_grid(net: SlimmableViT, grid: GridSettings) -> SlimmableViT:
+    """Returns the family at every size and with every share of tokens, to be trained.
+
+    Raises PointError for what is not written so, and for points that the model cannot have.
+    """
+    spec = net.spec
+    if grid.drop_blocks:
+        spec = replace(spec, tokens=replace(spec.tokens, blocks=parse_blocks(grid.drop_blocks)))
+    spec = replace(spec, resize=grid.resize or spec.resize)
+    points = points_of_grid(net.points, parse_sizes(grid.sizes or ""), parse_keeps(grid.keeps or ""))
+    return net if (spec, points) == (net.spec, net.points) else net.like(spec=spec).with_points(points)
+
+
+def with_untrained(
+    net: SlimmableViT,
+    record: Record,
+    wanted: Sequence[str] | None,
+    settings: TokenSettings,
+    watch: Watcher = QUIET,
+) -> tuple[SlimmableViT, list[Point]]:
+    """Returns the family with the wanted points added that need no training, and the wanted points.
+
+    These are shares of tokens of a family that was not trained to pass on fewer, by merging unless told
+    otherwise; and, where nothing was trained, other sizes, whose position embedding is resampled.
+
+    Args:
+        wanted: None is all points of the family.
+
+    Raises PointError for a point that needs training and has had none.
+    """
+    asked = [Point.of(text) for text in wanted or ()]
+    reduced = any(point.keep < 1 for point in net.points)
+    if reduced and settings.given():
+        raise PointError(
+            "this family was trained to pass on fewer tokens, by its own rule.",
+            remedy="leave_out_one",
+            setting="tokens",
+            other="--drop-blocks",
+        )
+    more = []
+    for point in asked:
+        start = point if reduced else replace(point, keep=Point.keep)
+        if record.method is None:
+            start = replace(start, size=None)
+        net.find(start)
+        more += [point] if start != point else []
+    if more:
+        blocks = parse_blocks(settings.drop_blocks) if settings.drop_blocks else ()
+        rule = net.spec.tokens if reduced else TokenRule(settings.tokens or "merge", blocks)
+        net = net.like(spec=replace(net.spec, tokens=rule)).with_points([*net.points, *more])
+        if any(point.keep < 1 for point in more):
+            what = "merged" if rule.kind == "merge" else "dropped"
+            watch.note(f"tokens are {what} without training.")
+    return net, list(dict.fromkeys(map(net.find, asked))) or [*net.points]

@@ -1,0 +1,164 @@
+"""Which tokens go on: how many after each block, the best of them, or all of them merged into fewer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from scala_cli.errors import PointError
+from scala_cli.slicing.point import decimal
+
+Reduction = Literal["drop", "merge"]
+
+
+@dataclass(frozen=True)
+class TokenRule:
+    """How many patch tokens go on after each block of a ViT. Prefix tokens, as the class token, always do.
+
+    `drop` (SuperViT, arXiv 2205.11397): at each of `blocks`, between attention and MLP, ceil(keep * N) of the
+    patch tokens go on, where N counts all tokens that come in. `merge` (ToMe, arXiv 2210.09461): as many
+    tokens are left after the last block, but in every block equally many are merged into others.
+
+    Args:
+        blocks: numbers of the dropping blocks, from 1. Empty: those with which the second, the third and the
+            fourth quarter of the depth begin, 4, 7 and 10 of 12.
+    """
+
+    kind: Reduction = "drop"
+    blocks: tuple[int, ...] = ()
+
+    def places(self, depth: int) -> tuple[int, ...]:
+        """Returns the numbers of the dropping blocks, ascending. Raises PointError beyond the depth."""
+        places = tuple(sorted({*(self.blocks or (depth * quarter // 4 + 1 for quarter in (1, 2, 3)))}))
+        if not 1 <= places[0] <= places[-1] <= depth:
+            odd = next(number for number in places if not 1 <= number <= depth)
+            raise PointError(
+                f"tokens cannot be dropped in block {odd}: the model has blocks 1 to {depth}.",
+                remedy="example",
+                setting="drop-blocks",
+                value=",".join(map(str, TokenRule().places(depth))),
+            )
+        return places
+
+    def counts(self, patches: int, prefix: int, depth: int, keep: Fraction) -> dict[int, int]:
+        """Returns for each reducing block, from 1, how many patch tokens it passes on.
+
+        Args:
+            patches, prefix: numbers of tokens before the first block.
+            keep: share of the tokens that each dropping block passes on.
+
+        Raises PointError for blocks beyond the depth, and where a block would have to merge more than half.
+        """
+        counts, left = {}, patches
+        for number in self.places(depth):
+            left = counts[number] = min(left, ceil(keep * (left + prefix)))
+        if self.kind == "drop":
+            return counts
+        after = {
+            number: left + (patches - left) * (depth - number) // depth for number in range(1, depth + 1)
+        }
+        before = patches
+        for number, count in after.items():
+            if before - count > before // 2:
+                raise PointError(
+                    f"keep {decimal(keep)} cannot be merged: block {number} would have to turn {before} "
+                    f"tokens into {count}, and merging takes half of them at most.",
+                    "Give a larger share of tokens.",
+                )
+            before = count
+        return after
+
+
+def take(tokens: Tensor, indices: Tensor) -> Tensor:
+    """(B, N, C), (B, k) -> (B, k, C)"""
+    return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def best(tokens: Tensor, scores: Tensor, prefix: int, count: int) -> Tensor:
+    """Returns the prefix and the `count` patch tokens with the highest scores: (B, prefix + count, C).
+
+    Args:
+        tokens: (B, prefix + patches, C)
+        scores: (B, patches)
+    """
+    chosen = scores.topk(count, dim=1).indices
+    return torch.cat([tokens[:, :prefix], take(tokens[:, prefix:], chosen)], 1)
+
+
+class Merged(NamedTuple):
+    """Tokens of which some stand for several patches.
+
+    Args:
+        tokens: (B, prefix + k, C)
+        sizes: (B, k) how many patches each patch token stands for.
+        places: (B, patches) which of the k tokens stands for each patch.
+    """
+
+    tokens: Tensor
+    sizes: Tensor
+    places: Tensor
+
+    @classmethod
+    def none(cls, tokens: Tensor, prefix: int) -> "Merged":
+        """Returns tokens of which each stands for one patch."""
+        sizes = torch.ones_like(tokens[:, prefix:, 0])
+        places = torch.arange(sizes.shape[1], device=tokens.device)
+        return cls(tokens, sizes, places.expand(tokens.shape[0], -1))
+
+    def bias(self) -> Tensor:
+        """Returns what is added to the attention logits, the logarithm of sizes: (B, 1, 1, prefix + k)."""
+        prefix = self.tokens.shape[1] - self.sizes.shape[1]
+        return F.pad(self.sizes.log(), (prefix, 0))[:, None, None]
+
+    def put_back(self) -> Tensor:
+        """Returns a token for every patch, the one that stands for it: (B, prefix + patches, C)."""
+        prefix = self.tokens.shape[1] - self.sizes.shape[1]
+        return torch.cat([self.tokens[:, :prefix], take(self.tokens[:, prefix:], self.places)], 1)
+
+
+def merge(merged: Merged, keys: Tensor, count: int) -> Merged:
+    """Merges patch tokens that are alike until `count` are left (ToMe, section 3: bipartite soft matching).
+
+    Every second token (set A) goes to the most similar of the others (set B) by the cosine of their keys; of
+    these pairs the most similar are merged, into the mean weighted by sizes. Tokens keep their order, so
+    that neighbours stay in different sets.
+
+    Args:
+        keys: (B, k, D) of the patch tokens.
+        count: at least half of k.
+    """
+    tokens, sizes, places = merged
+    images, k = sizes.shape
+    if count == k:
+        return merged
+    prefix = tokens.shape[1] - k
+    keys = F.normalize(keys, dim=-1)
+    likeness, partner = (keys[:, 1::2] @ keys[:, 0::2].mT).max(-1)  # of A with B, (B, |A|)
+    left = likeness.topk(k - count, dim=1).indices
+    gone, into = 2 * left + 1, 2 * partner.gather(1, left)  # numbers among all k
+    stays = torch.ones_like(sizes, dtype=torch.long).scatter(1, gone, 0)
+    now = stays.cumsum(1) - 1
+    now = now.scatter(1, gone, now.gather(1, into))  # (B, k) where each token is from now on
+    total = sizes.new_zeros(images, count).scatter_add(1, now, sizes)
+    patches = tokens[:, prefix:] * sizes[..., None]
+    summed = tokens.new_zeros(images, count, tokens.shape[-1])
+    patches = summed.scatter_add(1, now[..., None].expand_as(patches), patches) / total[..., None]
+    return Merged(torch.cat([tokens[:, :prefix], patches], 1), total, now.gather(1, places))
+
+
+def parse_blocks(text: str) -> tuple[int, ...]:
+    """The numbers of "4,7,10". Raises PointError for anything else."""
+    parts: Sequence[str] = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() and len(part) < 5 for part in parts):
+        raise PointError(
+            f"{text[:40]!r} are no numbers of blocks.",
+            remedy="example",
+            setting="drop-blocks",
+            value="4,7,10",
+        )
+    return tuple(sorted({*map(int, parts)}))
