@@ -32,7 +32,7 @@ class Expert(nn.Module):
         self.model = opened(name).eval().requires_grad_(False)
         cfg = self.model.pretrained_cfg
         names = cfg.get("label_names")
-        count = int(self.model.num_classes)  # type: ignore[arg-type]
+        count = int(self.model.num_classes)
         known = spec.label_names or [str(number) for number in range(spec.num_classes)]
         comparable = names if spec.label_names else None
         if misfit := class_misfit(known, count, comparable):
