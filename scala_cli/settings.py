@@ -73,7 +73,7 @@ class MethodSettings:
     )
     smoothing: float = option(0.1, "Label smoothing.", min=0, max=1)
     class_token: float = option(
-        1.0, "Of features: weight of the loss on the class token, or on what the model pools instead.", min=0
+        0.1, "Of features: weight of the loss on the class token, or on what the model pools instead.", min=0
     )
     patch_tokens: float = option(1.0, "Of features: weight of the loss on the patch tokens.", min=0)
     whiten: float = option(
@@ -93,7 +93,7 @@ class OptimizerSettings:
     batch_size: int = option(128, "Images a step; of several processes, those of each.", "-b", min=1)
     lr: float | None = option(
         None,
-        "Peak learning rate; warm-up and cosine lead to and from it. Default: 1e-3 for classes, 5e-5 for "
+        "Peak learning rate; warm-up and cosine lead to and from it. Default: 1e-3 for classes, 2e-3 for "
         "features.",
         min=0,
     )
@@ -104,7 +104,11 @@ class OptimizerSettings:
         None, "Learning rate falls by this factor with each block downwards.", min=0, max=1
     )
     clip_grad: float | None = option(1.0, "Clip the norm of the gradient; 0 does not.", min=0)
-    opt: str = option("adamw", "Optimizer, by timm's name.")
+    opt: str | None = option(
+        None,
+        "Optimizer, by timm's name; with muon, rates are relative to the size of each weight. "
+        "Default: adamw for classes, muon for features.",
+    )
     grad_accum_steps: int = option(
         1, "Work through a batch in so many parts, which needs less memory; the step is the same.", min=1
     )

@@ -73,6 +73,8 @@ def test_a_pretrained_model_with_fewer_tokens_needs_no_training(scala, photos):
     assert fewer["gmacs"] < whole["gmacs"]
     cut = scala("slice", "vit", "--ratio", "1~0.7", "--tokens", "drop", "-o", "cut")
     assert cut.code == 0 and "import scala_cli" in cut.told, cut.stderr
+    again = scala("convert", "cut", "-o", "again")
+    assert again.code == 2 and "a slice with fewer tokens" in again.told
     file = scala("export", "vit", "--ratio", "1~0.7", "--format", "pt2", "-o", "file.pt2")
     assert file.code == 0, file.stderr
 

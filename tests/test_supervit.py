@@ -13,14 +13,18 @@ from torch.nn import functional as F
 from scala_cli.cascade import Cascade
 from scala_cli.deploy.slice import slice_model
 from scala_cli.errors import CheckpointError, PointError
+from scala_cli.evaluate import widths
 from scala_cli.methods.base import Batch
+from scala_cli.methods.scala import Scala
 from scala_cli.methods.supervit import SuperViT
 from scala_cli.models.checkpoint import Record, load, load_with_record, save
+from scala_cli.models.fitted import FittedViT
+from scala_cli.models.in_memory import slimmable as of_memory
 from scala_cli.models.order import put_first_what_matters
 from scala_cli.models.points import in_grid, with_untrained
 from scala_cli.models.source import open_source
 from scala_cli.models.vit import embedding_at
-from scala_cli.settings import GridSettings, MethodSettings, TokenSettings
+from scala_cli.settings import DeviceSettings, GridSettings, MethodSettings, TokenSettings
 from scala_cli.slicing.point import Point, grid, parse_points, sized
 from scala_cli.tasks import task_named
 
@@ -29,10 +33,8 @@ GRID = GridSettings("8,12,16", "0.5,0.7,1")
 
 def family(kind="deit", ratios="0.5,1", depth=4):
     """A family of two widths, three sizes and three shares of tokens, its embeddings random."""
-    from scala_cli.models.in_memory import slimmable as of
-
     vit, _ = build(kind, depth=depth)
-    net = in_grid(of(vit, ratios), GRID).eval()
+    net = in_grid(of_memory(vit, ratios), GRID).eval()
     with torch.no_grad():
         for number, embedding in enumerate(net.positions.values()):
             noise = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(number))
@@ -317,3 +319,38 @@ def test_points_that_supervit_cannot_train():
         method(points=parse_points("0.5,1"))
     with pytest.raises(PointError, match=r"1@8~0\.5 learns from the point of its size"):
         method(points=parse_points("1@8~0.5,1@16"))
+
+
+def test_scala_trains_every_point_of_a_grid():
+    points = grid(parse_points("0.5,1"), (8, 16), (Fraction(1, 2), Fraction(1)))
+    scala = Scala(points, MethodSettings(), task_named("classification"))
+    drawn = [scala.draw(Random(seed)) for seed in range(80)]
+    assert {point for some in drawn for point in some} == {*points}
+    assert all(some[0] == points[-1] and some[-1] == points[0] for some in drawn)
+
+
+@torch.no_grad()
+def test_features_of_merged_tokens_are_those_of_every_patch(images):
+    """The reference of the task has all patches, so dropping some is refused."""
+    vit, _ = build("deit", depth=4, num_classes=0)
+    net, record, task = of_memory(vit, "0.5,1").eval(), Record(task="features"), task_named("features")
+    merged, points = with_untrained(net, record, ["0.5~0.7"], TokenSettings())
+    (predict,) = widths(merged, task, points, DeviceSettings(device="cpu", amp=False)).values()
+    assert predict(images).shape == (3, 1 + 16, 32)
+    assert merged.features(images, "0.5~0.7", grid=True).tokens.shape == (3, 32, 4, 4)
+    dropped, points = with_untrained(net, record, ["0.5~0.7"], TokenSettings("drop"))
+    with pytest.raises(PointError, match=r"0\.5~0\.7 does not give one for each"):
+        widths(dropped, task, points, DeviceSettings())
+
+
+@torch.no_grad()
+def test_a_fitted_width_takes_fewer_tokens_too(images):
+    net, _ = with_untrained(slimmable(), Record(), ["0.5@8~0.7"], TokenSettings())
+    fitted = net.slice("0.5")
+    for parameter in fitted.parameters():
+        parameter.mul_(1.1)
+    apart = FittedViT(net, {Fraction(1, 2): fitted}, {})
+    assert torch.equal(apart(images, "0.5"), fitted(images))
+    small = apart(images, "0.5@8~0.7")
+    assert torch.equal(small, apart.slice("0.5@8~0.7")(apart.fitting(images, Point.of("1@8"))))
+    assert not torch.allclose(small, net(images, "0.5@8~0.7"))

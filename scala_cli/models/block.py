@@ -15,13 +15,13 @@ class Passing(NamedTuple):
     """How a block reduces its tokens.
 
     Args:
-        count: patch tokens that go on.
+        kept: patch tokens that go on.
         prefix: tokens before them, which always go on.
         by_class: whether the first of these is a class token, whose attention scores the patches.
         last: whether no later block reduces them.
     """
 
-    count: int
+    kept: int
     prefix: int
     by_class: bool
     last: bool
@@ -39,14 +39,14 @@ class SlimBlock(Block):
     """Which tokens go on from the attention to the MLP; None passes on all."""
 
     def forward(self, x: Any, *masks: Any, **named: Any) -> Any:
-        """(B, N, C) -> (B, N, C), or (B, read, C), or (B, prefix + count, C)"""
+        """(B, N, C) -> (B, N, C), or (B, read, C), or (B, prefix + kept, C)"""
         if self.read is not None:
             x = x[:, : self.read] + self.drop_path1(self.ls1(self.attend(self.norm1(x), self.read)))
         elif self.passing is not None:
             inside = self.norm1(x)
             scores = attention_to_patches(self.attn, inside, self.passing)
             x = x + self.drop_path1(self.ls1(self.attn(inside)))
-            x = best(x, scores, self.passing.prefix, self.passing.count)
+            x = best(x, scores, self.passing.prefix, self.passing.kept)
         else:
             return super().forward(x, *masks, **named)
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
@@ -95,7 +95,7 @@ class MergeBlock(SlimBlock):
         keys = mean_keys(self.attn, inside[:, self.passing.prefix :])
         mask = None if merged is not x else merged.bias()
         attended = self.drop_path1(self.ls1(self.attn(inside, attn_mask=mask)))
-        merged = merge(merged._replace(tokens=merged.tokens + attended), keys, self.passing.count)
+        merged = merge(merged._replace(tokens=merged.tokens + attended), keys, self.passing.kept)
         tokens = merged.tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(merged.tokens))))
         merged = merged._replace(tokens=tokens)
         return merged.put_back() if self.passing.last else merged

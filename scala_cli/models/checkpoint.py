@@ -24,7 +24,7 @@ from torch import Tensor
 import scala_cli
 from scala_cli.errors import CheckpointError, PointError
 from scala_cli.files import whole_directory
-from scala_cli.models.config import spec_of
+from scala_cli.models.config import REDUCED, spec_of
 from scala_cli.models.locate import CONFIG, EXTRA, WEIGHTS, read_config, resolve
 from scala_cli.models.resize import Resize
 from scala_cli.models.slimmable import SlimmableViT
@@ -155,7 +155,7 @@ def write_timm(state: Mapping[str, Tensor], spec: Spec, about: Mapping[str, Any]
         stock.pretrained_cfg = {**stock.pretrained_cfg, "architecture": "slimmed_vit"}
         args |= {"base": spec.architecture, "tsm": dict(spec.tsm)}
     if spec.keep < 1:
-        stock.pretrained_cfg = {**stock.pretrained_cfg, "architecture": "scala_vit"}
+        stock.pretrained_cfg = {**stock.pretrained_cfg, "architecture": REDUCED}
         args |= {"base": spec.architecture, "keep": float(spec.keep), "tokens": spec.tokens.kind}
         args |= {"blocks": [*spec.tokens.places(len(stock.blocks))]}
     save_for_hf(stock, str(directory), config, model_args=args, safe_serialization=True)

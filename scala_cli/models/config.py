@@ -19,6 +19,8 @@ RUNTIME = {"device", "dtype", "weight_init"}
 """Arguments for device, dtype and initialisation, which do not define the model."""
 ARGS = {*inspect.signature(VisionTransformer).parameters, "stem", "stem_width", *SLIMMED_ARGS} - RUNTIME
 """Arguments that define a ViT, also one of this package's own (models/lvvit.py, slimmed.py)."""
+REDUCED = "scala_vit"
+"""The architecture of a slice with fewer tokens (models/registered.py)."""
 FACTORY = {*inspect.signature(timm.create_model).parameters, *RUNTIME, "pretrained_strict", "out_indices"}
 """Other arguments of timm: for weights to read, a directory to keep them in, and the like."""
 
@@ -70,6 +72,11 @@ def read_settings(config: Mapping[str, Any]) -> Config:
         raise CheckpointError(
             f"config.json is damaged: this timm ({timm.__version__}) has no architecture {name!r}.",
             "Name one that it has; or upgrade: pip install -U timm",
+        )
+    if name == REDUCED:
+        raise CheckpointError(
+            "this is a slice with fewer tokens; it is a finished model, which timm loads.",
+            "Name the family, or the model, that it was cut from.",
         )
     odd = [key for key, value in args.items() if key not in ARGS | FACTORY and value not in (None, False)]
     if odd:

@@ -62,12 +62,10 @@ def with_untrained(
     asked = [Point.of(text) for text in wanted or ()]
     reduced = any(point.keep < 1 for point in net.points)
     if reduced and settings.given():
-        raise PointError(
-            "this family was trained to pass on fewer tokens, by its own rule.",
-            remedy="leave_out_one",
-            setting="tokens",
-            other="--drop-blocks",
-        )
+        trained = "this family was trained to pass on fewer tokens, by its own rule."
+        if settings.tokens:
+            raise PointError(trained, remedy="leave_out", setting="tokens")
+        raise PointError(trained, remedy="leave_out", setting="drop-blocks")
     more = []
     for point in asked:
         start = point if reduced else replace(point, keep=Point.keep)

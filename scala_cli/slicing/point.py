@@ -108,7 +108,7 @@ def decimal(share: Fraction) -> str:
 
 def parse_points(text: str) -> tuple[Point, ...]:
     """The points of "0.25,0.5,0.75,1", smallest first."""
-    points = {Point.of(part) for part in text.split(",") if part.strip()}
+    points = {Point.of(part) for part in parts_of(text)}
     if not points:
         raise PointError(
             "no ratio given.",
@@ -151,24 +151,33 @@ def sized(points: Iterable[Point], own: int | None) -> tuple[Point, ...]:
 
 def parse_sizes(text: str) -> tuple[int, ...]:
     """The sizes of "128,160,224", smallest first. Raises PointError for anything else."""
-    return tuple(sorted({point.size or 0 for point in prefixed("1@", text, "sizes", "128,160,192,224")}))
+    try:
+        return tuple(sorted({Point.of(f"1@{part}").size or 0 for part in parts_of(text)}))
+    except PointError:
+        raise PointError(
+            f"{text[:40]!r} are no sizes in pixels.",
+            remedy="example",
+            setting="sizes",
+            value="128,160,192,224",
+        ) from None
 
 
 def parse_keeps(text: str) -> tuple[Fraction, ...]:
     """The shares of "0.5,0.7,1". Raises PointError for anything else, and for 0, which keeps no token."""
-    return tuple(sorted({point.keep for point in prefixed("1~", text, "keeps", "0.5,0.7,1")}))
-
-
-def prefixed(prefix: str, text: str, setting: str, value: str) -> list[Point]:
-    """The points that a list of sizes or shares stands for; `setting` and `value` are for the message."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
     try:
-        return [Point.of(prefix + part) for part in parts]
+        return tuple(sorted({Point.of(f"1~{part}").keep for part in parts_of(text)}))
     except PointError:
-        what = "sizes in pixels" if setting == "sizes" else "shares of tokens, above 0 and at most 1"
         raise PointError(
-            f"{text[:40]!r} are no {what}.", remedy="example", setting=setting, value=value
+            f"{text[:40]!r} are no shares of tokens, above 0 and at most 1.",
+            remedy="example",
+            setting="keeps",
+            value="0.5,0.7,1",
         ) from None
+
+
+def parts_of(text: str) -> list[str]:
+    """The parts of a list with commas, without blanks."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def widths_of(points: Iterable[Point]) -> tuple[Fraction, ...]:

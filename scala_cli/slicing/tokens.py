@@ -1,6 +1,5 @@
 """Which tokens go on: how many after each block, the best of them, or all of them merged into fewer."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scala_cli.errors import PointError
-from scala_cli.slicing.point import decimal
+from scala_cli.slicing.point import decimal, parts_of
 
 Reduction = Literal["drop", "merge"]
 
@@ -153,7 +152,7 @@ def merge(merged: Merged, keys: Tensor, count: int) -> Merged:
 
 def parse_blocks(text: str) -> tuple[int, ...]:
     """The numbers of "4,7,10". Raises PointError for anything else."""
-    parts: Sequence[str] = [part.strip() for part in text.split(",") if part.strip()]
+    parts = parts_of(text)
     if not parts or not all(part.isdecimal() and len(part) < 5 for part in parts):
         raise PointError(
             f"{text[:40]!r} are no numbers of blocks.",

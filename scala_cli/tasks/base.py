@@ -33,6 +33,11 @@ class Task(Protocol):
         ...
 
     @property
+    def opt(self) -> str:
+        """The optimizer, by timm's name, unless settings give one."""
+        ...
+
+    @property
     def labelled(self) -> bool:
         """Whether the targets are the classes of the images; if not, they are another model's outputs."""
         ...

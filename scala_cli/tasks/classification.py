@@ -42,7 +42,8 @@ class Accuracy:
 class Classification:
     """Labels and a teacher's predictions; judged by top-1."""
 
-    labelled, every_token, digits, rate = True, False, 2, 1e-3
+    labelled, every_token, digits = True, False, 2
+    rate, opt = 1e-3, "adamw"
     columns: Mapping[str, str] = {"top1": "top-1, %", "top5": "top-5, %"}
     hub: Mapping[str, str] = {"task_type": "image-classification", "metric_type": "accuracy"}
 

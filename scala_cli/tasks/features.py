@@ -30,8 +30,8 @@ class Features:
     """A frozen model's features are the targets; judged by R² against them."""
 
     labelled, every_token, digits = False, True, 4
-    rate = 5e-5
-    """Far below that of classes: at 3e-4 a DINOv2 loses its features within an epoch (docs/results)."""
+    rate, opt = 2e-3, "muon"
+    """AdamW loses a DINOv2's features at rates at which it learns (docs/results/backbones.md)."""
     columns: Mapping[str, str] = {
         "r2": "R² of patches",
         "cosine": "cosine of patches",

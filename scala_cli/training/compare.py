@@ -124,7 +124,7 @@ def compare(
     refuse_unknown(settings.data, settings.read.data_dir)  # before anything is downloaded
     net, record = for_task(*open_start(), settings.run.task)
     refuse_unfit(net, record, arms, settings)
-    what = {
+    what: dict[str, Any] = {
         "model": model,
         "ratios": [str(point) for point in net.points],
         "arms": [arm.name for arm in arms],

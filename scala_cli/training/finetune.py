@@ -122,7 +122,7 @@ def go_on_from(state: dict[str, Any], run: Run, watch: Watcher, changes: Mapping
     trainer.restore(state)
     if len(trainer.rows) < trainer.epochs:
         watch.note(f"going on after step {trainer.step.number} of {trainer.steps}.")
-    return trainer.train(run, trained_by(record, start.points, settings, state["taught"]), watch)
+    return trainer.train(run, trained_by(record, start, settings, state["taught"]), watch)
 
 
 def begin(trainer: Trainer, start: SlimmableViT, record: Record, run: Run, watch: Watcher) -> Row:
@@ -130,7 +130,7 @@ def begin(trainer: Trainer, start: SlimmableViT, record: Record, run: Run, watch
     taught = trainer.step.frozen is not None
     trainer.measure(watch)
     run.begin(start, record, trainer.state())
-    return trainer.train(run, trained_by(record, start.points, trainer.settings, taught), watch)
+    return trainer.train(run, trained_by(record, start, trainer.settings, taught), watch)
 
 
 def learn_classes_first(
@@ -156,7 +156,7 @@ def learn_classes_first(
             run.teacher.begin(alone, record, trainer.state())
             state = {**trainer.terms(), "settings": asdict(settings), "learning": True, "points": points}
             run.write_state(state)
-            trainer.train(run.teacher, trained_by(record, alone.points, learning, taught=False), watch)
+            trainer.train(run.teacher, trained_by(record, alone, learning, taught=False), watch)
         trainer.world.wait()
         return widen(run, settings, start.points, splits, watch)
 

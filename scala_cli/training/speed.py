@@ -106,7 +106,9 @@ def plain_step(
     choose_attention(vit, device, uses_bfloat16(device, settings.device))
     vit.set_grad_checkpointing(chosen.grad_checkpointing)
     run = torch.compile(task.forward, dynamic=False) if chosen.torchcompile else task.forward
-    optimizer = create_optimizer_v2(vit, opt=chosen.opt, lr=chosen.lr, weight_decay=chosen.weight_decay)
+    optimizer = create_optimizer_v2(
+        vit, opt=chosen.opt or task.opt, lr=chosen.lr, weight_decay=chosen.weight_decay
+    )
     average = ModelEmaV3(vit, decay=chosen.model_ema_decay, use_warmup=True)
 
     def step(images: Tensor, targets: Tensor) -> None:

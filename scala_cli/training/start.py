@@ -16,6 +16,7 @@ from scala_cli.methods import METHODS, method_named
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.dense import kept_reader
 from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.models.vit import Spec
 from scala_cli.settings import (
     DEFAULT_RATIOS,
     CalibrationSettings,
@@ -24,7 +25,6 @@ from scala_cli.settings import (
     Settings,
 )
 from scala_cli.slicing.own import own_vectors
-from scala_cli.slicing.point import Point
 from scala_cli.tasks.base import Task
 from scala_cli.watch import Watcher
 
@@ -140,14 +140,17 @@ def isolation(start: SlimmableViT, record: Record, settings: Settings) -> bool:
     return method_named(settings.method.method).isolated and record.order != "importance"
 
 
-def trained_by(record: Record, points: Sequence[Point], settings: Settings, taught: bool) -> Record:
+def trained_by(record: Record, start: SlimmableViT, settings: Settings, taught: bool) -> Record:
     """Returns the record of the trained model: that of the starting model, and how it was trained."""
     former = record.provenance.get("command")
     model = "CKPT" if former else str(record.provenance.get("model", "MODEL"))
     data = Path(settings.data).name if Path(settings.data).is_dir() else settings.data
-    ratios = ",".join(map(str, points))
+    ratios = ",".join(map(str, start.points))
+    blocks, resize = start.spec.tokens.blocks, start.spec.resize
     sizes = [] if former else record.provenance.get("options", [])
     words = [model, "--data", data, *sizes, *(["--ratios", ratios] if ratios != DEFAULT_RATIOS else [])]
+    words += ["--drop-blocks", ",".join(map(str, blocks))] if blocks else []
+    words += ["--resize", resize] if resize != Spec.resize else []
     command = shlex.join(["scala", "finetune", *words, *settings.words()])
     origin = {**record.provenance, "data": data, "teacher": taught, "command": command}
     origin |= {"before": former} if former else {}

@@ -14,6 +14,7 @@ from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
 
 from scala_cli.device import allow_compiling_all
 from scala_cli.errors import TrainingError, naming_failure
@@ -30,6 +31,7 @@ from scala_cli.slicing.point import Point
 from scala_cli.tasks.base import Task
 from scala_cli.training.expert import Expert
 from scala_cli.training.gradients import GradientLog
+from scala_cli.training.rates import relative_groups
 from scala_cli.world import ALONE, World
 
 
@@ -80,21 +82,12 @@ class Step:
         self.rate = task.rate if chosen.lr is None else chosen.lr
         with refusing_settings():
             self.mix = mixer(settings.augment, settings.method.smoothing, max(1, start.spec.num_classes))
-            self.optimizer = create_optimizer_v2(
-                self.net.vit,
-                opt=chosen.opt,
-                lr=self.rate,
-                weight_decay=chosen.weight_decay,
-                layer_decay=chosen.layer_decay,
-            )
-            self.train_own_vectors()
+            self.optimizer = self.optimizer_of(chosen.opt or task.opt)
             self.shared_groups = len(self.optimizer.param_groups)
-            if trained := [*self.modules.parameters()]:
-                group = {"params": trained, "lr": self.rate * self.method.module_rate}
-                self.optimizer.add_param_group(group)
+            self.add_modules(chosen.opt or task.opt)
         if getattr(self.optimizer, "is_second_order", False):
             raise TrainingError(
-                f"{chosen.opt} needs second derivatives, which training does not keep.",
+                f"{chosen.opt or task.opt} needs second derivatives, which training does not keep.",
                 remedy="try",
                 setting="opt",
                 value="adamw",
@@ -125,10 +118,42 @@ class Step:
         """All that is trained."""
         return [*self.net.parameters(), *self.modules.parameters()]
 
-    def train_own_vectors(self) -> None:
-        """Adds what a width or a size has of its own to the groups of those that all share."""
+    def optimizer_of(self, name: str) -> Optimizer:
+        """Returns timm's optimizer of this name for the weights and what a width or a size has of its own.
+
+        With Muon, which moves every matrix equally far, rates are relative (`rates.py`).
+        """
+        chosen = self.settings.optimizer
+        if self.is_relative(name):
+            groups = relative_groups(self.net, chosen.weight_decay)
+            return create_optimizer_v2(groups, opt=name, lr=self.rate)
+        optimizer = create_optimizer_v2(
+            self.net.vit,
+            opt=name,
+            lr=self.rate,
+            weight_decay=chosen.weight_decay,
+            layer_decay=chosen.layer_decay,
+        )
+        self.add_own_vectors(optimizer)
+        return optimizer
+
+    def is_relative(self, name: str) -> bool:
+        """Whether the optimizer of this name has rates relative to the size of each weight."""
+        return name.endswith("muon") and self.settings.optimizer.layer_decay is None
+
+    def add_modules(self, name: str) -> None:
+        """Adds what only training needs to the optimizer of this name, at its own rate."""
+        groups: list[dict[str, Any]] = [{"params": [*self.modules.parameters()]}]
+        if self.is_relative(name):
+            groups = relative_groups(self.modules, self.settings.optimizer.weight_decay)
+        for group in groups:
+            if group["params"]:
+                self.optimizer.add_param_group({**group, "lr": self.rate * self.method.module_rate})
+
+    def add_own_vectors(self, optimizer: Optimizer) -> None:
+        """Adds what a width or a size has of its own to the groups of what all share."""
         shared = dict(self.net.vit.named_parameters())
-        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for name, vector in [*self.net.vectors.items(), *self.net.positions.items()]:
             groups[id(shared[name.partition(":")[2]])]["params"].append(vector)
 
