@@ -125,6 +125,23 @@ def bench_picture(rows: Rows, task: Task) -> Any:
     return figure
 
 
+def stages_picture(pictures: Sequence[Any], titles: Sequence[str]) -> Any:
+    """Pictures side by side.
+
+    Args:
+        pictures: (H, W, 3) from 0 to 1.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.6 * len(pictures), 2.9), layout="constrained")
+    for number, (picture, title) in enumerate(zip(pictures, titles, strict=True), 1):
+        axes = figure.add_subplot(1, len(pictures), number)
+        axes.imshow(picture, interpolation="nearest")
+        axes.set_title(title, fontsize="small")
+        axes.set_axis_off()
+    return figure
+
+
 def pareto(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Of (cost, gain) those that none beats in both, cheapest first."""
     front: list[tuple[float, float]] = []

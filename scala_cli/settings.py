@@ -57,6 +57,20 @@ class MethodSettings:
     favour_narrowest: bool = option(
         True, "Count all losses alike, instead of the narrowest's as much as all the others'.", only="off"
     )
+    stages: str | None = option(
+        None, "Of sit: how many blocks each stage has; fewer tokens go on after each. Default: four alike."
+    )
+    slim_keep: float = option(0.5, "Of sit: share of the patch tokens that go on after a stage.", max=1)
+    slim_start: Literal["pool", "random"] = option(
+        "pool", "Of sit: its modules begin as means of neighbouring patches, or as in the paper at random."
+    )
+    logit_weight: float = option(2.0, "Of sit: weight of the frozen model's output in the loss.", min=0)
+    token_weight: float = option(
+        2.0, "Of sit: weight of the frozen model's patch tokens, mean over blocks.", min=0
+    )
+    teacher_model: str | None = option(
+        None, "Of sit: a second teacher, any timm model of these classes, for the distillation head."
+    )
     smoothing: float = option(0.1, "Label smoothing.", min=0, max=1)
     class_token: float = option(
         0.1, "Of features: weight of the loss on the class token, or on what the model pools instead.", min=0

@@ -15,8 +15,9 @@ from timm.models.vision_transformer import Block, ResPostBlock
 
 from scala_cli.errors import CheckpointError, PointError
 from scala_cli.models.checkpoint import Record, load, save
+from scala_cli.models.modes import skip_unread
 from scala_cli.models.views import weights_of
-from scala_cli.models.vit import describe, skip_unread
+from scala_cli.models.vit import describe
 from scala_cli.slicing.point import parse_points
 
 RULES = [

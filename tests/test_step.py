@@ -330,8 +330,8 @@ def test_a_model_can_be_copied_after_a_step(photos):
 class WithDecoder(Scala):
     """A method with a part of its own, which the sum of its logits passes through."""
 
-    def modules(self, width):
-        return torch.nn.ModuleDict({"decoder": torch.nn.Linear(width, 3)})
+    def modules(self, net):
+        return torch.nn.ModuleDict({"decoder": torch.nn.Linear(net.spec.embed_dim, 3)})
 
     def passes(self, batch, student, teacher, drawn):
         for point, loss, weight in super().passes(batch, student, teacher, drawn):

@@ -14,6 +14,7 @@ from scala_cli.cli.compare import compare
 from scala_cli.cli.convert import convert
 from scala_cli.cli.env import env
 from scala_cli.cli.evaluate import evaluate
+from scala_cli.cli.explain import explain
 from scala_cli.cli.export import export
 from scala_cli.cli.finetune import finetune
 from scala_cli.cli.info import info
@@ -29,6 +30,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "slice": slice,
     "bench": bench,
     "export": export,
+    "explain": explain,
     "push": push,
     "info": info,
     "env": env,

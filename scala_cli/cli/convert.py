@@ -49,7 +49,7 @@ def convert(
     num_heads: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Heads of a checkpoint of SuperViT's authors. Default: one for 64 channels."
+            min=1, help="Attention heads, where a weight file does not tell. Default: one for 64 channels."
         ),
     ] = None,
     img_size: ImgSize = None,

@@ -96,8 +96,8 @@ def finetune(
                 refuse_occupied(run.path, force, FILES, path_of(model), in_place=True)
                 refuse_unknown(data, read.data_dir)  # before anything is downloaded
                 settings = Settings(place_of(data), method, optimizer, augment, read, device, drawn)
-                if not is_checkpoint(model):
-                    kind = method_named(method.method)
+                kind = method_named(method.method)
+                if not is_checkpoint(model) or kind.adds_modules:
                     ratios, grid = ratios or kind.ratios, replace(grid, keeps=grid.keeps or kind.keeps)
                 sizes = Changes(None, img_size, patch_size)
                 net, record = open_grid(model, ratios, grid, sizes, weights=weights, watch=live)

@@ -48,6 +48,7 @@ def info(
             "isolated": net.rule.isolated,
             "layout": net.rule.layout,
             "attn_scale": net.rule.attn_scale,
+            **({"tokens": net.spec.token_counts} if net.spec.tsm else {}),
             "provenance": dict(record.provenance),
             "points": rows,
         },

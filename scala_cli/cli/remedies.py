@@ -33,6 +33,7 @@ REMEDIES = {
     ),
     "name_weights": "Name the file: --weights FILE",
     "name_architecture": "Name it: scala convert deit_s --weights FILE",
+    "name_heads": "Give it: scala convert FILE --num-heads N",
     "leave_as_it_is": "Leave out --num-classes, --img-size, --patch-size and --layout.",
     "keep_sizes": "Leave out --weights, --img-size and --patch-size, or name the model it came from.",
     "image_size": "Try --img-size {size}, or another --patch-size.",
@@ -78,6 +79,8 @@ REMEDIES = {
     "resume": "Go on: scala finetune --resume {run}",
     "resume_or_slice": "Go on with it: scala finetune --resume {run}; cut it: scala slice {run}",
     "resume_together": "Then go on: torchrun ... -m scala_cli finetune --resume RUN",
+    "slim_tokens": "Slim its tokens first: scala finetune MODEL --data DIR --method sit",
+    "distilled": "Leave out --teacher-model, or start from one that has: deit_s_distilled.",
     "lower_rate": "Lower --lr (now {rate:g}). What was saved before is whole.",
     "whole_method": "Leave it out of another method: --methods paper has all of the paper's parts.",
     "learn_classes": (

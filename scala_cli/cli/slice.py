@@ -130,5 +130,5 @@ def slice(
             f"{fit['r2']:.1%} of how the full model's varies."
         )
     out.result({**result, "candidates": rows} if rows else result, rows)
-    needed = "import scala_cli, which brings timm its architecture; " if point.keep < 1 else ""
+    needed = "import scala_cli, which brings timm its architecture; " if "import" in result else ""
     out.note(f"load it: {needed}timm.create_model('local-dir:{result['path']}', pretrained=True)")

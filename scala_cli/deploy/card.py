@@ -67,8 +67,9 @@ def model_card(
     found = {Point.of_row(metric): metric for metric in record.metrics}
     task = task_named(record.task)
     place = f"{'hf-hub' if repository else 'local-dir'}:{name}"
-    also = ", scala_cli  # needs: pip install scala-vit" if spec.keep < 1 else ""
-    code = [PLAIN.format(place=place, also=also)] if not family or holds_full_width(rows) else []
+    also = ", scala_cli  # needs: pip install scala-vit" if spec.is_of_this_package else ""
+    plain = not family or holds_full_width(rows, spec)
+    code = [PLAIN.format(place=place, also=also)] if plain else []
     if family:
         source, narrowest = place if repository else name, Point.of_row(rows[0]).label
         code.append(FAMILY.format(source=source, ratio=repr(narrowest)))
@@ -102,7 +103,7 @@ def description(spec: Spec, record: Record, rows: Rows, family: bool) -> str:
         )
     cuts = (
         "timm loads the full width; scala-vit cuts the others."
-        if holds_full_width(rows)
+        if holds_full_width(rows, spec)
         else "scala-vit cuts them."
     )
     return (
@@ -118,9 +119,9 @@ def fitted(fit: Fit | None) -> str:
     return f" On {fit.held_out} other images the R² of its output is {fit.output:.4f}."
 
 
-def holds_full_width(rows: Rows) -> bool:
-    """Whether the widest of a family's widths, which come last, is that of the model itself."""
-    return Point.of_row(rows[-1]).ratio == 1
+def holds_full_width(rows: Rows, spec: Spec) -> bool:
+    """Whether the widest of the widths, which come last, is what timm loads: no token is slimmed."""
+    return Point.of_row(rows[-1]).ratio == 1 and not spec.tsm
 
 
 def line(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """One width as files that stand alone."""
 
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,6 +27,7 @@ from scala_cli.models.fit import Fit
 from scala_cli.models.fitted import FittedViT
 from scala_cli.models.locate import CARD, FILES, WEIGHTS, resolve, short_name
 from scala_cli.models.slimmable import Ratio, SlimmableViT
+from scala_cli.models.slimmed import apart
 from scala_cli.models.views import fill
 from scala_cli.models.vit import Spec, random_images, refuse_misfit
 from scala_cli.slicing.own import at_size, own_vectors
@@ -50,7 +52,8 @@ def slice_model(
     timm's own on views of the full weights. These are never in memory as a whole.
 
     Returns:
-        {"path", "ratio", "params", "gmacs", "calibrated", "max_abs_diff"}
+        {"path", "ratio", "params", "gmacs", "calibrated", "max_abs_diff"}, and, for an architecture of this
+        package, "import": what makes it known to timm.
 
     Raises:
         PointError: a width that was not trained.
@@ -62,9 +65,10 @@ def slice_model(
     refuse_occupied(target, force, FILES, source=checkpoint)
     spec, extra = full.at_point(point), read_extra(checkpoint)
     weights, probe = TensorByTensor(checkpoint / WEIGHTS), random_images(spec, 1)
+    extra, slim = apart(extra)
     cut = partial(
         rule.slice_state,
-        at_size(weights, extra, point.size),
+        at_size(ChainMap(slim, weights), extra, point.size),  # type: ignore[arg-type]  # it is only read
         point.ratio,
         own=own_vectors(extra, point.ratio),
     )
@@ -120,6 +124,7 @@ def write_slice(
         "gmacs": size["gmacs"],
         "calibrated": fit is not None,
         **({"fit": fit.told()} if fit else {}),
+        **({"import": "scala_cli"} if spec.is_of_this_package else {}),
     }
     about = {
         "sliced_from": record.provenance,

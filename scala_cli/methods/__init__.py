@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from scala_cli.methods.base import Method
 
-METHODS = {"scala": "Scala", "supervit": "SuperViT", "usnet": "USNet", "separate": "Separate"}
+METHODS = {
+    "scala": "Scala",
+    "supervit": "SuperViT",
+    "sit": "SiT",
+    "usnet": "USNet",
+    "separate": "Separate",
+}
 ONE_POINT = "separate"
 """The method that trains one width alone; also used when the full width learns new classes first."""
 

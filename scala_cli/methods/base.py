@@ -3,23 +3,23 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import starmap
 from random import Random
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.settings import DEFAULT_RATIOS, MethodSettings
 from scala_cli.slicing.point import Point
 from scala_cli.slicing.rule import AttnScale
 from scala_cli.slicing.table import Layout
 from scala_cli.tasks.base import Task
 
-Student = Callable[[Tensor, Point], Tensor]
-"""images (B, C, H, W), point -> the task's output, such as logits (B, classes)"""
+Student = Callable[[Tensor, Point], Any]
+"""images (B, C, H, W), point -> the task's output, such as logits (B, classes); or `Output`"""
 
-Teacher = Callable[[Tensor], Tensor]
-"""images (B, C, H, W) -> the task's output, without gradient"""
+Teacher = Callable[[Tensor], Any]
+"""images (B, C, H, W) -> the same of the frozen model, without gradient"""
 
 OFF: Mapping[str, Any] = {
     "order": "none",
@@ -32,18 +32,35 @@ OFF: Mapping[str, Any] = {
 class Batch(NamedTuple):
     """Images (B, C, H, W) and targets: (B,) class numbers, or (B, classes) probabilities.
 
-    Where the task asks for it, the same images with hidden patches, and which these are: (B, patches).
+    Where the task asks for it, the same images with hidden patches, and which these are: (B, patches); where
+    there is a second teacher, `hints`, the (B,) class numbers that it gives.
     """
 
     images: Tensor
     targets: Tensor
     masked: Tensor | None = None
     hidden: Tensor | None = None
+    hints: Tensor | None = None
 
     def parts(self, count: int) -> "Iterator[Batch]":
         """Yields the batch in so many parts."""
-        given = (tensor.chunk(count) for tensor in self if tensor is not None)
-        return starmap(Batch, zip(*given, strict=True))
+        given = {name: tensor.chunk(count) for name, tensor in self._asdict().items() if tensor is not None}
+        for some in zip(*given.values(), strict=True):
+            yield Batch(**dict(zip(given, some, strict=True)))
+
+
+class Output(NamedTuple):
+    """What a model gives to a method that reads its blocks.
+
+    Args:
+        answer: the task's output.
+        tokens: patch tokens after each block, (B, N, C).
+        distilled: (B, classes) logits of the distillation head, where there is one.
+    """
+
+    answer: Tensor
+    tokens: Sequence[Tensor]
+    distilled: Tensor | None
 
 
 class Pass(NamedTuple):
@@ -75,8 +92,20 @@ class Method(ABC):
     parts: ClassVar[frozenset[str]] = frozenset()
     """The keys of OFF that affect the method. With "teacher", the frozen starting model takes part."""
 
+    own: ClassVar[frozenset[str]] = frozenset()
+    """Fields of MethodSettings that mean something to this method alone."""
+
     one_point: ClassVar[bool] = False
     """Whether a run trains one point only; a family then needs one run per point."""
+
+    adds_modules: ClassVar[bool] = False
+    """Whether `prepared` changes the full width, so that this one too is taught by the model from before."""
+
+    reads_blocks: ClassVar[bool] = False
+    """Whether `passes` reads the tokens after every block: student and teacher then return an `Output`."""
+
+    module_rate: ClassVar[float] = 1.0
+    """The learning rate of `modules`, relative to the model's."""
 
     isolated: ClassVar[bool] = False
     """Whether the method trains with Isolated Activation unless the user says otherwise."""
@@ -125,11 +154,19 @@ class Method(ABC):
             loss = self.task.loss(output, None, lesson, self.settings, batch.hidden)
             yield Pass(point, loss, weight)
 
-    def modules(self, width: int) -> nn.Module:
+    def prepared(self, start: SlimmableViT, seed: int) -> SlimmableViT:
+        """Returns the model to train: the starting one, or one with modules of its own added.
+
+        Args:
+            seed: of what is random in them.
+        """
+        return start
+
+    def modules(self, net: SlimmableViT) -> nn.Module:
         """Returns the modules that only training needs: trained and resumed, but in no checkpoint.
 
         Args:
-            width: channels of the full model.
+            net: the model to train.
         """
         return nn.Module()
 

@@ -28,13 +28,15 @@ from scala_cli.models.config import REDUCED, spec_of
 from scala_cli.models.locate import CONFIG, EXTRA, WEIGHTS, read_config, resolve
 from scala_cli.models.resize import Resize
 from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.models.slimmed import apart
 from scala_cli.models.vit import Spec
 from scala_cli.slicing.point import Point, decimal, parse_points, ratios_of, sized, widths_of
 from scala_cli.slicing.rule import AttnScale, Rule
 from scala_cli.slicing.table import Layout
 from scala_cli.slicing.tokens import Reduction, TokenRule
 
-FORMAT = 1
+FORMAT, SLIMMED_FORMAT = 1, 2
+"""The second has token slimming modules, without which its weights are another model."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def save(net: SlimmableViT, record: Record, directory: Path) -> None:
     """Writes the full-width model as a checkpoint directory, atomically, replacing a former one."""
     rule = net.rule
     about = {
-        "format": FORMAT,
+        "format": SLIMMED_FORMAT if net.spec.tsm else FORMAT,
         **record.told(),
         "ratios": [*map(decimal, rule.ratios)],
         "isolated": rule.isolated,
@@ -119,11 +121,14 @@ def save(net: SlimmableViT, record: Record, directory: Path) -> None:
         **families_own(net),
         "dims": {decimal(ratio): dims(net.spec.at(ratio)) for ratio in rule.ratios},
         "provenance": {**record.provenance, "versions": versions()},
+        **({"tsm": dict(net.spec.tsm)} if net.spec.tsm else {}),
     }
+    plain, slim = apart(net.vit.state_dict())
+    extra = {**net.extra, **slim}
     with whole_directory(directory) as fresh:
-        write_timm(net.vit.state_dict(), net.spec, about, fresh)
-        if net.extra:
-            save_file({name: t.detach().contiguous() for name, t in net.extra.items()}, fresh / EXTRA)
+        write_timm(plain, replace(net.spec, tsm={}), about, fresh)
+        if extra:
+            save_file({name: t.detach().contiguous() for name, t in extra.items()}, fresh / EXTRA)
 
 
 def families_own(net: SlimmableViT) -> dict[str, Any]:
@@ -146,6 +151,9 @@ def write_timm(state: Mapping[str, Tensor], spec: Spec, about: Mapping[str, Any]
         config["label_names"] = list(spec.label_names)
     stock: Any = spec.build_with(state)  # without the blocks and settings of training
     args = dict(spec.model_args)
+    if spec.tsm:
+        stock.pretrained_cfg = {**stock.pretrained_cfg, "architecture": "slimmed_vit"}
+        args |= {"base": spec.architecture, "tsm": dict(spec.tsm)}
     if spec.keep < 1:
         stock.pretrained_cfg = {**stock.pretrained_cfg, "architecture": REDUCED}
         args |= {"base": spec.architecture, "keep": float(spec.keep), "tokens": spec.tokens.kind}
@@ -177,9 +185,9 @@ class About(NamedTuple):
 def load_with_record(directory: Path) -> tuple[SlimmableViT, Record]:
     """The model of a resolved checkpoint directory, and what its config.json records."""
     spec, rule, record, points = read_about(directory)
-    file = directory / WEIGHTS
-    vit = spec.build_with(read_weights(file), origin=file)
-    return SlimmableViT(vit, spec, rule, read_extra(directory), points).eval(), record
+    file, (extra, slim) = directory / WEIGHTS, apart(read_extra(directory))
+    vit = spec.build_with({**read_weights(file), **slim}, origin=file)
+    return SlimmableViT(vit, spec, rule, extra, points).eval(), record
 
 
 def read_about(directory: Path) -> About:
@@ -198,13 +206,14 @@ def read_about(directory: Path) -> About:
             f"Load it with timm.create_model('local-dir:{directory}', pretrained=True), "
             "or name the family that it was cut from.",
         )
-    if about.get("format") != FORMAT:
+    if about.get("format") not in (FORMAT, SLIMMED_FORMAT):
         raise CheckpointError(
-            f"{directory} has checkpoint format {about.get('format')}; this version reads {FORMAT}.",
+            f"{directory} has checkpoint format {about.get('format')}; this version reads {SLIMMED_FORMAT}.",
             "Upgrade: pip install -U scala-vit",
         )
     spec = spec_of(config)
     try:
+        spec = replace(spec, tsm={int(number): int(count) for number, count in about.get("tsm", {}).items()})
         rule = read_rule(about, spec)
         spec, points = read_points(about, spec, rule)
         record = read_record(about)

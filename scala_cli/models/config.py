@@ -10,14 +10,15 @@ from timm.models import PretrainedCfg, VisionTransformer, get_pretrained_cfg
 
 from scala_cli.errors import CheckpointError, naming_failure
 from scala_cli.models.inputs import RGB, checked
+from scala_cli.models.slimmed import SLIMMED_ARGS
 from scala_cli.models.vit import Spec, describe, skeleton
 
 SOURCES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"}
 """Fields of timm's `pretrained_cfg` that say where its weights come from and how to read them."""
 RUNTIME = {"device", "dtype", "weight_init"}
 """Arguments for device, dtype and initialisation, which do not define the model."""
-ARGS = inspect.signature(VisionTransformer).parameters.keys() - RUNTIME
-"""Arguments that define a ViT."""
+ARGS = {*inspect.signature(VisionTransformer).parameters, "stem", "stem_width", *SLIMMED_ARGS} - RUNTIME
+"""Arguments that define a ViT, also one of this package's own (models/lvvit.py, slimmed.py)."""
 REDUCED = "scala_vit"
 """The architecture of a slice with fewer tokens (models/registered.py)."""
 FACTORY = {*inspect.signature(timm.create_model).parameters, *RUNTIME, "pretrained_strict", "out_indices"}

@@ -4,6 +4,7 @@ The forward is timm's own `forward_intermediates`. What leads back to the former
 width like every weight (`slicing/original.py`).
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scala_cli.errors import PointError
+from scala_cli.models.slimmed import modules_of
 from scala_cli.models.stages import normed
+from scala_cli.models.tokens import put_back, slimming
 from scala_cli.slicing.original import BASIS, BIAS, WEIGHT, unchanged
 from scala_cli.slicing.point import Point
 
@@ -68,8 +71,9 @@ class WithTokens(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) -> (B, num_classes), (B, N, C)"""
-        tokens = self.vit.forward_features(images)
-        patches = self.vit.fc_norm(tokens[:, self.vit.num_prefix_tokens :])
+        with slimming(self.vit) as shares:
+            tokens = self.vit.forward_features(images)
+        patches = self.vit.fc_norm(put_back(tokens[:, self.vit.num_prefix_tokens :], shares))
         return self.vit.forward_head(tokens), self.reader(patches)
 
 
@@ -84,14 +88,16 @@ def features(
     numbers = sorted({*asked})
     if not numbers:
         return []
-    found = vit.forward_intermediates(
-        images,
-        indices=numbers,
-        return_prefix_tokens=True,
-        stop_early=True,
-        output_fmt="NLC",
-        intermediates_only=True,
-    )
+    with slimming(vit) as shares:
+        found = vit.forward_intermediates(
+            images,
+            indices=numbers,
+            return_prefix_tokens=True,
+            stop_early=True,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+    ends = list(modules_of(vit))
     size = vit.patch_embed.dynamic_feat_size(images.shape[-2:])
     back = back_of(net, ratio)
     reader = reader_of(net, vit, ratio)
@@ -102,6 +108,7 @@ def features(
     places = {}
     for number, each in zip(numbers, found, strict=True):
         tokens, prefix = each if isinstance(each, tuple) else (each, each[:, :0])
+        tokens = put_back(tokens, shares[: bisect_right(ends, number)])
         tokens, prefix = in_full_space(tokens), in_full_space(prefix)
         places[number] = Features(tokens.mT.unflatten(-1, size).contiguous() if grid else tokens, prefix)
     return places[count - 1] if blocks is None else [places[number] for number in asked]

@@ -10,13 +10,13 @@ from torch import nn
 
 from scala_cli.errors import CheckpointError
 from scala_cli.models.features import give_identity_head
+from scala_cli.models.modes import drop_alike
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.views import evaluating
 from scala_cli.models.vit import (
     Spec,
     attend_alike,
     describe,
-    drop_alike,
     random_images,
     refuse_misfit,
     refuse_unless_plain,

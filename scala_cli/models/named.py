@@ -14,6 +14,7 @@ from scala_cli.models.foreign import Source, read_foreign
 from scala_cli.models.hub import fetch
 from scala_cli.models.huggingface import PREPROCESSOR, is_transformers, read_transformers, state_in
 from scala_cli.models.locate import ALIASES, CONFIG, INDEX, STATE, WEIGHT_FILES, path_of, read_config
+from scala_cli.models.lvvit_files import is_lvvit, read_lvvit, refuse_other_kind
 from scala_cli.models.supervit import is_supervit
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
@@ -21,8 +22,13 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 LOCAL, HUB = "local-dir:", "hf-hub:"
 
 
-def find_source(model: str, weights: Path | None, scratch: bool, average: bool) -> Source:
+def find_source(
+    model: str, weights: Path | None, scratch: bool, average: bool, num_heads: int | None = None
+) -> Source:
     """Returns the source of MODEL, with the weights of the file `weights` if given.
+
+    Args:
+        num_heads: where a weight file does not tell it.
 
     Raises CheckpointError if there is no such model, or not exactly one source of weights.
     """
@@ -35,7 +41,7 @@ def find_source(model: str, weights: Path | None, scratch: bool, average: bool) 
             other="the other one",
         )
     if weights is not None or file is not None:
-        return source_in_file(weights or Path(file or ""), model if weights else None, average)
+        return source_in_file(weights or Path(file or ""), model if weights else None, average, num_heads)
     if average:
         raise CheckpointError(
             f"{model} is no file, so there is no moving average to take.", remedy="name_weights"
@@ -49,7 +55,7 @@ def find_source(model: str, weights: Path | None, scratch: bool, average: bool) 
     return Source(with_classes(config), partial(own_weights, model, directory))
 
 
-def source_in_file(file: Path, model: str | None, average: bool) -> Source:
+def source_in_file(file: Path, model: str | None, average: bool, num_heads: int | None = None) -> Source:
     """Returns the weights of a file for a named model, or for the model that the file names."""
     beside = file.parent / CONFIG
     if (
@@ -62,6 +68,11 @@ def source_in_file(file: Path, model: str | None, average: bool) -> Source:
     held = read_foreign(file, average)
     if is_theirs(held) or (held.weights is not None and is_supervit(held.weights())):
         return held
+    assert held.weights is not None
+    if is_lvvit(held.weights()):
+        if model is not None:
+            refuse_other_kind(config_of(model), file)
+        return read_lvvit(held, file.name, num_heads)
     config = config_of(held.config.architecture if model is None else model)
     args = {name: value for name, value in config.model_args.items() if name != "num_classes"}
     strange = {"label_names": None, "label_descriptions": None, "license": None}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from scala_cli.errors import CheckpointError
 from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.models.slimmed import modules_of
 from scala_cli.models.stages import HEAD_NORMS
 from scala_cli.models.stream import centre_reading, linear_heads, make_norms_plain, mlp_readers, norms_of
 from scala_cli.slicing.importance import (
@@ -20,6 +21,7 @@ from scala_cli.slicing.importance import (
     value_basis,
 )
 from scala_cli.slicing.original import BASIS, NAMES, WEIGHT, unchanged
+from scala_cli.slicing.table import Group
 
 TOLERANCE = 1e-4
 """Largest difference between the outputs of the ordered and the pretrained model, relative to their size
@@ -110,17 +112,23 @@ def put_first_what_matters(net: SlimmableViT, batches: Iterable[Tensor]) -> Slim
 
     readers = [f"{block}.attn.qkv" for block in blocks] + linear_heads(vit)
     readers += [name for block in blocks for name in mlp_readers(vit, block)]
+    slimming = [f"blocks.{number}.tsm" for number in modules_of(vit)]
+    readers += [f"{name}.key" for name in slimming]
     inputs = {name: Moments(spec.embed_dim if norms else 1) for name in readers}
-    inputs |= {f"{block}.mlp.fc2": Moments() for block in blocks}
+    hidden: list[tuple[str, Group]] = [(f"{block}.mlp.fc2", "hidden") for block in blocks] + [
+        (f"{m}.query", "slim") for m in slimming
+    ]
+    inputs |= {name: Moments() for name, _ in hidden}
     inputs |= {f"{block}.attn.proj": Moments(spec.head_dim) for block in blocks}
     outputs = {f"{block}.attn.qkv": Moments(spec.head_dim) for block in blocks}
     probe = observe(vit, batches, inputs, outputs)
 
     for block in blocks:
         change_bases(state, f"{block}.attn.", outputs[f"{block}.attn.qkv"], inputs[f"{block}.attn.proj"])
-        scores = channel_scores(inputs[f"{block}.mlp.fc2"].deviation, state[f"{block}.mlp.fc2.weight"])
+    for name, group in hidden:
+        scores = channel_scores(inputs[name].deviation, state[f"{name}.weight"])
         order = scores.argsort(descending=True, stable=True)
-        state = permute_state(state, table, "hidden", order, within=f"{block}.")
+        state = permute_state(state, table, group, order, within=name.rpartition(".")[0])
     if norms:
         basis = stream_basis(torch.stack([inputs[layers[0]].central[0] for layers in norms.values()]).sum(0))
         state = change_basis(state, table, "embed", basis)

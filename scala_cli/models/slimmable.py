@@ -11,9 +11,10 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from scala_cli.models.dense import Features, features
+from scala_cli.models.modes import drop_alike, imitate, rebuilt
 from scala_cli.models.resize import resized
 from scala_cli.models.views import Stamp, fill, stamp, weights_of
-from scala_cli.models.vit import Spec, drop_alike, embedding_at, imitate, rebuilt
+from scala_cli.models.vit import Spec, embedding_at
 from scala_cli.slicing.original import original_of
 from scala_cli.slicing.own import at_size, own_of_widths, own_vectors, size_name
 from scala_cli.slicing.point import Point, find_point, sized, widths_of
@@ -27,7 +28,7 @@ class SlimmableViT(nn.Module):
     """Every point of a family, widths, sizes and shares of tokens, in one set of full-width weights.
 
     The forward at a width is timm's own forward, run on views of the kept channels; in training the last
-    block may skip tokens that are not read (`vit.skip_unread`). Several threads may call it at once. A point
+    block may skip tokens that are not read (`modes.skip_unread`). Several threads may call it. A point
     with a size resizes the images to it.
 
     Args:
@@ -133,7 +134,7 @@ class SlimmableViT(nn.Module):
         return {**names, "extra": self.extra, "points": self.points}
 
     def copied(self) -> "SlimmableViT":
-        """A copy with weights of its own, built for training (`vit.rebuilt`)."""
+        """A copy with weights of its own, built for training (`modes.rebuilt`)."""
         extra = {name: tensor.detach().clone() for name, tensor in self.extra.items()}
         return self.like(vit=rebuilt(self.vit, self.spec), extra=extra)
 

@@ -107,14 +107,15 @@ def open_source(
         weights: a file (.safetensors, or a pickle that holds tensors only) to read instead of downloading.
         scratch: random weights.
         average: take the moving average that a weight file of a training script holds beside the weights.
-        heads: of a checkpoint of the SuperViT authors, which does not tell; None is one for 64 channels.
+        heads: of a file that does not tell, as those of the authors of SuperViT, LV-ViT and SiT; None is one
+            for 64 channels.
 
     Raises:
         CheckpointError: unknown name, no network, unreadable or unfitting weights, unsupported model.
         PointError: a width that does not divide the model's channels.
     """
     changes = changes or Changes()
-    source = find_source(model, weights, scratch, average)
+    source = find_source(model, weights, scratch, average, heads)
     for note in source.notes:
         watch.note(note)
     file = str(weights or model)
@@ -124,7 +125,9 @@ def open_source(
         return open_sizes(source, file, points, changes, layout, heads)
     about = {} if scratch or weights else about_of(model)
     refuse_trained(model, about)
-    config, points = source.config.with_args(**changes.sizes()), points or parse_points(DEFAULT_RATIOS)
+    counted = {"num_heads": heads} if heads else {}
+    config = source.config.with_args(**changes.sizes(), **counted)
+    points = points or parse_points(DEFAULT_RATIOS)
     refuse_uncut(config, points)
     torch.manual_seed(0)  # random weights, or a new head, are the same on every call
     state = source.weights() if source.weights and not scratch else None

@@ -8,6 +8,7 @@ from typing import Any
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from scala_cli.models.slimmed import modules_of
 from scala_cli.models.tokens import read_every
 
 PRE_NORM = (("norm1", "attn", "ls1"), ("norm2", "mlp", "ls2"))
@@ -51,11 +52,14 @@ def stages(vit: VisionTransformer, every_token: bool = False) -> list[Stage]:
         every_token: whether the head reads the patch tokens as well, not only the pooled one.
     """
     found = [Stage(("norm_pre",), lambda vit, tokens: vit.norm_pre(tokens))]
+    slimming = modules_of(vit)
     for number, block in enumerate(vit.blocks):
         pre_norm = hasattr(block, "ls1")
         for branch in PRE_NORM if pre_norm else POST_NORM:
             parts = tuple(f"blocks.{number}.{part}" for part in branch)
             found.append(Stage(parts, add_branch(parts), True, parts[:1] if pre_norm else ()))
+        if number in slimming:
+            found.append(Stage((), slim_behind(number), norms=(f"blocks.{number}.tsm.norm",)))
     pooled = Stage(HEAD, lambda vit, tokens: vit.forward_head(vit.norm(tokens)), norms=HEAD_NORMS)
     dense = Stage(HEAD, lambda vit, tokens: read_every(vit, vit.norm(tokens)), norms=HEAD_NORMS)
     return [*found, dense if every_token else pooled]
@@ -71,6 +75,11 @@ def add_branch(parts: tuple[str, ...]) -> Callable[[Any, Tensor], Tensor]:
         return tokens + written
 
     return run
+
+
+def slim_behind(number: int) -> Callable[[Any, Tensor], Tensor]:
+    """Returns a function: tokens -> those that the token slimming module behind a block makes of them."""
+    return lambda vit, tokens: vit.blocks[number].tsm(tokens)
 
 
 def embed(vit: VisionTransformer, images: Tensor) -> Tensor:

@@ -8,12 +8,13 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from scala_cli.models.slimmed import modules_of
 from scala_cli.models.vit import Spec, has_bare_stream, random_images
 from scala_cli.slicing.table import Table, axes_of
 
 PARTS = ("weight", "bias")
 WRITERS = re.compile(
-    r"(cls|dist|reg)_token|pos_embed|patch_embed\.proj\..*|blocks\.\d+\.(attn\.proj|mlp\.fc2)\..*"
+    r"(cls|dist|reg)_token|pos_embed|patch_embed\.proj\.(weight|bias)|blocks\.\d+\.(attn\.proj|mlp\.fc2)\..*"
 )
 """All that is written to the stream of a DeiT or a plain ViT."""
 NEGLIGIBLE = 1e-4
@@ -34,6 +35,7 @@ def norms_of(vit: VisionTransformer) -> Norms:
         block = f"blocks.{number}"
         norms[f"{block}.norm1"] = [f"{block}.attn.qkv"]
         norms[f"{block}.norm2"] = mlp_readers(vit, block)
+    norms |= {f"blocks.{number}.tsm.norm": [f"blocks.{number}.tsm.key"] for number in modules_of(vit)}
     for name in ("norm", "fc_norm"):
         if not isinstance(vit.get_submodule(name), nn.Identity):
             norms[name] = linear_heads(vit)

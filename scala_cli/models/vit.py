@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -21,13 +20,16 @@ from torch import Tensor, nn
 
 from scala_cli.errors import CheckpointError, PointError
 from scala_cli.models.block import MergeBlock, SlimBlock, pass_on
+from scala_cli.models.lvvit import image_channels, stem_args
 from scala_cli.models.resize import Resize
+from scala_cli.models.slimmed import MODULE, SLIMMED_ARGS, SlimmedBlock, counts_of, put_behind
 from scala_cli.slicing.point import Point
 from scala_cli.slicing.rule import kept_count
 from scala_cli.slicing.tokens import TokenRule
 
-MODULES = ("deit", "vision_transformer", "vision_transformer_hybrid", "vitamin")
-"""timm's files that build its class VisionTransformer; all other architectures are other classes."""
+MODULES = ("deit", "vision_transformer", "vision_transformer_hybrid", "vitamin", "lvvit")
+"""The files, of timm and of this package, that build timm's class VisionTransformer; other architectures are
+other classes."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Spec:
         block: the class of its blocks.
         features: whether its outputs are no classes but features, those of a full model without a classifier
             (models/features.py).
+        tsm: how many patch tokens go on behind a block, by its number, where token slimming modules stand
+            (models/slimmed.py).
         tokens: how its blocks reduce their tokens where `keep` is below 1.
         keep: share of the tokens that each dropping block passes on.
         resize: how a family brings images to the size of a point.
@@ -54,6 +58,7 @@ class Spec:
     hidden_dim: int
     block: type[nn.Module] = Block
     features: bool = False
+    tsm: Mapping[int, int] = field(default_factory=dict)
     tokens: TokenRule = field(default_factory=TokenRule)
     keep: Fraction = Fraction(1)
     resize: Resize = "bilinear"
@@ -61,6 +66,16 @@ class Spec:
     @property
     def head_dim(self) -> int:
         return self.embed_dim // self.num_heads
+
+    @property
+    def is_of_this_package(self) -> bool:
+        """Whether timm knows its architecture only once `scala_cli` has been imported."""
+        return bool(self.tsm) or self.keep < 1 or is_model_in_modules(self.architecture, ("lvvit",))
+
+    @property
+    def token_counts(self) -> str:
+        """How many patch tokens there are from stage to stage: "196, 98, 49, 24"."""
+        return ", ".join(map(str, (self.patches, *self.tsm.values())))
 
     @property
     def num_classes(self) -> int:
@@ -107,6 +122,8 @@ class Spec:
             return self
         head_dim = kept_count(self.head_dim, ratio)
         dim, hidden = head_dim * self.num_heads, kept_count(self.hidden_dim, ratio)
+        if self.tsm:
+            kept_count(self.embed_dim // 2, ratio)  # of the modules' own layer
         # timm computes int(dim * mlp_ratio): half a channel more keeps the product above the integer
         narrow = {"embed_dim": dim, "num_heads": self.num_heads, "mlp_ratio": (hidden + 0.5) / dim}
         return replace(self, model_args={**self.model_args, **narrow}, embed_dim=dim, hidden_dim=hidden)
@@ -117,6 +134,11 @@ class Spec:
         Raises PointError where the width does not divide, or the size is no multiple of the patch.
         """
         spec = replace(self.at(point.ratio), keep=point.keep)
+        if self.tsm and (point.keep < 1 or point.size not in (None, self.size)):
+            raise PointError(
+                "the tokens of this model are slimmed already, for images of one size.",
+                "Leave out the share and the size.",
+            )
         if point.keep < 1 and self.block is not Block:
             raise PointError(
                 f"the blocks of {self.architecture} cannot pass on fewer tokens.", "Leave out the share."
@@ -153,12 +175,14 @@ class Spec:
             slim: with SlimBlocks in place of timm's plain Blocks.
         """
         args: dict[str, Any] = {**self.model_args, "pretrained_cfg": dict(self.pretrained_cfg)}
-        if (slim or self.keep < 1) and self.block is Block:
-            args["block_fn"] = MergeBlock if self.keep < 1 and self.tokens.kind == "merge" else SlimBlock
-        vit = refuse_unless_plain(skeleton(self.architecture, **args)).eval()
+        if (slim or self.tsm or self.keep < 1) and self.block is Block:
+            merging = self.keep < 1 and self.tokens.kind == "merge"
+            args["block_fn"] = SlimmedBlock if self.tsm else MergeBlock if merging else SlimBlock
+        vit = skeleton(self.architecture, **args)
+        put_behind(vit, self.tsm)
         if self.keep < 1:
             pass_on(vit, self.tokens, self.keep)
-        return vit
+        return refuse_unless_plain(vit).eval()
 
     def build_with(self, state: Mapping[str, Tensor], origin: object = "the state") -> VisionTransformer:
         """The model on the given tensors, not copied.
@@ -176,7 +200,7 @@ def skeleton(architecture: str, **args: Any) -> nn.Module:
 
     timm initialises weights there too unless told not to, which takes six times as long as all else.
     """
-    if is_model_in_modules(architecture, MODULES):
+    if is_model_in_modules(architecture, (*MODULES, "registered")):
         args["weight_init"] = "skip"
     with torch.device("meta"):
         model = timm.create_model(architecture, **args)
@@ -227,17 +251,21 @@ def describe(model: nn.Module, args: Mapping[str, Any] | None = None) -> Spec:
     patch = vit.patch_embed.patch_size
     model_args = {
         **(args or {}),
+        **stem_args(vit),
         "img_size": list(vit.patch_embed.img_size),
         "patch_size": patch[0] if patch[0] == patch[1] else list(patch),
-        "in_chans": vit.patch_embed.proj.in_channels,
+        "in_chans": image_channels(vit),
         "num_classes": vit.num_classes,
         "global_pool": vit.global_pool,
     }
     if cfg.get("num_classes") != vit.num_classes:
         cfg.pop("label_names", None)
     cfg["num_classes"] = vit.num_classes
+    cfg["architecture"] = getattr(vit, "base", cfg["architecture"])  # of one with token slimming modules
     cfg["input_size"] = [model_args["in_chans"], *model_args["img_size"]]
-    block = vit.blocks[0]
+    block, tsm = vit.blocks[0], counts_of(vit)
+    if tsm:
+        model_args = {name: value for name, value in model_args.items() if name not in SLIMMED_ARGS}
     return Spec(
         architecture=cfg["architecture"],
         model_args=model_args,
@@ -246,6 +274,7 @@ def describe(model: nn.Module, args: Mapping[str, Any] | None = None) -> Spec:
         num_heads=block.attn.num_heads,
         hidden_dim=block.mlp.fc2.in_features,
         block=Block if isinstance(block, SlimBlock) else type(block),
+        tsm=tsm,
     )
 
 
@@ -285,7 +314,7 @@ def first_odd_part(vit: VisionTransformer) -> str:
     if type(vit.attn_pool) not in (type(None), AttentionPoolLatent):
         return f"it pools by {type(vit.attn_pool).__name__}"
     for block in vit.blocks:
-        if type(block) not in (Block, SlimBlock, MergeBlock, ResPostBlock):
+        if type(block) not in (Block, SlimBlock, MergeBlock, SlimmedBlock, ResPostBlock):
             return f"it has a {type(block).__name__} where a plain Block is needed"
         if type(block.attn) is not Attention:
             return f"it has a {type(block.attn).__name__} where a plain Attention is needed"
@@ -299,7 +328,7 @@ def first_odd_size(vit: Any) -> str:
     first = {name: parameter.shape for name, parameter in vit.blocks[0].named_parameters()}
     for number, block in enumerate(vit.blocks):
         for name, parameter in block.named_parameters():
-            if parameter.shape != first.get(name, parameter.shape):
+            if parameter.shape != first.get(name, parameter.shape) and MODULE not in f".{name}":
                 sizes = times(parameter.shape), times(first[name])
                 return f"blocks.{number}.{name} is {sizes[0]}, blocks.0.{name} {sizes[1]}"
     read, written = width_of(vit), vit.blocks[0].attn.qkv.out_features
@@ -327,45 +356,6 @@ def has_bare_stream(vit: VisionTransformer) -> bool:
     )
 
 
-def rebuilt(vit: VisionTransformer, spec: Spec) -> VisionTransformer:
-    """A copy with weights of its own, in evaluation mode, whose plain blocks are SlimBlocks.
-
-    For training: it computes what the model does, bit for bit, until `skip_unread` is asked of it.
-    """
-    again = spec.build(slim=True)
-    again.load_state_dict({name: tensor.clone() for name, tensor in vit.state_dict().items()}, assign=True)
-    drop_alike(again, vit)
-    for copied, parameter in zip(again.parameters(), vit.parameters(), strict=True):
-        copied.requires_grad_(parameter.requires_grad)
-    return again
-
-
-def skip_unread(vit: VisionTransformer) -> None:
-    """Spares the last block what the head does not read, where that reads a class token alone.
-
-    Logits and gradients stay the same. Of n blocks it saves most of one's arithmetic (docs/performance.md).
-    What wants the features of every token must not do this.
-    """
-    last: Any = vit.blocks[-1]
-    plain = type(last) is SlimBlock and type(last.attn.q_norm) is type(last.attn.norm) is nn.Identity
-    if plain and vit.global_pool == "token":
-        last.read = 2 if isinstance(vit, VisionTransformerDistilled) else 1  # registers are not
-
-
-def imitate(skeleton: VisionTransformer, vit: VisionTransformer) -> None:
-    """Sets a skeleton's modes to those of the full model.
-
-    They are training or evaluation, gradient checkpointing, fused or explicit attention, and whether the last
-    block skips the tokens that the head does not read.
-    """
-    if skeleton.training != vit.training:
-        skeleton.train(vit.training)
-    skeleton.set_grad_checkpointing(vit.grad_checkpointing)
-    attend_alike(skeleton, vit)
-    if getattr(vit.blocks[-1], "read", None):
-        skip_unread(skeleton)
-
-
 def choose_attention(vit: nn.Module, device: torch.device, bfloat16: bool) -> None:
     """Chooses which of timm's two implementations of attention a model uses; its narrower widths follow it.
 
@@ -373,14 +363,6 @@ def choose_attention(vit: nn.Module, device: torch.device, bfloat16: bool) -> No
     widths, 65 tokens; docs/performance.md).
     """
     use_fused(vit, not (device.type == "cpu" and bfloat16))
-
-
-def drop_alike(skeleton: nn.Module, vit: nn.Module) -> None:
-    """Gives a narrower model the full one's dropout, also where no argument of timm can say it."""
-    for name, module in vit.named_modules():
-        layer, _, own = name.rpartition(".")
-        if "drop" in own:
-            setattr(skeleton.get_submodule(layer), own, deepcopy(module))
 
 
 def attend_alike(skeleton: Any, vit: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 from scala_cli.errors import CheckpointError
 from scala_cli.slicing.original import BASIS, BIAS, WEIGHT
 
-Group = Literal["embed", "head", "hidden"]
+Group = Literal["embed", "head", "hidden", "slim"]
 Layout = Literal["aligned", "fused"]
 
 
@@ -17,7 +17,7 @@ class Axis:
 
     Args:
         group: the channels it carries: the residual stream (embed), the channels within the attention
-            heads (head), or the hidden layer of a block's MLP (hidden).
+            heads (head), the hidden layer of a block's MLP (hidden), or of a token slimming module (slim).
         blocks: the axis is this many equal runs, all cut alike.
     """
 
@@ -42,7 +42,8 @@ def vit_table(num_heads: int, layout: Layout) -> Table:
     key_value = Axis("head", 2 * num_heads if layout == "aligned" else 1)
     mlps = ("blocks.*.mlp", "attn_pool.mlp")
     outer = ("patch_embed.norm", "norm_pre", "norm", "fc_norm", "attn_pool.norm")
-    norms = (*outer, "blocks.*.norm1", "blocks.*.norm2")
+    norms = (*outer, "blocks.*.norm1", "blocks.*.norm2", "blocks.*.tsm.norm")
+    slim = Axis("slim")
     return {
         "cls_token": (None, None, embed),
         "dist_token": (None, None, embed),
@@ -50,6 +51,8 @@ def vit_table(num_heads: int, layout: Layout) -> Table:
         "pos_embed": (None, None, embed),
         "patch_embed.proj.weight": (embed, None, None, None),
         "patch_embed.proj.bias": (embed,),
+        "patch_embed.proj.before.*.weight": (None, None, None, None),
+        "patch_embed.proj.before.*.bias": (None,),
         **{f"{norm}.{part}": (embed,) for norm in norms for part in ("weight", "bias")},
         "blocks.*.attn.qkv.weight": (qkv, embed),
         "blocks.*.attn.qkv.bias": (qkv,),
@@ -64,6 +67,12 @@ def vit_table(num_heads: int, layout: Layout) -> Table:
         **{f"{mlp}.fc2.weight": (embed, hidden) for mlp in mlps},
         **{f"{mlp}.fc2.bias": (embed,) for mlp in mlps},
         "blocks.*.ls2.gamma": (embed,),
+        "blocks.*.tsm.key.weight": (slim, embed),
+        "blocks.*.tsm.key.bias": (slim,),
+        "blocks.*.tsm.query.weight": (None, slim),
+        "blocks.*.tsm.query.bias": (None,),
+        "blocks.*.tsm.scale": (None,),
+        "blocks.*.tsm.bias": (None, None),
         "attn_pool.latent": (None, None, embed),
         "attn_pool.q.weight": (attended, embed),
         "attn_pool.q.bias": (attended,),
@@ -87,7 +96,7 @@ def axes_of(name: str, table: Table) -> tuple[Axis | None, ...]:
     Raises CheckpointError where the table has no row for it.
     """
     try:
-        return table[re.sub(r"^blocks\.\d+\.", "blocks.*.", name.rpartition(":")[2])]
+        return table[re.sub(r"^(blocks|patch_embed\.proj\.before)\.\d+", r"\1.*", name.rpartition(":")[2])]
     except KeyError:
         raise CheckpointError(
             f"parameter {name!r} is unknown to the slicing table.",

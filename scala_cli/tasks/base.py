@@ -86,6 +86,14 @@ class Task(Protocol):
         """Returns what a model of timm makes of images (B, C, H, W), as this task wants it."""
         ...
 
+    def read(self, vit: VisionTransformer, tokens: Tensor, shares: Sequence[Tensor] = ()) -> Tensor:
+        """Returns the same from the tokens (B, N, C) after the last block and the norm that follows it.
+
+        Args:
+            shares: how tokens were slimmed, as `models.tokens.slimming` finds.
+        """
+        ...
+
     def statistics(self, outputs: Iterable[Tensor], settings: MethodSettings) -> dict[str, Tensor]:
         """Returns what `standardised` needs to know of the teacher's outputs; measured once, then kept."""
         ...

@@ -98,6 +98,10 @@ class Classification:
         """Returns (B, classes) logits."""
         return vit(images)
 
+    def read(self, vit: VisionTransformer, tokens: Tensor, shares: Sequence[Tensor] = ()) -> Tensor:
+        """Returns the same from the tokens after the last norm."""
+        return vit.forward_head(tokens)
+
     def statistics(self, outputs: Iterable[Tensor], settings: MethodSettings) -> dict[str, Tensor]:
         """Returns nothing: logits are compared as they are."""
         return {}

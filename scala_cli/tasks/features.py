@@ -13,7 +13,7 @@ from torch import Tensor
 from scala_cli.data.samples import Unlabelled
 from scala_cli.data.split import Split, hold_out, open_images, open_validation_images
 from scala_cli.errors import DataError, TrainingError
-from scala_cli.models.tokens import answer_and_patches
+from scala_cli.models.tokens import answer_and_patches, read_every
 from scala_cli.models.vit import Spec
 from scala_cli.settings import MethodSettings, Settings
 from scala_cli.tasks.likeness import Likeness
@@ -95,6 +95,10 @@ class Features:
     def forward(self, vit: VisionTransformer, images: Tensor) -> Tensor:
         """Returns (B, 1 + patches, C): what the model returns, and its patch tokens through the head."""
         return answer_and_patches(vit, images)
+
+    def read(self, vit: VisionTransformer, tokens: Tensor, shares: Sequence[Tensor] = ()) -> Tensor:
+        """Returns the same from the tokens after the last norm."""
+        return read_every(vit, tokens, shares)
 
     def statistics(self, outputs: Iterable[Tensor], settings: MethodSettings) -> dict[str, Tensor]:
         """Measures in which units features are compared: {"answer", "patches"}, of `Spread.unit`.

@@ -17,7 +17,7 @@ from scala_cli.slicing.point import Point
 from scala_cli.tasks import task_named
 from scala_cli.training.loop import Trainer
 from scala_cli.training.run import Row, Run
-from scala_cli.training.start import is_taught, prepare, trained_by, unlearnt, with_new_head
+from scala_cli.training.start import is_taught, prepare, refuse_foreign, trained_by, unlearnt, with_new_head
 from scala_cli.watch import Watcher
 from scala_cli.world import World
 
@@ -44,19 +44,21 @@ def finetune(
     world = World.join(device)
     start, record = for_task(start, record, settings.run.task)
     task = task_named(record.task)
+    refuse_foreign(settings.method)
     taught = is_taught(record, task, settings.method)
     splits = task.open(settings, start.spec.label_names, watch, world)
     if sizes := [point.size for point in start.points if point.size]:
         splits[0].tell_enlarged(max(sizes), watch)
     classes = splits[0].classes
     kind = method_named(settings.method.method)
-    kind(start.points, settings.method, task)  # refuses points that it does not train
+    method = kind(start.points, settings.method, task)  # refuses points that it does not train
+    method.prepared(start, settings.run.seed)  # refuses what it cannot add to
     if len(start.points) == 1 and not kind.one_point:
         watch.note(f"only width {start.points[0]} is trained; for others give --ratios.")
     misfit = unlearnt(start, record, classes) if task.labelled else ""
     if misfit:
         start = with_new_head(start, classes, settings.run.seed)
-        if taught and start.points != (FULL,):
+        if taught and (start.points != (FULL,) or method.adds_modules):
             watch.note(f"{misfit}: the head is new, so the full width learns alone first, then it teaches.")
             return learn_classes_first(start, record, settings, splits, run, watch, force)
         watch.note(f"{misfit}: the head is new, and there is no teacher.")
@@ -65,8 +67,10 @@ def finetune(
         start = start.like(spec=start.spec.naming(classes))
     begun = start
     start, record = prepare(begun, record, settings, splits[0], watch)
-    # fitting the widths changes the full one a little, so the model from before teaches
-    teacher = begun if start.vectors.keys() != begun.vectors.keys() else start
+    start = method.prepared(start, settings.run.seed)
+    # fitting the widths, and modules that are added, change the full one, so the model from before teaches
+    changed = method.adds_modules or start.vectors.keys() != begun.vectors.keys()
+    teacher = begun if changed else start
     trainer = Trainer(start, task, teacher if taught else None, settings, splits)
     with run.claimed(settings, force):
         if taught and teacher is begun:
@@ -166,7 +170,11 @@ def widen(
     record = replace(record, new_head=False)
     start = net.with_points(points)
     start, record = prepare(start, record, settings, splits[0], watch)
-    trainer = Trainer(start, task_named(record.task), net, settings, splits)
+    task = task_named(record.task)
+    start = method_named(settings.method.method)(start.points, settings.method, task).prepared(
+        start, settings.run.seed
+    )
+    trainer = Trainer(start, task, net, settings, splits)
     return begin(trainer, start, record, run, watch)
 
 

@@ -249,7 +249,7 @@ class Trainer:
     @property
     def lr(self) -> float:
         """Of the next step, where layers do not differ."""
-        group = self.step.optimizer.param_groups[-1]
+        group = self.step.optimizer.param_groups[self.step.shared_groups - 1]
         return group["lr"] / group.get("lr_scale", 1)
 
     def is_due(self, seconds: float) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -33,7 +33,8 @@ class Macs:
 
     @classmethod
     def of(cls, net: SlimmableViT) -> "Macs":
-        return cls({point: macs(net.spec_at(point)) for point in net.points}, macs(net.spec))
+        points = {point: macs(net.spec_at(point)) for point in net.points}
+        return cls(points, macs(replace(net.spec, tsm={})))
 
 
 def training_macs(macs: Macs, method: MethodSettings, task: str, pretrained: bool) -> float:

@@ -43,7 +43,7 @@ def bench_training(
         one. Per step {"step", "images_per_sec", "cost_ratio", "efficiency", "mb_per_image"}: the median; the
         multiply-accumulates of an image relative to timm's; images/s times that relative to timm's images/s,
         which is 1 where training many widths costs no more than timm's arithmetic for them, some of which is
-        skipped (`vit.skip_unread`); and by how much memory peaks above what was held before, divided by the
+        skipped (`modes.skip_unread`); and by how much memory peaks above what was held before, divided by the
         images of the batch, where the system tells.
     """
     device = choose_device(settings.device)

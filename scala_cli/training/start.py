@@ -13,7 +13,7 @@ from scala_cli.data.classes import class_misfit
 from scala_cli.data.shards import is_shards
 from scala_cli.data.split import Split
 from scala_cli.errors import TrainingError
-from scala_cli.methods import method_named
+from scala_cli.methods import METHODS, method_named
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.dense import kept_reader
 from scala_cli.models.slimmable import SlimmableViT
@@ -67,6 +67,17 @@ def is_taught(record: Record, task: Task, method: MethodSettings) -> bool:
             setting="class-token",
         )
     return True
+
+
+def refuse_foreign(method: MethodSettings) -> None:
+    """Raises TrainingError for a setting that means something to another method alone."""
+    others = {name for each in METHODS for name in method_named(each).own} - method_named(method.method).own
+    for name in sorted(others):
+        if getattr(method, name) != getattr(MethodSettings(), name):
+            raise TrainingError(
+                f"{name} has no part in method {method.method}.",
+                "Leave it out.",
+            )
 
 
 def with_new_head(start: SlimmableViT, classes: Sequence[str], seed: int) -> SlimmableViT:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from timm.data import Mixup
+from timm.models import VisionTransformer
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
@@ -19,14 +20,17 @@ from scala_cli.device import allow_compiling_all
 from scala_cli.errors import TrainingError, naming_failure
 from scala_cli.memory import naming_lack_of_memory
 from scala_cli.methods import method_named
-from scala_cli.methods.base import Batch
+from scala_cli.methods.base import Batch, Output
+from scala_cli.models.modes import skip_unread
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.models.vit import choose_attention, random_images, skip_unread
+from scala_cli.models.tokens import slimming
+from scala_cli.models.vit import choose_attention, random_images
 from scala_cli.precision import autocast, uses_bfloat16
 from scala_cli.settings import AugmentSettings, Settings
 from scala_cli.slicing.point import Point
 from scala_cli.tasks.base import Task
 from scala_cli.tasks.masking import hide_half
+from scala_cli.training.expert import Expert
 from scala_cli.training.gradients import GradientLog
 from scala_cli.training.rates import relative_groups
 from scala_cli.world import ALONE, World
@@ -62,7 +66,11 @@ class Step:
         self.method = method_named(settings.method.method)(start.points, settings.method, task)
         self.net = start.copied().to(device)
         self.net.vit.set_grad_checkpointing(settings.optimizer.grad_checkpointing)
-        self.modules = self.method.modules(start.spec.embed_dim).to(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.run.seed)
+            self.modules = self.method.modules(self.net).to(device)
+        named = settings.method.teacher_model
+        self.expert = Expert(named, start.spec).to(device) if named else None
         # a copy too: where tensors read from a file happen to lie decides how products of matrices round
         self.frozen = teacher.copied().vit.to(device).requires_grad_(False) if teacher else None
         for vit in (self.net.vit, self.frozen):
@@ -76,8 +84,8 @@ class Step:
         with refusing_settings():
             self.mix = mixer(settings.augment, settings.method.smoothing, max(1, start.spec.num_classes))
             self.optimizer = self.optimizer_of(chosen.opt or task.opt)
-            if trained := [*self.modules.parameters()]:
-                self.optimizer.add_param_group({"params": trained})
+            self.shared_groups = len(self.optimizer.param_groups)
+            self.add_modules(chosen.opt or task.opt)
         if getattr(self.optimizer, "is_second_order", False):
             raise TrainingError(
                 f"{chosen.opt or task.opt} needs second derivatives, which training does not keep.",
@@ -90,16 +98,16 @@ class Step:
         )
         self.judged: SlimmableViT = self.average.module if self.average else self.net
         for vit in (self.net.vit, self.frozen):  # not the average, which is copied from these before
-            if vit and not task.every_token:
+            if vit and not (task.every_token or self.method.reads_blocks):
                 skip_unread(vit)
-        self.run = task.forward
+        self.run: Callable[..., Any] = self.observe if self.method.reads_blocks else task.forward
         self.compiling = compiling(settings)
         if chosen.torchcompile:
             allow_compiling_all()
-            if task.every_token:  # by another function than the model's own forward
-                self.run = torch.compile(task.forward, dynamic=False)
-            for model in (self.net, self.frozen):
-                if model and not task.every_token:
+            if task.every_token or self.method.reads_blocks:  # another function than the model's own forward
+                self.run = torch.compile(self.run, dynamic=False)
+            else:
+                for model in filter(None, (self.net, self.frozen)):
                     model.compile(dynamic=False)
         self.number = 0
         self.moving = False
@@ -117,7 +125,7 @@ class Step:
         With Muon, which moves every matrix equally far, rates are relative (`rates.py`).
         """
         chosen = self.settings.optimizer
-        if name.endswith("muon") and chosen.layer_decay is None:
+        if self.is_relative(name):
             groups = relative_groups(self.net, chosen.weight_decay)
             return create_optimizer_v2(groups, opt=name, lr=self.rate)
         optimizer = create_optimizer_v2(
@@ -129,6 +137,19 @@ class Step:
         )
         self.add_own_vectors(optimizer)
         return optimizer
+
+    def is_relative(self, name: str) -> bool:
+        """Whether the optimizer of this name has rates relative to the size of each weight."""
+        return name.endswith("muon") and self.settings.optimizer.layer_decay is None
+
+    def add_modules(self, name: str) -> None:
+        """Adds what only training needs to the optimizer of this name, at its own rate."""
+        groups: list[dict[str, Any]] = [{"params": [*self.modules.parameters()]}]
+        if self.is_relative(name):
+            groups = relative_groups(self.modules, self.settings.optimizer.weight_decay)
+        for group in groups:
+            if group["params"]:
+                self.optimizer.add_param_group({**group, "lr": self.rate * self.method.module_rate})
 
     def add_own_vectors(self, optimizer: Optimizer) -> None:
         """Adds what a width or a size has of its own to the groups of what all share."""
@@ -228,6 +249,8 @@ class Step:
         drawn = self.method.draw(Random(f"{self.settings.run.seed} {self.number}"))
         masked = hide_half(images, self.net.spec) if self.task.masks(self.settings.method) else ()
         for some in Batch(images, targets, *masked).parts(self.settings.optimizer.grad_accum_steps):
+            if self.expert:
+                some = some._replace(hints=self.expert(some.images))
             for point, loss, weight in self.method.passes(some, self.predict, teacher, drawn):
                 share = loss * (len(some.images) / len(images))
                 (share * weight).backward()
@@ -250,22 +273,44 @@ class Step:
             self.statistics = {name: tensor.to(self.device) for name, tensor in found.items()}
             self.world.agree_on(self.statistics.values())
 
-    def predict(self, images: Tensor, point: Point) -> Tensor:
-        """The model's output at a width, in float32 and in the task's units: (B, classes) logits."""
-        with autocast(self.device, self.settings.device):
-            output = self.run(self.net.at(point), self.net.fitting(images, point))
-        return self.task.standardised(output.float(), self.statistics)
+    def predict(self, images: Tensor, point: Point) -> Any:
+        """The model's output at a point, in float32 and in the task's units, such as (B, classes) logits."""
+        return self.told_by(self.net.at(point), self.net.fitting(images, point))
 
-    def teach(self, images: Tensor) -> Tensor:
+    @torch.no_grad()
+    def teach(self, images: Tensor) -> Any:
         """The frozen starting model's output, as `predict`."""
-        return self.task.standardised(self.answer(images), self.statistics)
+        assert self.frozen is not None
+        return self.told_by(self.frozen, images)
+
+    def told_by(self, vit: VisionTransformer, images: Tensor) -> Any:
+        """A model's output, as `predict`."""
+        with autocast(self.device, self.settings.device):
+            told = self.run(vit, images)
+        if not isinstance(told, Output):
+            return self.task.standardised(told.float(), self.statistics)
+        return Output(
+            self.task.standardised(told.answer.float(), self.statistics),
+            [tokens.float() for tokens in told.tokens],
+            None if told.distilled is None else told.distilled.float(),
+        )
 
     @torch.no_grad()
     def answer(self, images: Tensor) -> Tensor:
         """The frozen starting model's output in float32."""
         assert self.frozen is not None
         with autocast(self.device, self.settings.device):
-            return self.run(self.frozen, images).float()
+            run = self.task.forward if self.method.reads_blocks else self.run
+            return run(self.frozen, images).float()
+
+    def observe(self, model: VisionTransformer, images: Tensor) -> Output:
+        """The output of a model of timm, and its patch tokens after every block."""
+        vit: Any = model
+        with slimming(vit) as shares:
+            normed, tokens = vit.forward_intermediates(images, output_fmt="NLC")
+        head = getattr(vit, "head_dist", None)
+        distilled = head(normed[:, 1]) if isinstance(head, nn.Linear) else None
+        return Output(self.task.read(vit, normed, shares), tokens, distilled)
 
 
 def compiling(settings: Settings) -> AbstractContextManager[object]:

@@ -1,0 +1,142 @@
+"""What becomes of the patches of one image: which token each goes into, at every stage."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from scala_cli.data.images import as_rgb, open_image
+from scala_cli.data.transform import transform_for
+from scala_cli.errors import CheckpointError, DataError
+from scala_cli.models.block import MergeBlock, attention_to_patches
+from scala_cli.models.slimmed import TokenSlimming, modules_of
+from scala_cli.models.stages import hooked
+from scala_cli.models.vit import Spec
+from scala_cli.slicing.tokens import Merged
+
+
+@dataclass(frozen=True)
+class Merging:
+    """What the tokens are made of that a block passes on.
+
+    Args:
+        block: its number, from 0.
+        shares: (tokens, patches) how much of each patch of the image is in each token; rows add up to one.
+    """
+
+    block: int
+    shares: Tensor
+
+    @property
+    def owners(self) -> Tensor:
+        """(patches,) the token that has most of each patch; -1 of a patch that is in none."""
+        most, owners = self.shares.max(0)
+        return owners.where(most > 0, -1)
+
+    def told(self) -> dict[str, Any]:
+        """{"block", "tokens", "effective", "owners"}.
+
+        A token is effectively made of 1 / sum(share^2) patches; "effective" is the mean over tokens. "owners"
+        are the token that has most of each patch, row by row, -1 of a patch that was dropped.
+        """
+        effective = (1 / self.shares.square().sum(1)).mean().item()
+        return {
+            "block": self.block,
+            "tokens": len(self.shares),
+            "effective": round(effective, 2),
+            "owners": self.owners.tolist(),
+        }
+
+
+@torch.inference_mode()
+def mergings(vit: VisionTransformer, image: Tensor) -> list[Merging]:
+    """Returns what the tokens are made of after each block that passes on fewer.
+
+    Args:
+        image: (C, H, W), normalised.
+
+    Raises CheckpointError for a model that passes on every token.
+    """
+    full: Any = vit
+    stages = [Merging(-1, torch.eye(full.patch_embed.num_patches, device=image.device))]
+
+    def note(number: int, reducer: nn.Module, read: tuple[Any, ...], wrote: Any) -> None:
+        stages.append(Merging(number, passed_on(reducer, read[0], wrote, stages[-1].shares)))
+
+    places: dict[int, nn.Module] = {n: b for n, b in enumerate(full.blocks) if getattr(b, "passing", None)}
+    places |= modules_of(vit)
+    if not places:
+        raise CheckpointError(
+            "every token of this model goes on to the end: there is nothing to explain.", remedy="slim_tokens"
+        )
+    with hooked([place.register_forward_hook(partial(note, number)) for number, place in places.items()]):
+        vit.eval()(image[None])
+    return stages[1:]
+
+
+def passed_on(reducer: Any, read: Any, wrote: Any, shares: Tensor) -> Tensor:
+    """Returns the shares (`Merging`) of the tokens of one image behind what passes on fewer of them.
+
+    Args:
+        reducer: a token slimming module, or a block that drops or merges tokens.
+        read, wrote: its input and its output.
+        shares: of the tokens before.
+    """
+    if isinstance(reducer, TokenSlimming):
+        return reducer.shares(read[:, reducer.prefix :])[0] @ shares
+    passing = reducer.passing
+    if isinstance(reducer, MergeBlock):
+        if isinstance(wrote, Merged):
+            places = wrote.places[0]
+        else:  # the last one gives every patch its token back: those of one token are alike
+            places = wrote[0, passing.prefix :].unique(dim=0, return_inverse=True)[1]
+        stands = (places == torch.arange(int(places.max()) + 1, device=places.device)[:, None]).float()
+        return stands / stands.sum(1, keepdim=True)
+    scores = attention_to_patches(reducer.attn, reducer.norm1(read), passing)
+    return shares[scores[0].topk(passing.count).indices]
+
+
+def read_image(file: Path, spec: Spec, upright: bool = True) -> Tensor:
+    """Returns an image as the model takes it, (C, H, W). Raises DataError where it cannot be read."""
+    try:
+        with open_image(str(file)) as opened:
+            return transform_for(spec)(as_rgb(opened, upright))
+    except FileNotFoundError:
+        raise DataError(f"{file} does not exist.", "Name an image.") from None
+    except Exception as error:  # a broken file makes Pillow fail in arbitrary ways
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{file} cannot be read as an image: {error}.", "Name another one.") from None
+
+
+def pixels_of(image: Tensor, spec: Spec) -> Tensor:
+    """Returns the picture that was normalised, (H, W, C) from 0 to 1."""
+    mean, std = (torch.tensor(spec.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
+    return (image * std + mean).clamp(0, 1).permute(1, 2, 0)
+
+
+def painted(pixels: Tensor, merging: Merging, grid: Sequence[int]) -> Tensor:
+    """Returns the picture with every patch in the mean colour of the token that has most of it, or black.
+
+    Lines are drawn where two patches go into different tokens.
+
+    Args:
+        pixels: (H, W, C)
+        grid: rows and columns of patches.
+    """
+    rows, columns = grid
+    high, wide = pixels.shape[0] // rows, pixels.shape[1] // columns
+    patches = pixels.unflatten(1, (columns, wide)).unflatten(0, (rows, high))
+    colours = merging.shares @ patches.mean((1, 3)).flatten(0, 1)
+    owners = merging.owners.unflatten(0, (rows, columns))
+    colours = torch.cat([colours, colours.new_zeros(1, colours.shape[1])])  # for -1
+    picture = colours[owners][:, None, :, None].expand(patches.shape).clone()
+    below, beside = owners[1:] != owners[:-1], owners[:, 1:] != owners[:, :-1]
+    picture[:-1, -1][below] = 0  # the last line of pixels of a patch
+    picture[:, :, :-1, -1] *= ~beside[:, None, :, None]  # and its last column
+    return picture.flatten(2, 3).flatten(0, 1)
