@@ -98,7 +98,7 @@ def passed_on(reducer: Any, read: Any, wrote: Any, shares: Tensor) -> Tensor:
         stands = (places == torch.arange(int(places.max()) + 1, device=places.device)[:, None]).float()
         return stands / stands.sum(1, keepdim=True)
     scores = attention_to_patches(reducer.attn, reducer.norm1(read), passing)
-    return shares[scores[0].topk(passing.count).indices]
+    return shares[scores[0].topk(passing.kept).indices]
 
 
 def read_image(file: Path, spec: Spec, upright: bool = True) -> Tensor:
