@@ -121,7 +121,7 @@ def open_source(
     file = str(weights or model)
     if is_theirs(source):
         return open_family(source, file, points, changes, layout)
-    if source.weights and is_supervit(source.weights()):
+    if (weights or weight_file(model)) and source.weights and is_supervit(source.weights()):
         return open_sizes(source, file, points, changes, layout, heads)
     about = {} if scratch or weights else about_of(model)
     refuse_trained(model, about)
