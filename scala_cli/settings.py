@@ -113,7 +113,7 @@ class OptimizerSettings:
     opt: str | None = option(
         None,
         "Optimizer, by timm's name; with muon, rates are relative to the size of each weight. "
-        "Default: adamw for classes, muon for features.",
+        "Default: adamw for classes, muon for features; one of the other kind needs --lr.",
     )
     grad_accum_steps: int = option(
         1, "Work through a batch in so many parts, which needs less memory; the step is the same.", min=1

@@ -7,9 +7,10 @@ import torch
 from test_step import settings, start
 from torch import nn
 
+from scala_cli.errors import TrainingError
 from scala_cli.settings import OptimizerSettings
 from scala_cli.tasks import task_named
-from scala_cli.training.rates import SIZE_OF_ZEROS, SMALLEST, relative_groups, relative_rate
+from scala_cli.training.rates import SIZE_OF_ZEROS, SMALLEST, relative_rate
 from scala_cli.training.step import Step
 
 
@@ -41,9 +42,10 @@ def test_a_rate_is_the_root_mean_square_of_the_values():
     assert relative_rate(nn.Parameter(torch.full((3,), 1e-9))) == SMALLEST
 
 
-def test_only_matrices_decay():
-    groups = relative_groups(nn.Linear(2, 3), 0.05)
-    assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 0.05), (1, 0.0)]
+def test_what_decays_is_as_timm_has_it(photos):
+    groups = [step_with(photos, 1e-3, opt=opt).optimizer.param_groups for opt in ("muon", "adamw")]
+    decays = [[g["weight_decay"] for g in some for _ in g["params"]] for some in groups]
+    assert decays[0] == decays[1] and {*decays[0]} == {0.0, 0.05}
 
 
 def test_with_muon_every_weight_moves_in_proportion_to_its_size(photos):
@@ -74,10 +76,22 @@ def test_vectors_of_a_width_s_own_are_trained_in_either_way(photos):
         assert trained == {id(p) for p in step.net.parameters()}
 
 
-def test_layer_decay_takes_the_place_of_relative_rates(photos):
-    step = step_with(photos, 1e-3, layer_decay=0.5)
-    scales = {group["lr_scale"] for group in step.optimizer.param_groups}
-    assert {1.0, 0.5} <= scales and len(scales) < 6
+def test_layer_decay_scales_relative_rates(photos):
+    plain, decayed = (step_with(photos, 1e-3, layer_decay=decay) for decay in (None, 0.5))
+    names = {id(p): name for step in (plain, decayed) for name, p in step.net.named_parameters()}
+    one, other = (
+        {names[id(g["params"][0])]: g["lr_scale"] for g in step.optimizer.param_groups}
+        for step in (plain, decayed)
+    )
+    assert other["vit.head.weight"] == pytest.approx(one["vit.head.weight"])
+    assert other["vit.patch_embed.proj.weight"] < 0.5 * one["vit.patch_embed.proj.weight"]
+
+
+@pytest.mark.parametrize(("task", "opt"), [("features", "adamw"), ("classification", "muon")])
+def test_another_kind_of_rate_has_to_be_given(photos, task, opt):
+    chosen = settings(photos, optimizer=OptimizerSettings(batch_size=4, lr=None, opt=opt))
+    with pytest.raises(TrainingError, match="no default for it"):
+        Step(start(), task_named(task), start(), chosen, torch.device("cpu"))
 
 
 def test_the_rate_that_is_told_is_the_one_that_was_given(photos, tmp_path):

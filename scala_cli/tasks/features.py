@@ -31,7 +31,7 @@ class Features:
 
     labelled, every_token, digits = False, True, 4
     rate, opt = 2e-3, "muon"
-    """AdamW loses a DINOv2's features at rates at which it learns (docs/results/backbones.md)."""
+    """AdamW loses a DINOv2's features unless its rate is very low (docs/results/backbones.md)."""
     columns: Mapping[str, str] = {
         "r2": "R² of patches",
         "cosine": "cosine of patches",

@@ -248,8 +248,8 @@ class Trainer:
 
     @property
     def lr(self) -> float:
-        """Of the next step, where layers do not differ."""
-        group = self.step.optimizer.param_groups[self.step.shared_groups - 1]
+        """The rate of the next step before it is scaled for a layer or a weight."""
+        group = self.step.optimizer.param_groups[0]
         return group["lr"] / group.get("lr_scale", 1)
 
     def is_due(self, seconds: float) -> bool:

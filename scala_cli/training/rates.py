@@ -1,32 +1,29 @@
 """Learning rates relative to the size of each weight, for optimizers whose steps do not depend on it."""
 
-from typing import Any
-
 from torch import nn
+from torch.optim import Optimizer
 
 SIZE_OF_ZEROS = 0.02
 """A tensor of zeros counts as one that timm has just initialised (standard deviation 0.02)."""
 SMALLEST = 1e-3
 
 
-def relative_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Returns a group for every parameter, with a learning rate relative to its root mean square.
+def has_relative_rates(name: str) -> bool:
+    """Whether the optimizer of this name is trained with rates relative to the size of each weight."""
+    return name.endswith("muon")
+
+
+def make_relative(optimizer: Optimizer) -> None:
+    """Multiplies the learning rate of every parameter by its root mean square, in place.
 
     In a deep ViT these differ by a factor of a hundred: a LayerScale near zero, once it is part of a weight,
     makes that weight small. At one rate for all, an optimizer that moves every weight equally far loses what
     the small ones hold within a few steps (docs/results/backbones.md).
-
-    Args:
-        weight_decay: of matrices; vectors have none.
     """
-    return [
-        {
-            "params": [parameter],
-            "lr_scale": relative_rate(parameter),
-            "weight_decay": weight_decay if parameter.ndim > 1 else 0.0,
-        }
-        for parameter in model.parameters()
-        if parameter.requires_grad
+    optimizer.param_groups = [
+        {**group, "params": [p], "lr_scale": group.get("lr_scale", 1.0) * relative_rate(p)}
+        for group in optimizer.param_groups
+        for p in group["params"]
     ]
 
 

@@ -32,7 +32,7 @@ from scala_cli.tasks.base import Task
 from scala_cli.tasks.masking import hide_half
 from scala_cli.training.expert import Expert
 from scala_cli.training.gradients import GradientLog
-from scala_cli.training.rates import relative_groups
+from scala_cli.training.rates import has_relative_rates, make_relative
 from scala_cli.world import ALONE, World
 
 
@@ -80,15 +80,21 @@ class Step:
             if model:
                 world.agree(model)
         chosen = settings.optimizer
+        name = chosen.opt or task.opt
+        if chosen.lr is None and has_relative_rates(name) != has_relative_rates(task.opt):
+            raise TrainingError(
+                f"{name} has another kind of learning rate than {task.opt}, so there is no default for it.",
+                remedy="example",
+                setting="lr",
+                value="1e-5" if task.every_token else "1e-2",
+            )
         self.rate = task.rate if chosen.lr is None else chosen.lr
         with refusing_settings():
             self.mix = mixer(settings.augment, settings.method.smoothing, max(1, start.spec.num_classes))
-            self.optimizer = self.optimizer_of(chosen.opt or task.opt)
-            self.shared_groups = len(self.optimizer.param_groups)
-            self.add_modules(chosen.opt or task.opt)
+            self.optimizer = self.optimizer_of(name)
         if getattr(self.optimizer, "is_second_order", False):
             raise TrainingError(
-                f"{chosen.opt or task.opt} needs second derivatives, which training does not keep.",
+                f"{name} needs second derivatives, which training does not keep.",
                 remedy="try",
                 setting="opt",
                 value="adamw",
@@ -120,14 +126,12 @@ class Step:
         return [*self.net.parameters(), *self.modules.parameters()]
 
     def optimizer_of(self, name: str) -> Optimizer:
-        """Returns timm's optimizer of this name for the weights and what a width or a size has of its own.
+        """Returns timm's optimizer of this name for all that is trained, each at its own rate.
 
-        With Muon, which moves every matrix equally far, rates are relative (`rates.py`).
+        That is the weights, what a width or a size has of its own, and what only training needs. With Muon,
+        which moves every matrix equally far, rates are relative (`rates.py`).
         """
         chosen = self.settings.optimizer
-        if self.is_relative(name):
-            groups = relative_groups(self.net, chosen.weight_decay)
-            return create_optimizer_v2(groups, opt=name, lr=self.rate)
         optimizer = create_optimizer_v2(
             self.net.vit,
             opt=name,
@@ -136,20 +140,11 @@ class Step:
             layer_decay=chosen.layer_decay,
         )
         self.add_own_vectors(optimizer)
+        if trained := [*self.modules.parameters()]:
+            optimizer.add_param_group({"params": trained, "lr": self.rate * self.method.module_rate})
+        if has_relative_rates(name):
+            make_relative(optimizer)
         return optimizer
-
-    def is_relative(self, name: str) -> bool:
-        """Whether the optimizer of this name has rates relative to the size of each weight."""
-        return name.endswith("muon") and self.settings.optimizer.layer_decay is None
-
-    def add_modules(self, name: str) -> None:
-        """Adds what only training needs to the optimizer of this name, at its own rate."""
-        groups: list[dict[str, Any]] = [{"params": [*self.modules.parameters()]}]
-        if self.is_relative(name):
-            groups = relative_groups(self.modules, self.settings.optimizer.weight_decay)
-        for group in groups:
-            if group["params"]:
-                self.optimizer.add_param_group({**group, "lr": self.rate * self.method.module_rate})
 
     def add_own_vectors(self, optimizer: Optimizer) -> None:
         """Adds what a width or a size has of its own to the groups of what all share."""
