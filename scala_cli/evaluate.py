@@ -1,6 +1,7 @@
 """How well every width does, in one pass over the images."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from functools import partial
 from typing import Any, TypeVar
 
@@ -31,11 +32,43 @@ Key = TypeVar("Key")
 def validation_loader(
     net: SlimmableViT, task: Task, data: str, batch_size: int, read: ReadSettings
 ) -> Loader:
-    """The validation images of a data set as `net` and its task want them.
+    """Returns the validation images of a data set at the size of the model.
 
-    Raises DataError, also where the data does not fit the model.
+    Raises DataError, also if the data does not fit the model.
     """
     return Loader(task.judged(net.spec, data, read.data_dir), transform_for(net.spec), batch_size, read)
+
+
+def evaluate_as_sliced(
+    net: SlimmableViT,
+    task: Task,
+    loader: Loader,
+    points: Sequence[Point],
+    read: ReadSettings,
+    settings: DeviceSettings,
+    watch: Watcher,
+    reference: Predictor | None = None,
+) -> list[dict[str, Any]]:
+    """Returns the rows of `evaluate`, each point judged on images decoded at its own size, as by its slice.
+
+    The images are read once for each size.
+
+    Args:
+        loader: the images at the size of the model. Unreadable ones of any pass are added to its `skipped`.
+    """
+    by_size: dict[int | None, list[Point]] = {}
+    for point in points:
+        by_size.setdefault(None if point.size == net.spec.size else point.size, []).append(point)
+    rows = {}
+    for size, some in by_size.items():
+        sized = loader
+        if size is not None:
+            transform = transform_for(net.spec.at_point(Point(Fraction(1), size)))
+            sized = Loader(loader.split, transform, loader.batch_size, read)
+        found = evaluate(net, task, sized, some, settings, watch, reference=reference)
+        rows.update(zip(some, found, strict=True))
+        loader.skipped.update(sized.skipped)
+    return [rows[point] for point in points]
 
 
 @torch.inference_mode()

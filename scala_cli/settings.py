@@ -177,6 +177,12 @@ class EvalSettings:
     """How it is evaluated."""
 
     batch_size: int = option(128, "Images a batch.", "-b", min=1)
+    resized: bool = option(
+        False,
+        "Read images at the largest size and resize them for the other points, as in training. Default: read "
+        "them at each point's own size, as its slice does.",
+        only="on",
+    )
 
 
 @dataclass(frozen=True)

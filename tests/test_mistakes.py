@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import interrupt, write_timm_directory
+
 from runs import QUICK
 
 

@@ -9,8 +9,9 @@ import pytest
 import timm
 import torch
 from conftest import build, write_timm_directory
-from runs import QUICK
+from PIL import Image
 
+from runs import QUICK
 from scala_cli.deploy.export import export, export_all
 from scala_cli.models.checkpoint import Record, load, save
 from scala_cli.models.in_memory import slimmable as of
@@ -171,4 +172,26 @@ def test_mistakes(scala, photos, words, message):
 def test_images_that_are_enlarged_are_told(scala):
     write_timm_directory(Path("vit"), num_classes=10, depth=2)
     done = scala("eval", "vit", "--data", "digits", "--ratio", "1@8", "--ratio", "1@16", "-j", 0)
-    assert done.code == 0 and "images of 8 x 8 pixels are enlarged to 16" in done.told, done.stderr
+    told = "images looked at are smaller than 16 pixels (the smallest 8): they are enlarged"
+    assert done.code == 0 and told in done.told, done.stderr
+
+
+def test_one_small_image_among_large_ones_is_told(scala):
+    write_timm_directory(Path("vit"), num_classes=2, depth=2)
+    for number, side in enumerate((32, 32, 8, 32)):
+        folder = Path("mixed", "val", str(number % 2))
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (side, side), (number * 50, 0, 0)).save(folder / f"{number}.png")
+    done = scala("eval", "vit", "--data", "mixed", "--ratio", "1@24", "-j", 0)
+    assert done.code == 0 and "1 of 4 images looked at are smaller than 24 pixels" in done.told, done.stderr
+
+
+def test_a_size_is_judged_on_images_decoded_at_it_as_its_slice_is(scala):
+    write_timm_directory(Path("vit"), num_classes=10, depth=2)
+    points = ("--ratio", "1@8", "--ratio", "1@16", "--data", "digits", "-j", 0, "--json")
+    direct = json.loads(scala("eval", "vit", *points).stdout)["points"]
+    resized = json.loads(scala("eval", "vit", *points, "--resized").stdout)["points"]
+    scala("slice", "vit", "--ratio", "1@8", "-o", "small")
+    (alone,) = json.loads(scala("eval", "small", "--data", "digits", "-j", 0, "--json").stdout)["points"]
+    assert [direct[0][name] for name in ("top1", "top5")] == [alone[name] for name in ("top1", "top5")]
+    assert direct[0] != resized[0] and direct[1] == resized[1]

@@ -81,6 +81,7 @@ def evaluate(
     from scala_cli.evaluate import (
         answering,
         evaluate,
+        evaluate_as_sliced,
         evaluate_cascade,
         reference_for,
         validation_loader,
@@ -135,7 +136,10 @@ def evaluate(
             document = next({**row} for row in sweep if row["threshold"] == threshold)
             document |= {"cascade": [str(point) for point in asked.points], "points": rows, "sweep": sweep}
         else:
-            rows = evaluate(net, task, loader, points, device, live, reference=reference)
+            if settings.resized:
+                rows = evaluate(net, task, loader, points, device, live, reference=reference)
+            else:
+                rows = evaluate_as_sliced(net, task, loader, points, read, device, live, reference)
             document = {"points": rows}
         loader.tell_skipped(live)
     if cascade and plot:

@@ -21,6 +21,8 @@ from scala_cli.watch import Watcher
 
 VALIDATION = ("val", "validation", "valid", "test")
 """Folders that may hold validation images; the first that exists is used."""
+LOOKED_AT = 16
+"""How many images, spread evenly, are opened to see how large they are."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,17 @@ class Split:
             watch.note(note)
 
     def tell_enlarged(self, size: int, watch: Watcher) -> None:
-        """Notes if images, judged by the first, are smaller than a model's, so that it sees them enlarged."""
-        with suppress(ScalaError, OSError):
-            width, height = self.samples[0][0].size
-            if min(width, height) < size:
-                watch.note(f"images of {width} x {height} pixels are enlarged to {size}.")
+        """Notes if some of the images are smaller than `size` pixels a side; looks at LOOKED_AT of them."""
+        sides = []
+        for number in range(0, len(self), max(1, len(self) // LOOKED_AT)):
+            with suppress(ScalaError, OSError):
+                sides.append(min(self.samples[number][0].size))
+        small = [side for side in sides if side < size]
+        if small:
+            watch.note(
+                f"{len(small)} of {len(sides)} images looked at are smaller than {size} pixels "
+                f"(the smallest {min(small)}): they are enlarged."
+            )
 
     def numbered_as(self, names: Sequence[str] | None) -> "Split":
         """Return the same images with classes numbered like a model's, if the names are the same."""
