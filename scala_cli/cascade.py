@@ -1,7 +1,7 @@
 """A small point of a family answers; a larger one is asked only where it is unsure."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import torch
@@ -87,3 +87,37 @@ def sweep(
             }
         )
     return rows
+
+
+def best_cascade(
+    sure: Tensor, right: Tensor, macs: Sequence[int], max_gmacs: float, thresholds: Sequence[float]
+) -> dict[str, Any] | None:
+    """Returns the single point, or the pair or triple, that is right most often within a mean budget.
+
+    Its members are points on the front: a point that costs more than another and is right no more often is
+    left out. All members share one threshold.
+
+    Args:
+        sure: (points, N) the confidence of each point.
+        right: (points, N) whether it is right.
+        macs: multiply-accumulates of one image at each point.
+        max_gmacs: the budget, billions of multiply-accumulates of an image on average.
+        thresholds: to choose from.
+
+    Returns:
+        a row of `sweep` with "members": their numbers, cheapest first. A single point has threshold 0. None
+        if nothing fits the budget.
+    """
+    alone = right.double().mean(1).tolist()
+    front: list[int] = []
+    for number in sorted(range(len(macs)), key=lambda n: (macs[n], -alone[n])):
+        if not front or alone[number] > alone[front[-1]]:
+            front.append(number)
+    found = []
+    for size in (1, 2, 3):
+        for members in combinations(front, size):
+            some, spent = [*members], [macs[n] for n in members]
+            rows = sweep(sure[some], right[some], spent, thresholds if size > 1 else (0.0,))
+            found += [{"members": members, **row} for row in rows]
+    fitting = [row for row in found if row["gmacs"] <= max_gmacs]
+    return max(fitting, key=lambda row: (row["top1"], -row["gmacs"]), default=None)

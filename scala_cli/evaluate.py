@@ -9,7 +9,7 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor
 
-from scala_cli.cascade import Cascade, confidence, sweep
+from scala_cli.cascade import Cascade, best_cascade, confidence, sweep
 from scala_cli.cost import gmacs, macs
 from scala_cli.data.loader import Loader
 from scala_cli.data.transform import transform_for
@@ -27,6 +27,8 @@ from scala_cli.watch import Watcher
 from scala_cli.world import ALONE, World
 
 Key = TypeVar("Key")
+THRESHOLDS = tuple(n / 40 for n in range(8, 40))
+"""Of the cascades that `find_cascade` tries: 0.2 to 0.975."""
 
 
 def validation_loader(
@@ -176,8 +178,6 @@ def metrics(
     return found
 
 
-@naming_a_dead_reader()
-@torch.inference_mode()
 def evaluate_cascade(
     cascade: Cascade,
     loader: Loader,
@@ -185,14 +185,74 @@ def evaluate_cascade(
     settings: DeviceSettings,
     watch: Watcher,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """What a cascade gives at every threshold, in one pass over the images.
+    """Evaluates a cascade at every threshold, in one pass over the images.
 
     Returns:
-        per width alone its columns, "top1" and "gmacs", and per threshold what `sweep` tells.
+        per point alone its columns, "top1" and "gmacs"; per threshold a row of `sweep`.
     """
-    net, points = cascade.net, cascade.points
+    spent = [macs(cascade.net.spec_at(point)) for point in cascade.points]
+    sure, right = answers(cascade.net, cascade.points, loader, settings, watch)
+    return alone(cascade.points, right, spent), sweep(sure, right, spent, thresholds)
+
+
+def find_cascade(
+    net: SlimmableViT,
+    points: Sequence[Point],
+    loader: Loader,
+    max_gmacs: float,
+    settings: DeviceSettings,
+    watch: Watcher,
+) -> dict[str, Any]:
+    """Finds the best cascade of some points within a mean budget, in one pass over the images.
+
+    It is chosen on every second image and judged on the others.
+
+    Returns:
+        {"cascade": labels, "threshold", "top1", "gmacs", "escalated", "points": rows as `evaluate_cascade`},
+        judged; a single point if no cascade is better.
+
+    Raises PointError if nothing fits the budget.
+    """
+    spent = [macs(net.spec_at(point)) for point in points]
+    sure, right = answers(net, points, loader, settings, watch)
+    found = best_cascade(sure[:, ::2], right[:, ::2], spent, max_gmacs, THRESHOLDS)
+    if found is None:
+        cheapest = gmacs(min(spent))
+        raise PointError(
+            f"no point costs {max_gmacs:g} GMACs or less; the cheapest costs {cheapest:g}.",
+            remedy="example",
+            setting="max-gmacs",
+            value=f"{cheapest:g}",
+        )
+    members = [*found["members"]]
+    (row,) = sweep(
+        sure[members, 1::2], right[members, 1::2], [spent[n] for n in members], [found["threshold"]]
+    )
+    labels = [str(points[number]) for number in members]
+    return {**row, "cascade": labels, "points": alone(points, right[:, 1::2], spent)}
+
+
+def alone(points: Sequence[Point], right: Tensor, spent: Sequence[int]) -> list[dict[str, Any]]:
+    """Returns per point its columns, "top1" and "gmacs", from whether it is right: (points, N)."""
+    shares = right.float().mean(1).tolist()
+    return [
+        {**point.columns(), "top1": round(100 * share, 4), "gmacs": gmacs(each)}
+        for point, share, each in zip(points, shares, spent, strict=True)
+    ]
+
+
+@naming_a_dead_reader()
+@torch.inference_mode()
+def answers(
+    net: SlimmableViT,
+    points: Sequence[Point],
+    loader: Loader,
+    settings: DeviceSettings,
+    watch: Watcher,
+) -> tuple[Tensor, Tensor]:
+    """Returns the confidence of every point about every image, and whether it is right: (points, N) both."""
     predictors = widths(net, task_named("classification"), points, settings)
-    seen: list[tuple[Tensor, Tensor]] = []  # of each batch, both (widths, B)
+    seen: list[tuple[Tensor, Tensor]] = []  # of each batch, both (points, B)
     for images, targets in batches(loader, next(net.parameters()).device, watch):
         with naming_lack_of_memory(len(images)):
             logits = torch.stack([predict(images) for predict in predictors.values()])
@@ -200,12 +260,7 @@ def evaluate_cascade(
     if not seen:
         raise loader.nothing_read()
     sure, right = (torch.cat(part, dim=1) for part in zip(*seen, strict=True))
-    spent = [macs(net.spec_at(point)) for point in points]
-    alone = [
-        {**point.columns(), "top1": round(100 * share, 4), "gmacs": gmacs(each)}
-        for point, share, each in zip(points, right.float().mean(1).tolist(), spent, strict=True)
-    ]
-    return alone, sweep(sure, right, spent, thresholds)
+    return sure, right
 
 
 def batches(loader: Loader, device: torch.device, watch: Watcher) -> Iterator[tuple[Tensor, Tensor]]:

@@ -280,7 +280,7 @@ class BenchSettings:
 
 @dataclass(frozen=True)
 class Budget:
-    """What the width must fit, instead of --ratio."""
+    """What the point must fit, instead of --ratio."""
 
     max_latency_ms: float | None = option(None, "Milliseconds for one image, measured here.", min=0)
     max_gmacs: float | None = option(None, "Billions of multiply-accumulates of one image.", min=0)
@@ -289,7 +289,10 @@ class Budget:
         None, "Megabytes by which memory peaks while it is loaded and answers once, measured here.", min=0
     )
     min_top1: float | None = option(
-        None, "Top-1 in percent, as evaluated; the narrowest such width.", min=0, max=100
+        None, "Top-1 in percent, as evaluated; the cheapest such point.", min=0, max=100
+    )
+    runtime: str = option(
+        "torch", "In which latency and memory are measured: torch, compile, onnx, openvino, pt2, executorch."
     )
 
 

@@ -1,12 +1,20 @@
 """Which width fits, against trying them all."""
 
 import itertools
+from random import Random
 
 import pytest
+from conftest import slimmable
 
-from scala_cli.deploy.budget import choose, excess
+from scala_cli.deploy import budget as module
+from scala_cli.deploy.budget import FIRST, MORE, alternatives, candidates, choose, excess
+from scala_cli.deploy.predict import predict, work_of
 from scala_cli.errors import PointError
-from scala_cli.settings import Budget
+from scala_cli.models.checkpoint import Record
+from scala_cli.models.points import in_grid
+from scala_cli.settings import Budget, DeviceSettings, GridSettings
+from scala_cli.slicing.point import Point
+from scala_cli.watch import QUIET
 
 ROWS = [
     {"ratio": 0.25, "params": 1.5e6, "gmacs": 0.37, "latency_ms": 3.0, "memory_mb": 9.0, "top1": 58.7},
@@ -22,7 +30,7 @@ def fits(row, limits):
     )
 
 
-def test_the_widest_that_fits_every_budget():
+def test_the_best_that_fits_every_budget():
     """Every combination of limits, each at, just below and just above what a width has."""
     names = ("max_gmacs", "max_params", "max_latency_ms", "max_memory_mb", "min_top1")
     edges = {
@@ -36,8 +44,12 @@ def test_the_widest_that_fits_every_budget():
         if not wanted:
             with pytest.raises(PointError):
                 choose(rows, budget)
+        elif budget.min_top1 is None:
+            assert choose(rows, budget)["ratio"] == wanted[-1]
         else:
-            assert choose(rows, budget)["ratio"] == (wanted[0] if budget.min_top1 is not None else wanted[-1])
+            price = next((name[4:] for name, _ in limits if name != "min_top1"), "gmacs")
+            cost = {row["ratio"]: row[price] for row in ROWS}
+            assert choose(rows, budget)["ratio"] == min(wanted, key=cost.get)
 
 
 def test_where_nothing_fits_the_closest_is_named():
@@ -80,3 +92,85 @@ def test_slice_by_budget(scala, tiny):
     assert scala("slice", tiny).code == 2
     assert scala("slice", tiny, "--max-params", 1e9, "--threads", 1).code == 2
     assert "not empty" in scala("slice", tiny, "--max-latency-ms", 1e6, "-o", "half").stderr
+
+
+def test_rates_that_are_never_negative_are_found_again():
+    work = {n: (1.0, n % 3 + 1.0, float(n), n * n + 1.0) for n in range(12)}
+    cost = {n: 2 + 0.5 * third for n, (_, _, third, _) in work.items()}
+    found = predict(work, {n: cost[n] for n in (0, 3, 5, 7, 11)})
+    assert all(abs(found[n] - cost[n]) < 1e-9 * cost[n] for n in work)
+    falling = predict(work, {n: 10.0 - n / 2 for n in (1, 5, 11)})  # no such rates: the best that there are
+    assert all(value >= 0 for value in found.values()) and len(set(falling.values())) < len(falling)
+
+
+@pytest.fixture
+def grid():
+    """48 points of a tiny family, and what each truly costs: near a sum of its work, but not just that."""
+    net = in_grid(slimmable(ratios="0.25,0.5,0.75,1"), GridSettings(sizes="8,12,16,24", keeps="0.5,0.7,1"))
+    assert len(net.points) == 48
+    random = Random(0)
+    work = {point: work_of(net.spec_at(point)) for point in net.points}
+    ms = {p: (0.2 + w[1] / 1e4 + w[2] / 1e5) * random.uniform(0.97, 1.03) for p, w in work.items()}
+    top1 = {p: 50 + 10 * random.random() + w[2] / 1e6 for p, w in work.items()}
+    metrics = [{**p.columns(), "top1": value} for p, value in top1.items()]
+    return net, Record(trained=True, metrics=metrics), ms, top1
+
+
+def test_a_large_grid_is_searched_with_few_measurements(grid, monkeypatch):
+    """Every choice is a point that was measured and fits; most are the best there is."""
+    net, record, ms, top1 = grid
+    asked: list[Point] = []
+
+    def bench(net, record, points, *others):
+        asked.extend(points)
+        return {"points": [{**p.columns(), "latency_ms": ms[p], "memory_mb": 1.0} for p in points]}
+
+    monkeypatch.setattr(module, "bench", bench)
+    right = 0
+    limits = sorted(ms.values())[6::8]
+    for limit in limits:
+        asked.clear()
+        budget = Budget(max_latency_ms=limit)
+        rows = candidates(net, record, net.points, budget, DeviceSettings(), QUIET)
+        point = Point.of_row(choose(rows, budget))
+        assert point in asked and ms[point] <= limit
+        assert len(asked) == len(set(asked)) <= FIRST + MORE
+        right += top1[point] == max(top1[p] for p in net.points if ms[p] <= limit)
+        second = alternatives(rows, budget).get("second")
+        assert second is None or (second["fits"] and second["top1"] <= top1[point])
+    assert right >= 0.6 * len(limits)
+    asked.clear()
+    with pytest.raises(PointError, match="no trained width fits"):
+        budget = Budget(max_latency_ms=0.1)
+        choose(candidates(net, record, net.points, budget, DeviceSettings(), QUIET), budget)
+    assert set(asked) == set(net.points)
+
+
+def test_what_is_not_measured_is_said_to_be_predicted(grid, monkeypatch):
+    net, record, ms, _ = grid
+
+    def bench(net, record, points, *others):
+        return {"points": [{**p.columns(), "latency_ms": ms[p], "memory_mb": 2.0} for p in points]}
+
+    monkeypatch.setattr(module, "bench", bench)
+    budget = Budget(max_latency_ms=max(ms.values()), max_memory_mb=3)
+    rows = candidates(net, record, net.points, budget, DeviceSettings(), QUIET)
+    for row in rows:
+        assert row.get("predicted") or row["latency_ms"] == ms[Point.of_row(row)]
+    assert sum("predicted" not in row for row in rows) >= FIRST
+
+
+def test_the_most_accurate_is_chosen_not_the_widest():
+    rows = [{**row, "fits": True} for row in ROWS]
+    rows[1] = {**rows[1], "top1": 80.0}
+    assert choose(rows, Budget())["ratio"] == 0.5
+    found = alternatives([{**row, "fits": row["ratio"] < 0.6} for row in ROWS], Budget(max_latency_ms=6))
+    assert found["second"]["ratio"] == 0.25 and found["better"]["ratio"] == 0.75
+    unknown = [*rows[:3], {**rows[3], "top1": None}]
+    assert choose(unknown, Budget())["ratio"] == 1
+
+
+def test_runtime_without_what_is_measured(scala, tiny):
+    assert scala("slice", tiny, "--max-params", 1e9, "--runtime", "onnx").code == 2
+    told = scala("slice", tiny, "--max-latency-ms", 1e6, "--runtime", "nothing")
+    assert told.code == 2 and "no runtime 'nothing'" in told.told

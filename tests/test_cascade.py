@@ -1,12 +1,13 @@
 """The cascade against asking one image at a time."""
 
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import slimmable
 
-from scala_cli.cascade import Cascade, confidence, sweep
+from scala_cli.cascade import Cascade, best_cascade, confidence, sweep
 from scala_cli.errors import PointError
 
 RATIOS = (0.25, 0.5, 1)
@@ -80,3 +81,46 @@ def test_a_cascade_as_a_user_asks_for_it(scala, tiny, photos):
     assert scala("eval", tiny, "--data", photos, "--threshold", 0.5).code == 2
     assert scala("eval", tiny, "--data", photos, "--plot", "x.svg").code == 2
     assert "no picture" in scala(*words, "--plot", "x.txt").stderr
+
+
+def test_the_best_cascade_is_that_of_trying_all():
+    """Among all singles, pairs and triples of the points that no cheaper one matches."""
+    torch.manual_seed(0)
+    macs = [10**9, 2 * 10**9, 2 * 10**9, 4 * 10**9, 9 * 10**9]
+    hard = torch.rand(300)
+    skill = torch.tensor([0.5, 0.6, 0.4, 0.55, 0.9])[:, None]
+    right = hard < skill
+    sure = (skill - hard + 0.2 * torch.randn(5, 300)).sigmoid()
+    thresholds = [0.3, 0.5, 0.6]
+    front = (0, 1, 4)
+    for budget in (0.5, 1, 1.7, 3, 5, 20):
+        wanted = []
+        for members in [m for size in (1, 2, 3) for m in combinations(front, size)]:
+            for threshold in thresholds if len(members) > 1 else [0.0]:
+                hits, spent = 0, 0.0
+                for image in range(300):
+                    for n, member in enumerate(members):
+                        spent += macs[member] / 1e9
+                        if sure[member, image] >= threshold or n == len(members) - 1:
+                            hits += right[member, image].item()
+                            break
+                if round(spent / 300, 4) <= budget:
+                    wanted.append((hits / 3, -spent, members, threshold))
+        found = best_cascade(sure, right, macs, budget, thresholds)
+        if not wanted:
+            assert found is None
+            continue
+        top1, _, members, threshold = max(wanted)
+        assert found["top1"] == pytest.approx(top1, abs=1e-3)
+        assert (found["members"], found["threshold"]) == (members, threshold)
+
+
+def test_a_cascade_is_found_for_a_budget(scala, tiny, photos):
+    words = ("eval", tiny, "--data", photos, "-j", 0, "--no-amp", "--cascade", "auto")
+    told = scala(*words, "--max-gmacs", 1, "--json").json
+    assert told["gmacs"] <= 1 and 1 <= len(told["cascade"]) <= 3 and len(told["points"]) == 4
+    few = scala(*words, "--max-gmacs", 0)
+    assert few.code == 2 and "no point costs 0 GMACs or less" in few.told
+    assert scala(*words).code == 2
+    assert scala(*words, "--max-gmacs", 1, "--threshold", 0.5).code == 2
+    assert scala("eval", tiny, "--data", photos, "--max-gmacs", 1).code == 2

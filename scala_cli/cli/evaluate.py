@@ -26,7 +26,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Points, 0.25,1 or 0.5@128~0.5,1@224~0.7: the first answers, the next is asked where it is "
-            "unsure."
+            "unsure. Or auto: the best ones for --max-gmacs."
         ),
     ] = None,
     threshold: Annotated[
@@ -34,6 +34,10 @@ def evaluate(
         typer.Option(
             min=0, max=1, help="The cascade's: the probability at which an answer stands. Default: 0.8."
         ),
+    ] = None,
+    max_gmacs: Annotated[
+        float | None,
+        typer.Option(min=0, help="Of --cascade auto: billions of multiply-accumulates of an image, mean."),
     ] = None,
     against: Annotated[
         str | None,
@@ -63,6 +67,9 @@ def evaluate(
     own (own); agreement, how many of the full width's 10 nearest images it finds; recall, how often its
     embedding finds the same image in an index of the full width's.
 
+    --cascade auto looks for the best one, two or three points within a mean budget: it chooses on half of the
+    images and judges on the others.
+
     Example: scala eval runs/last --data DIR; and: scala eval --data DIR --cascade 0.25,1 --threshold 0.8
     """
     if cascade and ratio:
@@ -71,6 +78,13 @@ def evaluate(
         raise typer.BadParameter("--probe judges embeddings, --cascade answers: leave out one.")
     if (plot or threshold is not None) and not cascade:
         raise typer.BadParameter("--threshold and --plot go with --cascade.")
+    search = cascade == "auto"
+    if search is not (max_gmacs is not None):
+        raise typer.BadParameter("--cascade auto and --max-gmacs go together.")
+    if search and (threshold is not None or plot):
+        raise typer.BadParameter(
+            "--cascade auto finds its threshold: leave out --threshold and --plot."
+        )
     threshold = 0.8 if threshold is None else threshold
 
     from scala_cli.calibration import Calibration, cut_without_training
@@ -83,6 +97,7 @@ def evaluate(
         evaluate,
         evaluate_as_sliced,
         evaluate_cascade,
+        find_cascade,
         reference_for,
         validation_loader,
     )
@@ -95,11 +110,11 @@ def evaluate(
     if plot:
         refuse_picture(plot)
     place = choose_device(device)
-    named = cascade.split(",") if cascade else ratio
+    named = cascade.split(",") if cascade and not search else ratio
     net, record, points = open_points(checkpoint, named, tokens, out)
     task = task_named(record.task)
-    if cascade:
-        Cascade(net, points, threshold)  # refuses widths, before anything is looked at
+    if cascade:  # refuses points, before anything is looked at
+        Cascade(net, points if not search else [points[0], points[-1]], threshold)
     if against and task.labelled:
         raise typer.BadParameter("--against compares features; this model has classes.")
     if probe.probe:
@@ -129,6 +144,9 @@ def evaluate(
             rows = probe_widths(net, probe, loaders, points, device, live)
             document = {"points": rows}
             loaders[0].tell_skipped(live)
+        elif max_gmacs is not None:
+            document = find_cascade(net, points, loader, max_gmacs, device, live)
+            rows = document["points"]
         elif cascade:
             asked = Cascade(net, points, threshold)
             thresholds = sorted({*THRESHOLDS, threshold})

@@ -1,6 +1,6 @@
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +17,8 @@ from scala_cli.settings import (
     TokenSettings,
 )
 from scala_cli.slicing.point import Point
+
+NAMED = {"second": "the second best", "better": "the next better, if the limit were higher"}
 
 
 def slice(
@@ -50,13 +52,13 @@ def slice(
 ) -> None:
     """Write one width as standalone safetensors that timm loads by itself.
 
-    The one named, or the widest that fits a budget. A width that has not been trained is fitted to the full
+    The one named, or the best that fits a budget. A width that has not been trained is fitted to the full
     model first, on images without labels, in closed form. The file is read back through timm and compared
     before it takes its place.
 
     Example: scala slice deit_s --ratio 0.5 --data PHOTOS -o half; and: scala slice --max-latency-ms 8
     """
-    limited = any(limit is not None for limit in asdict(budget).values())
+    limited = any(limit is not None for name, limit in asdict(budget).items() if name != "runtime")
     if (ratio is not None) is limited:
         raise typer.BadParameter("Give either a width, --ratio 0.5, or what it must fit, --max-latency-ms 8.")
     if calibration.calibrate and data is None:
@@ -68,7 +70,7 @@ def slice(
 
     from scala_cli.calibration import Calibration, cut_without_training
     from scala_cli.data.split import open_images
-    from scala_cli.deploy.budget import candidates, choose, is_measured
+    from scala_cli.deploy.budget import alternatives, candidates, choose, is_measured
     from scala_cli.deploy.slice import default_target, slice_family, slice_model, tell_untrained
     from scala_cli.evaluate import evaluate, validation_loader
     from scala_cli.models.checkpoint import load_with_record
@@ -78,6 +80,8 @@ def slice(
 
     if device != DeviceSettings() and not is_measured(budget) and data is None:
         raise typer.BadParameter("--device, --amp and --threads go with what is measured: --max-latency-ms.")
+    if budget.runtime != Budget.runtime and not is_measured(budget):
+        raise typer.BadParameter("--runtime goes with what is measured: --max-latency-ms.")
     changes = Changes(None, img_size, patch_size)
     # at the full width, another size or fewer tokens need no images
     whole = point is not None and point.ratio == 1 and point != Point(point.ratio)
@@ -100,7 +104,7 @@ def slice(
             net, (point,) = with_untrained(net, record, [ratio], tokens, live)
         task = task_named(record.task)
         if point is None and (budget.min_top1 is None or not task.labelled):
-            rows = candidates(net, record, budget, device, live)
+            rows = candidates(net, record, net.points, budget, device, live)
             point = Point.of_row(choose(rows, budget))
         points = [point] if point else net.points
         fits = record.is_untrained(points) if calibration.calibrate is None else calibration.calibrate
@@ -115,7 +119,7 @@ def slice(
                 loader = validation_loader(net, task, data, EvalSettings().batch_size, read)
                 found = evaluate(net, task, loader, points, device, live)
                 record = replace(record, metrics=found)
-            rows = candidates(net, record, budget, device, live)
+            rows = candidates(net, record, net.points, budget, device, live)
             point = Point.of_row(choose(rows, budget))
         target = output or default_target(checkpoint, directory, point.file_name)
         if cut_anew or is_model or net is not family:
@@ -129,6 +133,20 @@ def slice(
             f"fitted to {fit['images']} images; of {fit['held_out']} others its output explains "
             f"{fit['r2']:.1%} of how the full model's varies."
         )
-    out.result({**result, "candidates": rows} if rows else result, rows)
+    if rows:
+        others = alternatives(rows, budget)
+        result = {**result, **others, "candidates": rows}
+        for name, row in others.items():
+            out.note(f"{NAMED[name]}: {described(row)}.")
+    out.result(result, rows)
     needed = "import scala_cli, which brings timm its architecture; " if "import" in result else ""
     out.note(f"load it: {needed}timm.create_model('local-dir:{result['path']}', pretrained=True)")
+
+
+def described(row: dict[str, Any]) -> str:
+    """Returns a candidate in words: its point, then its figures."""
+    point, skipped = Point.of_row(row), {"ratio", "size", "keep", "fits", "predicted"}
+    figures = ", ".join(
+        f"{name} {value:.4g}" for name, value in row.items() if name not in skipped and value is not None
+    )
+    return f"{point} with {figures}{' (predicted)' if row.get('predicted') else ''}"

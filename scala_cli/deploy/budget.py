@@ -1,12 +1,13 @@
-"""Which width fits: the widest within what may be spent, or the narrowest that is good enough."""
+"""Finds the point of a family that is best within a budget."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from scala_cli.bench.run import bench
-from scala_cli.cost import cost
+from scala_cli.cost import gmacs
+from scala_cli.deploy.predict import predict, work_of
 from scala_cli.errors import PointError
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.slimmable import SlimmableViT
@@ -16,18 +17,33 @@ from scala_cli.tasks import task_named
 from scala_cli.tasks.base import main_column
 from scala_cli.watch import Watcher
 
-MEASURED = {"latency_ms", "memory_mb"}
-"""What is known only on the machine itself."""
+MEASURED = ("latency_ms", "memory_mb")
+"""Columns that are known only on the machine itself."""
+FIRST, MORE = 8, 8
+"""How many points of a large family are measured at first, and how many more until the choice is final."""
+
+Rows = list[dict[str, Any]]
 
 
 def candidates(
-    net: SlimmableViT, record: Record, budget: Budget, where: DeviceSettings, watch: Watcher
-) -> list[dict[str, Any]]:
-    """Every trained width, narrowest first, with all that the budget asks for.
+    net: SlimmableViT,
+    record: Record,
+    points: Sequence[Point],
+    budget: Budget,
+    where: DeviceSettings,
+    watch: Watcher,
+) -> Rows:
+    """Returns a row for each point with all that the budget asks for.
+
+    Latency and memory of up to FIRST points are measured. Of more points FIRST are measured, spread over the
+    multiply-accumulates, and the others predicted. Then the point that would be chosen is measured and the
+    prediction fitted again, until the choice is a point that has been measured.
 
     Returns:
-        per width {"ratio", "params", "gmacs", "top1"}, where they are asked for "latency_ms" and "memory_mb"
-        as well, and "fits".
+        per point its columns, "params", "gmacs", the task's first metric, None if not known; if they are
+        limited "latency_ms" and "memory_mb", with "predicted" True where they are; and "fits".
+
+    Raises PointError where the budget asks for an accuracy that the task does not have.
     """
     task = task_named(record.task)
     main = main_column(task)
@@ -35,39 +51,119 @@ def candidates(
         raise PointError(
             "this model gives features: it has no top-1.", remedy="leave_out", setting="min-top1"
         )
-    if is_measured(budget):
-        rows = bench(net, record, net.points, (), BenchSettings(batch_size=1), where, watch)["points"]
-    else:
-        rows = [
-            {**point.columns(), **cost(net.spec_at(point)), main: record.measured(point, main)}
-            for point in net.points
-        ]
-    names = ["params", "gmacs", main, *(name for name, _, _ in limits_of(budget))]
-    return [
-        {
-            **Point.of_row(row).columns(),
-            **{name: row.get(name) for name in dict.fromkeys(names)},
-            "fits": excess(row, budget) <= 1,
+    work = {point: work_of(net.spec_at(point)) for point in points}
+    known = {
+        point: {
+            "params": int(params),
+            "gmacs": gmacs(macs),
+            main: record.measured(point, main),
         }
-        for row in rows
-    ]
+        for point, (_, params, macs, _) in work.items()
+    }
+    columns = [name for name, _, _ in limits_of(budget) if name in MEASURED]
+    if not columns:
+        return judged(known, {}, budget)
+    settings = BenchSettings(batch_size=1, runtime=budget.runtime)
+    measured: dict[Point, dict[str, float]] = {}
+    todo = spread(sorted(points, key=lambda point: work[point][2]), FIRST)
+    while todo:
+        for row in bench(net, record, todo, (), settings, where, watch)["points"]:
+            measured[Point.of_row(row)] = {name: row[name] for name in columns}
+        guesses = {
+            name: predict(work, {point: max(row[name], 1e-6) for point, row in measured.items()})
+            for name in columns
+        }
+        found = {
+            point: measured.get(point)
+            or {**{name: round(guess[point], 3) for name, guess in guesses.items()}, "predicted": True}
+            for point in points
+        }
+        if len(measured) >= FIRST + MORE:
+            found = {point: row for point, row in found.items() if point in measured}
+        rows = judged({point: known[point] for point in found}, found, budget)
+        choice = best(rows, budget)
+        # that none fits has to be true of all of them
+        wanted = [Point.of_row(choice)] if choice else points
+        todo = [point for point in wanted if point not in measured]
+    return rows
 
 
-def choose(rows: Sequence[dict[str, Any]], budget: Budget) -> dict[str, Any]:
-    """The widest row that fits; where accuracy is asked for, the narrowest.
+def spread(points: Sequence[Point], count: int) -> list[Point]:
+    """Returns `count` of the points, evenly from the first to the last; all if they are no more."""
+    last = len(points) - 1
+    places = range(len(points)) if last < count else [round(n * last / (count - 1)) for n in range(count)]
+    return [points[place] for place in places]
 
-    Raises PointError where none fits, naming the one that comes closest.
+
+def judged(
+    known: Mapping[Point, Mapping[str, Any]], found: Mapping[Point, Mapping[str, Any]], budget: Budget
+) -> Rows:
+    """Returns the rows of points with "fits", from what is known of them and what was found."""
+    rows = [{**point.columns(), **row, **found.get(point, {})} for point, row in known.items()]
+    return [{**row, "fits": excess(row, budget) <= 1} for row in rows]
+
+
+def gain(row: Mapping[str, Any], rows: Rows) -> tuple[float, float]:
+    """Returns what the best point has most of: accuracy, if it is known of all rows; then less work.
+
+    If it is not, the widest is the best.
+    """
+    metric = next((name for name in ("top1", "r2") if name in row), "")
+    spent = row.get("gmacs") or 0
+    if metric and all(each.get(metric) is not None for each in rows):
+        return row[metric], -spent
+    return spent, 0.0
+
+
+def best(rows: Rows, budget: Budget) -> dict[str, Any] | None:
+    """Returns the best row that fits; if an accuracy is asked for, the cheapest. None if none fits.
+
+    The cheapest has the least of what is limited beside the accuracy, or the fewest multiply-accumulates.
     """
     fitting = [row for row in rows if row["fits"]]
-    if fitting:  # of widths the narrowest or the widest
-        pick = min if budget.min_top1 is not None else max
-        return pick(fitting, key=lambda row: (row.get("gmacs") or 0, Point.of_row(row)))
-    closest = min(rows, key=lambda row: excess(row, budget))
-    ratio = Point.of_row(closest).label
-    has = ", ".join(f"{name} {shown(closest.get(name))}" for name, _, _ in limits_of(budget))
+    if not fitting:
+        return None
+    if budget.min_top1 is None:
+        return max(fitting, key=lambda row: (gain(row, rows), Point.of_row(row)))
+    name = price_of(budget)
+    return min(fitting, key=lambda row: (row.get(name) or 0, Point.of_row(row)))
+
+
+def price_of(budget: Budget) -> str:
+    """Returns the column that a point costs: the first that is limited, or the multiply-accumulates."""
+    return next((name for name, _, least in limits_of(budget) if not least), "gmacs")
+
+
+def closest(rows: Rows, budget: Budget) -> dict[str, Any]:
+    """Returns the row that misses its worst limit by the least."""
+    return min(rows, key=lambda row: excess(row, budget))
+
+
+def choose(rows: Rows, budget: Budget) -> dict[str, Any]:
+    """Returns the best row that fits. Raises PointError if none does, naming the one that comes closest."""
+    found = best(rows, budget)
+    if found is not None:
+        return found
+    nearest = closest(rows, budget)
+    ratio = Point.of_row(nearest).label
+    has = ", ".join(f"{name} {shown(nearest.get(name))}" for name, _, _ in limits_of(budget))
     raise PointError(
         f"no trained width fits; the closest is {ratio} with {has}.", remedy="closest_ratio", ratio=ratio
     )
+
+
+def alternatives(rows: Rows, budget: Budget) -> dict[str, dict[str, Any]]:
+    """Returns {"second": the next best row that fits, "better": the cheapest better row that does not}."""
+    chosen, price = choose(rows, budget), price_of(budget)
+    others = [{**row, "fits": row["fits"] and row is not chosen} for row in rows]
+    dearer = [
+        row for row in rows if not row["fits"] and row.get(price) and gain(row, rows) > gain(chosen, rows)
+    ]
+    found = {
+        "second": best(others, budget),
+        "better": min(dearer, key=lambda row: row[price], default=None),
+    }
+    return {name: row for name, row in found.items() if row is not None}
 
 
 def shown(value: float | None) -> str:
@@ -75,18 +171,22 @@ def shown(value: float | None) -> str:
 
 
 def is_measured(budget: Budget) -> bool:
-    """Whether the machine has to be asked."""
-    return bool(MEASURED & {name for name, _, _ in limits_of(budget)})
+    """Whether the budget limits what has to be measured on this machine."""
+    return any(name in MEASURED for name, _, _ in limits_of(budget))
 
 
 def limits_of(budget: Budget) -> list[tuple[str, float, bool]]:
-    """What is asked for: the column of a row, the limit, whether that is the least instead of the most."""
+    """Returns (column of a row, limit, whether it is the least instead of the most) for each limit."""
     given = {name: limit for name, limit in asdict(budget).items() if limit is not None}
-    return [(name[4:], limit, name.startswith("min_")) for name, limit in given.items()]
+    return [
+        (name[4:], limit, name.startswith("min_"))
+        for name, limit in given.items()
+        if name.startswith(("min_", "max_"))
+    ]
 
 
-def excess(row: dict[str, Any], budget: Budget) -> float:
-    """By what factor a row misses its worst limit; at most 1 where it fits."""
+def excess(row: Mapping[str, Any], budget: Budget) -> float:
+    """Returns by what factor a row misses its worst limit; at most 1 where it fits."""
     factors = [0.0]
     for name, limit, least in limits_of(budget):
         value = row.get(name)

@@ -1,0 +1,59 @@
+"""Predicts what the points of a family cost on this machine from a few that have been measured."""
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from scala_cli.cost import macs_of, params_of
+from scala_cli.models.vit import Spec
+
+Key = TypeVar("Key")
+
+
+def work_of(spec: Spec) -> tuple[float, float, float, float]:
+    """Returns what a forward of one image spends time and memory on, counted on the skeleton.
+
+    Returns:
+        (1, parameters, multiply-accumulates, numbers that its layers write)
+    """
+    skeleton, written = spec.build(), [0]
+
+    def count(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        written[0] += output.numel()
+
+    for module in skeleton.modules():
+        if not any(module.children()):
+            module.register_forward_hook(count)
+    macs = macs_of(skeleton, spec.input_size)
+    return 1.0, float(params_of(skeleton)), float(macs), float(written[0])
+
+
+def predict(work: Mapping[Key, Sequence[float]], measured: Mapping[Key, float]) -> dict[Key, float]:
+    """Returns a prediction for every key: a sum of its kinds of work, each times a rate that is not negative.
+
+    The rates have the least relative squared error on what was measured. They are few, so the rates that are
+    zero are found by trying all choices.
+
+    Args:
+        work: how much of each kind, by key.
+        measured: of some of the keys, positive.
+    """
+    every = torch.tensor([list(amounts) for amounts in work.values()], dtype=torch.float64)
+    scale = every.abs().amax(0).clamp_min(1e-30)
+    places = {key: number for number, key in enumerate(work)}
+    known = torch.tensor([*measured.values()], dtype=torch.float64)
+    seen = every[[places[key] for key in measured]] / scale / known[:, None]
+    kinds = range(every.shape[1])
+    best, least = torch.zeros(len(kinds), dtype=torch.float64), float("inf")
+    for count in range(1, min(len(kinds), len(known)) + 1):
+        for some in combinations(kinds, count):
+            rates = torch.linalg.lstsq(seen[:, some], torch.ones(len(known), 1, dtype=torch.float64)).solution
+            error = (seen[:, some] @ rates - 1).square().sum().item()
+            if (rates >= 0).all() and error < least - 1e-12:
+                best, least = torch.zeros_like(best), error
+                best[list(some)] = rates[:, 0]
+    guesses = (every / scale @ best).tolist()
+    return dict(zip(work, guesses, strict=True))
