@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections import Counter
+from fractions import Fraction
 from random import Random
 from typing import get_args, get_type_hints
 
@@ -15,11 +16,11 @@ from scala_cli.cli.app import app
 from scala_cli.errors import PointError
 from scala_cli.methods import METHODS, method_named
 from scala_cli.methods.base import OFF, Batch, Method
-from scala_cli.methods.scala import Scala, stable_sample, uniform_sample
+from scala_cli.methods.scala import Scala, sample_axes, stable_sample, uniform_sample
 from scala_cli.methods.separate import Separate
 from scala_cli.methods.usnet import USNet
 from scala_cli.settings import MethodSettings
-from scala_cli.slicing.point import Point, parse_points
+from scala_cli.slicing.point import Point, grid, parse_points
 from scala_cli.tasks import task_named
 from scala_cli.tasks.losses import cross_entropy, distillation
 
@@ -184,6 +185,23 @@ def test_stable_sampling_draws_one_width_from_each_half(count):
         assert smallest < first <= middle < second < largest
         seen.update([first, second])
     assert set(seen) == set(points[1:-1])
+
+
+def test_a_grid_is_sampled_on_every_axis():
+    """All points come up; two between differ on every axis, one from either half; the ends always train."""
+    points = grid(parse_points("0.25,0.5,0.75,1"), (16, 20, 24, 32), (Fraction(1, 2), Fraction(1)))
+    seen: Counter = Counter()
+    for seed in range(2000):
+        drawn = sample_axes(points, Random(seed))
+        assert (drawn[0], drawn[-1]) == (points[-1], points[0])
+        seen.update(drawn)
+        if len(drawn) == 4:
+            for axis, middle in (("ratio", 0.6), ("size", 22), ("keep", 0.7)):
+                low, high = sorted(getattr(point, axis) for point in drawn[1:3])
+                assert low < middle < high
+    assert set(seen) == set(points)
+    few = [points[0], points[5], points[-1]]
+    assert all(set(sample_axes(few, Random(seed))) <= set(few) for seed in range(50))
 
 
 def test_uniform_sampling_may_take_both_from_one_half():

@@ -82,9 +82,7 @@ def evaluate(
     if search is not (max_gmacs is not None):
         raise typer.BadParameter("--cascade auto and --max-gmacs go together.")
     if search and (threshold is not None or plot):
-        raise typer.BadParameter(
-            "--cascade auto finds its threshold: leave out --threshold and --plot."
-        )
+        raise typer.BadParameter("--cascade auto finds its threshold: leave out --threshold and --plot.")
     threshold = 0.8 if threshold is None else threshold
 
     from scala_cli.calibration import Calibration, cut_without_training

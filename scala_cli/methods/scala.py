@@ -35,10 +35,11 @@ class Scala(Method):
     }
 
     def draw(self, random: Random) -> list[Point]:
-        """The largest, two between, the smallest; of sizes and shares of tokens from anywhere between."""
+        """The largest, two between, the smallest."""
+        if not self.settings.stable_sampling:
+            return uniform_sample(self.points, random)
         widths = len(widths_of(self.points)) == len(self.points)
-        sample = stable_sample if self.settings.stable_sampling and widths else uniform_sample
-        return sample(self.points, random)
+        return (stable_sample if widths else sample_axes)(self.points, random)
 
     def passes(
         self, batch: Batch, student: Student, teacher: Teacher | None, drawn: Sequence[Point]
@@ -92,6 +93,24 @@ def stable_sample(points: Sequence[Point], random: Random) -> list[Point]:
     upper = [p for p in points if middle < p.ratio < largest]
     between = [random.choice(half) for half in (lower, upper) if half]
     return sorted({points[0], *between, points[-1]}, reverse=True)
+
+
+def sample_axes(points: Sequence[Point], random: Random) -> list[Point]:
+    """Stable Sampling in a grid of widths, sizes and shares of tokens; the points between cover each axis.
+
+    On every axis one of these two takes a value of the lower half and the other one of the upper half, which
+    one at random. The middle value of an odd number belongs to both halves. A point that the family does not
+    have, or that is one of the other three, is left out.
+    """
+    lower, upper = {}, {}
+    for axis in ("ratio", "size", "keep"):
+        values = sorted({getattr(point, axis) or 0 for point in points})
+        half = (len(values) + 1) // 2
+        pair = [random.choice(values[:half]), random.choice(values[-half:])]
+        random.shuffle(pair)
+        lower[axis], upper[axis] = pair
+    between = (Point(each["ratio"], each["size"] or None, each["keep"]) for each in (lower, upper))
+    return sorted({points[0], *(p for p in between if p in points), points[-1]}, reverse=True)
 
 
 def uniform_sample(points: Sequence[Point], random: Random) -> list[Point]:
