@@ -225,6 +225,11 @@ class FamilySettings:
     )
 
 
+DROP_BLOCKS: Any = option(
+    None, "Blocks that drop tokens, from 1. Default: 4,7,10 of 12, the same shares of another depth."
+)
+
+
 @dataclass(frozen=True)
 class TokenSettings:
     """How tokens get fewer, at points such as 1~0.5 of a model that was not trained for it."""
@@ -234,9 +239,7 @@ class TokenSettings:
         "Merge tokens that are alike, in every block, or drop those that the class token attends to least. "
         "Default: merge; as trained, where that was trained.",
     )
-    drop_blocks: str | None = option(
-        None, "Blocks that drop tokens, from 1. Default: 4,7,10 of 12, the same shares of another depth."
-    )
+    drop_blocks: str | None = DROP_BLOCKS
 
     def given(self) -> bool:
         return self != TokenSettings()
@@ -251,9 +254,7 @@ class GridSettings:
         None,
         "Shares of the tokens that each dropping block passes on. Default: 1; of supervit 0.5,0.7,1.",
     )
-    drop_blocks: str | None = option(
-        None, "Blocks that drop tokens, from 1. Default: 4,7,10 of 12, the same shares of another depth."
-    )
+    drop_blocks: str | None = DROP_BLOCKS
     resize: Literal["bilinear", "bicubic"] | None = option(
         None,
         "How images of the largest size are brought to the others: bilinear with aligned corners as in the "
