@@ -254,6 +254,11 @@ class GridSettings:
         None,
         "Shares of the tokens that each dropping block passes on. Default: 1; of supervit 0.5,0.7,1.",
     )
+    tokens: Literal["merge", "drop"] | None = option(
+        None,
+        "How tokens get fewer: merge those that are alike, in every block, or drop those that the class token "
+        "attends to least. Default: drop, as in the paper.",
+    )
     drop_blocks: str | None = DROP_BLOCKS
     resize: Literal["bilinear", "bicubic"] | None = option(
         None,

@@ -13,6 +13,7 @@ from PIL import Image
 
 from runs import QUICK
 from scala_cli.deploy.export import export, export_all
+from scala_cli.models.block import MergeBlock
 from scala_cli.models.checkpoint import Record, load, save
 from scala_cli.models.in_memory import slimmable as of
 from scala_cli.models.points import in_grid, with_untrained
@@ -195,3 +196,30 @@ def test_a_size_is_judged_on_images_decoded_at_it_as_its_slice_is(scala):
     (alone,) = json.loads(scala("eval", "small", "--data", "digits", "-j", 0, "--json").stdout)["points"]
     assert [direct[0][name] for name in ("top1", "top5")] == [alone[name] for name in ("top1", "top5")]
     assert direct[0] != resized[0] and direct[1] == resized[1]
+
+
+def test_a_family_is_trained_to_merge(scala, photos):
+    """--tokens merge: the rule is trained, saved, told in the command, and cut into slices."""
+    write_timm_directory(Path("vit"), num_classes=3, depth=4)
+    words = ("--method", "supervit", "--sizes", "16", "--keeps", "0.7,1", "--tokens", "merge")
+    done = scala("finetune", "vit", "--data", photos, *words, *QUICK, "-o", "run")
+    assert done.code == 0, done.stderr
+    net = load("run/last")
+    assert net.spec.tokens.kind == "merge" and [str(p) for p in net.points] == ["1~0.7", "1"]
+    assert any(isinstance(block, MergeBlock) for block in net.at(net.points[0]).blocks)
+    assert (
+        "--tokens merge"
+        in json.loads(Path("run/last/config.json").read_text())["scala"]["provenance"]["command"]
+    )
+    cut = scala("slice", "run", "--ratio", "1~0.7", "-o", "cut")
+    assert cut.code == 0, cut.stderr
+    again = timm.create_model("local-dir:cut", pretrained=True).eval()
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(again(images), net.eval()(images, "1~0.7"))
+
+
+def test_every_weight_learns_from_merged_tokens():
+    vit, _ = build("deit", depth=4)
+    net = in_grid(of(vit, "1"), GridSettings("16", "0.7,1", tokens="merge"))
+    net.train()(torch.randn(2, 3, 16, 16), "1~0.7").square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in net.vit.parameters())

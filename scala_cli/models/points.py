@@ -35,8 +35,8 @@ def in_grid(net: SlimmableViT, grid: GridSettings) -> SlimmableViT:
     Raises PointError for what is not written so, and for points that the model cannot have.
     """
     spec = net.spec
-    if grid.drop_blocks:
-        spec = replace(spec, tokens=replace(spec.tokens, blocks=parse_blocks(grid.drop_blocks)))
+    blocks = parse_blocks(grid.drop_blocks) if grid.drop_blocks else spec.tokens.blocks
+    spec = replace(spec, tokens=TokenRule(grid.tokens or spec.tokens.kind, blocks))
     spec = replace(spec, resize=grid.resize or spec.resize)
     points = points_of_grid(net.points, parse_sizes(grid.sizes or ""), parse_keeps(grid.keeps or ""))
     return net if (spec, points) == (net.spec, net.points) else net.like(spec=spec).with_points(points)

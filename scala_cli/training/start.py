@@ -26,6 +26,7 @@ from scala_cli.settings import (
     Settings,
 )
 from scala_cli.slicing.own import own_vectors
+from scala_cli.slicing.tokens import TokenRule
 from scala_cli.tasks.base import Task
 from scala_cli.watch import Watcher
 
@@ -143,6 +144,7 @@ def trained_by(record: Record, start: SlimmableViT, settings: Settings, taught: 
     blocks, resize = start.spec.tokens.blocks, start.spec.resize
     sizes = [] if former else record.provenance.get("options", [])
     words = [model, "--data", data, *sizes, *(["--ratios", ratios] if ratios != DEFAULT_RATIOS else [])]
+    words += ["--tokens", start.spec.tokens.kind] if start.spec.tokens.kind != TokenRule.kind else []
     words += ["--drop-blocks", ",".join(map(str, blocks))] if blocks else []
     words += ["--resize", resize] if resize != Spec.resize else []
     command = shlex.join(["scala", "finetune", *words, *settings.words()])
