@@ -256,8 +256,8 @@ class GridSettings:
     )
     tokens: Literal["merge", "drop"] | None = option(
         None,
-        "How tokens get fewer: merge those that are alike, in every block, or drop those that the class token "
-        "attends to least. Default: drop, as in the paper.",
+        "How tokens get fewer: merge those that are alike, in every block, or drop those that the class "
+        "token attends to least. Default: drop, as in the paper.",
     )
     drop_blocks: str | None = DROP_BLOCKS
     resize: Literal["bilinear", "bicubic"] | None = option(
