@@ -13,7 +13,7 @@ from scala_cli.settings import DeviceSettings
 
 
 def choose_device(settings: DeviceSettings) -> torch.device:
-    """The device asked for, or the best there is; sets the number of CPU threads on the way.
+    """Returns the device asked for, or the best there is, and sets the number of CPU threads.
 
     Raises ScalaError for a device this machine does not have.
     """
@@ -39,13 +39,13 @@ def choose_device(settings: DeviceSettings) -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Returns once the device has done all that was asked of it."""
+    """Waits until the device has finished its queued work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def device_name(device: torch.device) -> str:
-    """The processor's own name: "Intel Xeon ..." or "NVIDIA ..."."""
+    """Returns the processor's name: "Intel Xeon ..." or "NVIDIA ..."."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
@@ -58,7 +58,7 @@ def device_name(device: torch.device) -> str:
 
 
 def allow_compiling_all() -> None:
-    """All widths share timm's forward; past a limit torch would quietly run further ones uncompiled."""
+    """Raises torch's limit of compilations, past which it silently runs further widths uncompiled."""
     import torch._dynamo.config as dynamo
 
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no GPU

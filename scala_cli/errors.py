@@ -1,24 +1,24 @@
-"""What a user can mend. Anything else that escapes a command is our bug."""
+"""Errors that a user can fix. Anything else that escapes a command is a bug."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class ScalaError(Exception):
-    """A mistake or a circumstance that the user can mend: one line of what, one of what to do.
+    """An error that the user can fix: one line says what is wrong, one what to do.
 
-    Who calls from Python reads the message and the hint; the command line adds the text of the remedy, which
-    `cli/remedies.py` holds: what to type next.
+    Callers from Python see the message and the hint. The command line adds the text of the remedy from
+    `cli/remedies.py`: what to type next.
 
     Args:
         message: what is wrong, naming the file or value.
-        hint: what to do, in words that hold anywhere: they name no option and no command, unless of pip.
+        hint: what to do, without naming an option or a command (pip's excepted), as Python has neither.
         remedy: the name of a text in `cli.remedies.REMEDIES`.
         facts: the values that this text needs, by name.
     """
 
     resumable = False
-    """Whether a training run can go on once this is mended."""
+    """Whether a training run can be resumed once this is fixed."""
 
     def __init__(self, message: str, hint: str = "", *, remedy: str = "", **facts: object) -> None:
         super().__init__(message)
@@ -39,7 +39,7 @@ class DataError(ScalaError):
 
 
 class TrainingError(ScalaError):
-    """A training run that cannot go on."""
+    """A training run that cannot continue."""
 
 
 class LostProcess(TrainingError):
@@ -50,7 +50,7 @@ class LostProcess(TrainingError):
 def naming_failure(
     what: str, hint: str = "", kind: type[ScalaError] = ScalaError, *, remedy: str = "", **facts: object
 ) -> Iterator[None]:
-    """Turns errors of any kind, as compilers, exporters, runtimes and timm raise, into one of ours.
+    """Turns errors of compilers, exporters, runtimes and timm, of any kind, into a ScalaError.
 
     `hint`, `remedy` and `facts` are those of a `ScalaError`.
     """

@@ -1,4 +1,4 @@
-"""A directory in which one process at a time trains."""
+"""Locks a run directory, so that one process at a time trains in it."""
 
 import fcntl
 import os
@@ -13,9 +13,9 @@ LOCK = ".lock"
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Holds a directory for this process; the system releases it when the process ends, however it ends.
+    """Locks a directory; the system releases the lock when the process ends, however it ends.
 
-    Forked child processes do not hold it. On a file system without locks nothing is locked.
+    Forked child processes do not hold the lock. On a file system without locks nothing is locked.
     Raises TrainingError where another process holds the directory.
     """
     handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)

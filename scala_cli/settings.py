@@ -232,7 +232,7 @@ DROP_BLOCKS: Any = option(
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """How tokens get fewer, at points such as 1~0.5 of a model that was not trained for it."""
+    """How tokens are reduced at points such as 1~0.5 of a model that was not trained for it."""
 
     tokens: Literal["merge", "drop"] | None = option(
         None,
@@ -304,7 +304,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What is drawn, judged and recorded."""
+    """The seed, the validation images and what is recorded."""
 
     seed: int = option(0, "Seed of everything random.", min=0)
     holdout: float = option(
@@ -326,7 +326,7 @@ ON_RESUME = (
     *("data_dir", "workers", "on_corrupt", "device", "threads"),
     *("grad_accum_steps", "grad_checkpointing", "torchcompile", "save_every_steps"),
 )
-"""What a run may go on with otherwise: where and how its steps are computed, not what they compute."""
+"""Settings that --resume may change: they affect speed and memory, never the result."""
 
 
 @dataclass(frozen=True)

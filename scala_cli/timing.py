@@ -1,4 +1,4 @@
-"""Milliseconds: what a model costs on this machine."""
+"""Measures milliseconds of calls on this machine."""
 
 import math
 import statistics
@@ -15,13 +15,13 @@ from scala_cli.device import device_name, synchronize
 from scala_cli.watch import Watcher
 
 WINDOW, WINDOWS = 3, 10
-"""Warming up is watched in windows of so many rounds, and over after so many windows at the latest."""
+"""Rounds in a window of the warm-up, and the largest number of windows."""
 STABLE = 0.97
-"""It is over as soon as no median falls below this share of the one in the window before."""
+"""The warm-up ends when no median falls below this share of the previous window's."""
 ROUNDS = (10, 20, 40, 80, 160)
-"""Rounds after which it is looked whether every median is SURE, where nobody says how many."""
+"""Rounds after which the medians are checked for SURE, if the user sets no number of rounds."""
 SURE = 0.02
-"""Half the width of a median's confidence interval, as a share of it, at which there are enough rounds."""
+"""Half the confidence interval of a median, as a share of the median, at which timing stops."""
 SECONDS = 20.0
 """Time limit of one measurement."""
 
@@ -45,7 +45,7 @@ class Timing:
 
     @classmethod
     def of(cls, series: Sequence[float]) -> "Timing":
-        """The Timing of measured milliseconds. The interval is that of order statistics: no shape assumed."""
+        """Returns the Timing of measured milliseconds, its interval from order statistics (any distribution)."""
         ordered, count = sorted(series), len(series)
         median, p95 = statistics.median(ordered), ordered[max(0, -(-count * 95 // 100) - 1)]  # nearest rank
         if count < 6:
@@ -65,7 +65,7 @@ class Timing:
 def time_calls(
     calls: Mapping[Key, Callable[[], object]], device: torch.device, rounds: int | None, watch: Watcher
 ) -> dict[Key, Timing]:
-    """Times calls that take turns, so that a machine that heats up or is shared slows all alike.
+    """Times calls in turns, so that a machine that heats up or is shared slows all of them alike.
 
     Without `rounds` they are timed until every median is known to about 2 % (95 % confidence), 10 times at
     least, and 160 times or 20 seconds at most.
@@ -104,7 +104,7 @@ def warm_up(calls: Mapping[Key, Callable[[], object]], device: torch.device, wat
 def take_turns(
     calls: Mapping[Key, Callable[[], object]], rounds: int, device: torch.device, watch: Watcher
 ) -> dict[Key, list[float]]:
-    """Milliseconds of every call in every round."""
+    """Returns the milliseconds of every call in every round."""
     times: dict[Key, list[float]] = {key: [] for key in calls}
     for _ in range(rounds):
         for key, call in calls.items():
@@ -118,7 +118,7 @@ def take_turns(
 
 
 def peak_gflops(device: torch.device, bfloat16: bool) -> float:
-    """The most that this machine was seen to do in one second of large matrix products, in GFLOP/s."""
+    """Returns the highest rate of large matrix products within one second, in GFLOP/s."""
     size = 2048 if device.type == "cpu" else 8192
     one, other = (
         torch.randn(size, size, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
@@ -135,7 +135,7 @@ def peak_gflops(device: torch.device, bfloat16: bool) -> float:
 
 
 def conditions(device: torch.device, bfloat16: bool) -> dict[str, Any]:
-    """What a measured time depends on, to be told with it."""
+    """Returns what a measured time depends on, to be reported with it."""
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),

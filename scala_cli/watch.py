@@ -1,4 +1,4 @@
-"""How long work tells what it is doing, without knowing who looks."""
+"""The interface through which long work reports progress, whoever displays it."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -7,36 +7,36 @@ from typing import Any
 
 
 def is_first() -> bool:
-    """Whether this is the one of torchrun's processes that tells what is going on, and writes it."""
+    """Whether this process is rank 0, the one that prints and writes files."""
     return os.environ.get("RANK", "0") == "0"
 
 
 class Stopped(KeyboardInterrupt):
-    """Work was asked to stop, and does so between two steps. Its one argument is the signal that asked."""
+    """Raised between two steps after Ctrl-C or SIGTERM. Its one argument is the signal's number."""
 
 
 class Watcher:
-    """Told of progress; this one keeps quiet."""
+    """Receives progress; this base class ignores it."""
 
     def note(self, text: str) -> None:
-        """Something the user should know, once."""
+        """Reports something the user should know, once."""
 
     def phase(self, name: str, total: int, unit: str = "images") -> None:
-        """Work of so many units begins."""
+        """Starts a phase of `total` units of work."""
 
     def step(self, count: int, losses: Mapping[str, float] | None = None) -> None:
-        """So many units more are done; in training with the loss of every pass, by its name.
+        """Adds `count` finished units; in training also the loss of every pass, by name.
 
-        Within `between_steps` it may raise Stopped.
+        Inside `between_steps` it may raise Stopped.
         """
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
-        """Within, who asks to stop is heard at the next step, when there is something whole to save."""
+        """While active, Ctrl-C and SIGTERM take effect after the current step, when its state can be saved."""
         yield
 
     def epoch(self, row: Mapping[str, Any]) -> None:
-        """An epoch is trained, evaluated and saved; the row is as in metrics.jsonl."""
+        """Reports that an epoch is trained, evaluated and saved; the row is that of metrics.jsonl."""
 
 
 QUIET = Watcher()

@@ -16,14 +16,14 @@ from scala_cli.errors import LostProcess
 
 @dataclass(frozen=True)
 class World:
-    """Who takes part: `size` processes, of which this one is number `rank`."""
+    """The processes of a run: `size` of them; this one has number `rank`."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
     def join(cls, device: torch.device) -> "World":
-        """Meets the processes that torchrun started beside this one; alone without torchrun."""
+        """Joins the processes that torchrun started; without torchrun the world is this process alone."""
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return cls()
         if not dist.is_initialized():
@@ -32,24 +32,24 @@ class World:
         return cls(dist.get_rank(), dist.get_world_size())
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
+        """Returns the sum over all processes, computed in place."""
         if self.size > 1:
             with naming_a_lost_process():
                 dist.all_reduce(tensor)
         return tensor
 
     def total(self, *numbers: float) -> list[float]:
-        """The sum of each number over all processes."""
+        """Returns the sum of each number over all processes."""
         if self.size == 1:
             return [*numbers]
         on = "cuda" if dist.get_backend() == "nccl" else "cpu"
         return self.sum(torch.tensor(numbers, dtype=torch.float64, device=on)).tolist()
 
     def average_gradients(self, parameters: Iterable[nn.Parameter], images: int) -> None:
-        """Gives every process the mean of all their gradients, in one message.
+        """Averages gradients over all processes, weighted by their images, in one message.
 
         Args:
-            images: whose mean this process's gradients are, and for which they count.
+            images: how many images this process's gradients are the mean of.
         """
         if self.size == 1:
             return
@@ -59,22 +59,22 @@ class World:
         vector_to_parameters(sums[:-1].div_(sums[-1].clamp(min=1)), gradients)
 
     def agree(self, module: nn.Module) -> None:
-        """Gives every process the weights of the first: the same arithmetic may round elsewhere otherwise."""
+        """Broadcasts rank 0's weights: ordering channels may round differently on each rank."""
         self.agree_on(module.state_dict().values())
 
     def agree_on(self, tensors: Iterable[Tensor]) -> None:
-        """Gives every process the tensors of the first, in place."""
+        """Broadcasts rank 0's tensors, in place."""
         if self.size > 1:
             with naming_a_lost_process():
                 for tensor in tensors:
                     dist.broadcast(tensor, 0)
 
     def wait(self) -> None:
-        """Until all are here."""
-        self.total(0)  # which a GPU only has once all have sent theirs
+        """Waits until every process gets here."""
+        self.total(0)  # known only once all processes have sent theirs, on a GPU too
 
     def same(self, text: str) -> bool:
-        """Whether all processes hold this text."""
+        """Whether all processes pass the same text."""
         number = zlib.crc32(text.encode())
         return self.total(number) == [number * self.size]
 
@@ -84,7 +84,7 @@ ALONE = World()
 
 @contextmanager
 def naming_a_lost_process() -> Iterator[None]:
-    """Turns what torch says when another process has ended into a LostProcess."""
+    """Turns torch's error for a process that has ended into a LostProcess."""
     try:
         yield
     except (RuntimeError, ValueError) as error:

@@ -8,20 +8,21 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 AT_ONCE = 2.0
-"""Seconds in which torchrun passes on to its processes what a terminal has sent to all of them itself."""
+"""Seconds within which torchrun forwards a signal that the terminal has already sent to all processes."""
 STDERR = 2
 NOTE = b"stopping after this step, once its state is saved; again to stop at once.\n"
 FROM_LINE_START, SHOW_CURSOR = b"\r\x1b[2K", b"\x1b[?25h"
-"""A bar leaves its line unfinished, and hides the cursor."""
+"""A progress bar leaves its line unfinished and hides the cursor."""
 
 
 class Stop:
-    """Hears SIGINT and SIGTERM: at once, or where work would rather finish its step, at the second.
+    """Handles SIGINT and SIGTERM: the first stops at once, or after the current step while `waits` is set.
 
-    One more, while the process is ending, leaves it where it stands, temporary files and all.
+    In the latter case a second one stops at once. One more, while the process is ending, ends it without
+    removing temporary files.
 
     Args:
-        tells: whether the user is told that the first was heard.
+        tells: whether to print a note at the first signal.
     """
 
     def __init__(self, tells: bool) -> None:
@@ -32,7 +33,7 @@ class Stop:
         self.ending = False
 
     def hear(self, number: int, frame: FrameType | None) -> None:
-        """Takes no lock and writes to no stream: the code that a signal interrupts may hold either."""
+        """Handles a signal. Takes no lock and uses no stream: the interrupted code may hold either."""
         now = time.monotonic()
         if "TORCHELASTIC_RUN_ID" in os.environ and now - self.moment < AT_ONCE:
             return
@@ -51,7 +52,7 @@ class Stop:
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """Within, both signals are heard here."""
+        """While active, both signals are handled here."""
         before = {number: signal.signal(number, self.hear) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield

@@ -50,7 +50,7 @@ def fetch(repo: str, names: list[str], also: list[str] | None = None) -> Path:
 
 @contextmanager
 def quiet_hub() -> Iterator[None]:
-    """Within, the Hub's client is quiet, and where the Hub's name does not resolve it asks its cache alone.
+    """While active, the Hub's client is quiet, and reads its cache alone if the Hub's name does not resolve.
 
     Else it would retry for a minute. What the process has chosen for the client is as before afterwards.
     """

@@ -53,7 +53,7 @@ def read_every(model: VisionTransformer, tokens: Tensor, shares: Sequence[Tensor
 
 @contextmanager
 def slimming(vit: VisionTransformer) -> Iterator[list[Tensor]]:
-    """Within, finds how the model's token slimming modules share out tokens, in order.
+    """While active, collects how the model's token slimming modules distribute tokens, in order.
 
     Each is (B, tokens that go on, tokens that come in), without gradient; none in a model without modules.
     """

@@ -309,7 +309,7 @@ class Step:
 
 
 def compiling(settings: Settings) -> AbstractContextManager[object]:
-    """Within, an error is torch.compile's where that was asked for: nothing has run yet."""
+    """While active, any error is reported as one of torch.compile, if that is on: nothing has run yet."""
     if not settings.optimizer.torchcompile:
         return nullcontext()
     return naming_failure("torch.compile failed", remedy="leave_out", setting="torchcompile")
@@ -331,5 +331,5 @@ def mixer(
 
 
 def refusing_settings() -> AbstractContextManager[object]:
-    """Within, an error is timm's, of settings it does not take."""
+    """While active, any error is reported as timm refusing the settings."""
     return naming_failure("timm refuses these settings", kind=TrainingError, remedy="see_options")
