@@ -45,7 +45,7 @@ class Timing:
 
     @classmethod
     def of(cls, series: Sequence[float]) -> "Timing":
-        """Returns the Timing of measured milliseconds, its interval from order statistics (any distribution)."""
+        """Returns the Timing of measured milliseconds; the interval is from order statistics."""
         ordered, count = sorted(series), len(series)
         median, p95 = statistics.median(ordered), ordered[max(0, -(-count * 95 // 100) - 1)]  # nearest rank
         if count < 6:

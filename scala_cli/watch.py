@@ -32,7 +32,7 @@ class Watcher:
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
-        """While active, Ctrl-C and SIGTERM take effect after the current step, when its state can be saved."""
+        """While active, Ctrl-C and SIGTERM take effect after the current step, once it can be saved."""
         yield
 
     def epoch(self, row: Mapping[str, Any]) -> None:
