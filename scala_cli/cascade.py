@@ -61,7 +61,7 @@ def confidence(logits: Tensor) -> Tensor:
 def sweep(
     sure: Tensor, right: Tensor, macs: Sequence[int], thresholds: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """What a cascade gives at every threshold, from how all its widths answer all images.
+    """Returns what a cascade reaches at every threshold, from the answers of all its points to all images.
 
     Args:
         sure: (widths, N) the confidence of each width, in the order in which they are asked.

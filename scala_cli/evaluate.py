@@ -1,4 +1,4 @@
-"""How well every width does, in one pass over the images."""
+"""Evaluates every point in one pass over the images."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -84,7 +84,7 @@ def evaluate(
     world: World = ALONE,
     reference: Predictor | None = None,
 ) -> list[dict[str, Any]]:
-    """The task's metrics of every point, over the images that could be read, each counted once.
+    """Evaluates every point on the images that can be read, each counted once.
 
     Args:
         world: the processes whose loaders together have all of the images.
@@ -103,7 +103,7 @@ def evaluate(
 def widths(
     net: SlimmableViT, task: Task, points: Sequence[Point], settings: DeviceSettings
 ) -> dict[Point, Predictor]:
-    """The model at each point as it is evaluated.
+    """Returns for each point what computes its outputs.
 
     Raises PointError where the task reads every patch, and a point does not have them all.
     """
@@ -126,7 +126,7 @@ def widths(
 
 
 def answering(vit: VisionTransformer, task: Task, settings: DeviceSettings) -> Predictor:
-    """A timm model as it is evaluated."""
+    """Returns what computes the outputs of a timm model."""
     vit.eval()
     device = next(vit.parameters()).device
 
@@ -138,7 +138,7 @@ def answering(vit: VisionTransformer, task: Task, settings: DeviceSettings) -> P
 
 
 def reference_for(net: SlimmableViT, other: SlimmableViT) -> VisionTransformer:
-    """The full width of another backbone, to compare the features of `net` with.
+    """Returns the full width of another backbone, to compare the features of `net` with.
 
     Raises CheckpointError where it has other patches or other features.
     """

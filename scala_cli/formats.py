@@ -91,7 +91,7 @@ def write(
 
 
 def opened(kind: str, file: Path) -> Predictor:
-    """A file of that format as its runtime runs it. Raises ScalaError where that refuses it."""
+    """Opens a file in its runtime. Raises ScalaError if the runtime refuses it."""
     with naming_failure(f"{kind}'s runtime does not open what was written", OTHERWISE):
         return FORMATS[kind].open(file)
 

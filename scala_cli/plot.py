@@ -55,7 +55,7 @@ def as_svg(figure: Any) -> str:
 
 
 def arms_picture(arms: Rows, task: Task) -> Any:
-    """The task's first metric of every width against its GMACs, a line for each arm, spreads as bars.
+    """Draws the task's first metric of every width against its GMACs, a line for each arm, spreads as bars.
 
     Args:
         arms: rows of compare.json.
@@ -84,7 +84,7 @@ def arms_picture(arms: Rows, task: Task) -> Any:
 
 
 def bench_picture(rows: Rows, task: Task) -> Any:
-    """What every width gives against its latency: the task's first metric, or else GMACs.
+    """Draws the task's first metric, or else GMACs, of every width against its latency.
 
     The metric is drawn where it is known of all widths, with the front that no other beats. A model that is
     only compared with, of which it is not known, is a vertical line. Named are the widths of the first

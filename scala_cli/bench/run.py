@@ -1,4 +1,4 @@
-"""How it is timed: everything in turns, one runtime after the other."""
+"""Times models in turns, one runtime after the other."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -46,7 +46,7 @@ def bench(
     watch: Watcher,
     loader: Loader | None = None,
 ) -> dict[str, Any]:
-    """What every point costs on this machine, as plain timm models of that width.
+    """Measures what every point costs on this machine, as plain timm models.
 
     All points and compared models take turns, so that a machine that heats up or is shared slows all alike.
     Runtimes come one after the other: threads of one that still spin would slow the next.
@@ -136,7 +136,7 @@ class Bench:
         runtime: str,
         accuracy: Callable[[Mapping[Point, Predictor]], Mapping[Any, float | None]],
     ) -> list[dict[str, Any]]:
-        """A row of every subject in one runtime. Nothing of it is left when the next runtime has its turn.
+        """Returns a row of every subject in one runtime, and unloads the models before the next runtime starts.
 
         Args:
             accuracy: measures or knows the accuracy of each width.
@@ -173,7 +173,7 @@ class Bench:
             ]
 
     def told(self, subject: Subject, timing: Timing, runtime: str) -> dict[str, Any]:
-        """The columns of a latency."""
+        """Returns the columns of a latency."""
         reached = 2 * subject.macs / 1e9 * self.size / (timing.median / 1000) / self.peak
         return {
             "latency_ms": round(timing.median, 3),
@@ -184,7 +184,7 @@ class Bench:
         }
 
     def loading(self, subject: Subject, runtime: str, folder: Path) -> Callable[[], Predictor]:
-        """How a subject is loaded to be run; where that is from a file, it is written now."""
+        """Returns a function that loads a subject. A file that it loads is written now."""
         if runtime in TORCH:
             return partial(self.in_torch, subject, runtime == "compile")
         chosen = FORMATS[runtime]
@@ -210,7 +210,7 @@ class Bench:
     def load(
         self, load: Callable[[], Predictor], images: Tensor, runtime: str
     ) -> tuple[Predictor, int | None]:
-        """The model as it is run, and by how many bytes memory peaked, where that is not the compiler's.
+        """Loads a model. Returns it and by how many bytes memory peaked, None with `compile`.
 
         Raises ScalaError where the runtime cannot run it.
         """
@@ -227,7 +227,7 @@ class Bench:
         return kept[0], None if runtime == "compile" else peak
 
     def most(self, models: Mapping[Subject, Predictor]) -> dict[Subject, tuple[int, Timing]]:
-        """The batch that gives most images/s of each, and its time, measured in turns once it is found."""
+        """Returns for each model the batch with the most images/s and its time, measured in turns once all are found."""
         self.watch.phase("find the best batch", len(models), "models")
         best = {}
         for each, model in models.items():
@@ -287,7 +287,7 @@ def measured(
     watch: Watcher,
     reference: Predictor | None = None,
 ) -> dict[Point, float]:
-    """The task's first metric of every point, as `metrics`."""
+    """Returns the task's first metric of every point; arguments as of `metrics`."""
     found = metrics(models, task, loader, device, watch, reference=reference)
     return {point: each[main_column(task)] for point, each in found.items()}
 

@@ -141,7 +141,7 @@ def bench(
 def what_to_time(
     checkpoint: str | None, trained: bool, out: Output
 ) -> tuple["SlimmableViT", "Record", Path | None]:
-    """The model, and where it lies if it is a checkpoint; a model's weights are `trained` or random."""
+    """Opens what is timed. Returns it, its record, and its directory if it is a checkpoint; a MODEL's weights are random unless `trained`."""
     from scala_cli.models.checkpoint import load_with_record
     from scala_cli.models.source import is_checkpoint, open_slimmable
 
@@ -157,7 +157,7 @@ def what_to_time(
 
 
 def told(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows without columns that say nothing: unknown in all, or the same model or runtime in all."""
+    """Returns the rows without columns that are empty, or the same model or runtime, in all of them."""
     from scala_cli.report import even
 
     rows = even(rows)

@@ -62,7 +62,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace what the output di
 
 
 def find_checkpoint(named: str | None, out: Output) -> Path:
-    """Where the checkpoint lies that a command reads. The newest run, which nobody named, is told."""
+    """Returns the directory of the checkpoint that a command reads; names the newest run if it is that."""
     directory = resolve(named)
     if named is None:
         out.note(f"the newest run: {os.path.relpath(directory.resolve())}")

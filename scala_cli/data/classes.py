@@ -6,12 +6,12 @@ from unicodedata import normalize
 
 
 def spelled(names: Iterable[str]) -> tuple[str, ...]:
-    """Return names with composed accents; macOS stores accents in another form than other systems."""
+    """Returns names with composed accents; macOS stores accents in another form than other systems."""
     return tuple(normalize("NFC", name) for name in names)
 
 
 def natural_order(name: str) -> tuple[list[int | str], str]:
-    """Return a key that sorts names as timm does, 2 before 10 and upper case beside lower case.
+    """Returns a key that sorts names as timm does, 2 before 10 and upper case beside lower case.
 
     Names that timm sorts as equal (Cat and cat, 1 and 01) are sorted by their characters, so the order is the
     same in every process and on every machine.
@@ -21,12 +21,12 @@ def natural_order(name: str) -> tuple[list[int | str], str]:
 
 
 def same_classes(names: Sequence[str], others: Sequence[str]) -> bool:
-    """Return whether both hold the same names, each once, in any order."""
+    """Returns whether both hold the same names, each once, in any order."""
     return len({*names}) == len(names) and sorted(spelled(names)) == sorted(spelled(others))
 
 
 def class_misfit(data: Sequence[str], num_classes: int, names: Sequence[str] | None) -> str:
-    """Return why a model's classes cannot be the data's; empty if they can, in any order."""
+    """Returns why a model's classes cannot be the data's; empty if they can, in any order."""
     if not num_classes:
         return "the model has no classes, it gives features"
     if len(data) != num_classes:

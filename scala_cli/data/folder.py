@@ -45,18 +45,18 @@ class Folder:
         return open_image(path), target
 
     def name(self, index: int) -> str:
-        """Return the path of an image, with undecodable bytes escaped."""
+        """Returns the path of an image, with undecodable bytes escaped."""
         return os.fsencode(self.find(index)[0]).decode(errors="backslashreplace")
 
     def find(self, index: int) -> tuple[str, int]:
-        """Return the path of an image and the number of its class."""
+        """Returns the path of an image and the number of its class."""
         number = bisect_right(self.starts, index) - 1
         name = self.names[number][index - self.starts[number]]
         return f"{self.directories[number]}{os.sep}{name}", number
 
 
 def read_folder(folder: Path) -> Folder:
-    """Return the images of a folder of class folders.
+    """Returns the images of a folder of class folders.
 
     Raises:
         DataError: images outside a class folder or in a subfolder of one, a class without images; also as
@@ -88,7 +88,7 @@ def read_folder(folder: Path) -> Folder:
 
 
 def read_images(folder: Path) -> Folder:
-    """Return all images of a folder and its subfolders; each folder counts as a class.
+    """Returns all images of a folder and its subfolders; each folder counts as a class.
 
     Raises DataError if there is none.
     """
@@ -124,7 +124,7 @@ def read_images(folder: Path) -> Folder:
 
 
 def class_folders(folder: Path) -> dict[str, Path]:
-    """Return the class folders by name, in natural order, the same in every process.
+    """Returns the class folders by name, in natural order, the same in every process.
 
     Raises DataError if there is none, if a name cannot be decoded, or if two spellings name one class.
     """
@@ -172,7 +172,7 @@ def refuse_images_in(folder: Path, top: Path) -> None:
 
 
 def suffix(name: str) -> str:
-    """Return the suffix of a file name in lower case, with the dot; empty if it has none."""
+    """Returns the suffix of a file name in lower case, with the dot; empty if it has none."""
     return "".join(name.lower().rpartition(".")[1:]) if "." in name else ""
 
 
@@ -181,7 +181,7 @@ def is_image(entry: os.DirEntry[str]) -> bool:
 
 
 def counted(others: Mapping[str, int]) -> str:
-    """Return the counts as text, most frequent first: 3 .heic, 1 .txt."""
+    """Returns the counts as text, most frequent first: 3 .heic, 1 .txt."""
     frequent = sorted(others.items(), key=lambda each: (-each[1], each[0]))
     listed = [f"{count} {end or 'without a suffix'}" for end, count in frequent[:5]]
     return ", ".join([*listed, *(["and more"] if len(frequent) > 5 else [])])

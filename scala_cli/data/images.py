@@ -19,14 +19,14 @@ SIXTEEN_BITS = {"PNG", "PPM"}
 
 @cache
 def formats() -> tuple[str, ...]:
-    """Return Pillow's names of the installed formats that are read."""
+    """Returns Pillow's names of the installed formats that are read."""
     Image.init()
     return tuple(name for name in Image.ID if name not in NOT_READ)
 
 
 @cache
 def suffixes() -> frozenset[str]:
-    """Return the suffixes of files that are read, in lower case with the dot."""
+    """Returns the suffixes of files that are read, in lower case with the dot."""
     known = {*formats(), "MPO"}  # which Pillow reads as JPEG
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known)
 
@@ -37,7 +37,7 @@ def open_image(file: "str | IO[bytes]") -> Image.Image:
 
 
 def as_rgb(image: Image.Image, upright: bool) -> Image.Image:
-    """Return an image as 8-bit RGB, as timm does, except that pixels of more bits are scaled, not clipped.
+    """Returns an image as 8-bit RGB, as timm does, except that pixels of more bits are scaled, not clipped.
 
     Transparency is dropped; only the first of several frames is used.
 
@@ -62,7 +62,7 @@ def as_rgb(image: Image.Image, upright: bool) -> Image.Image:
 
 
 def high_bits(pixels: np.ndarray, tags: Mapping[int, Any]) -> np.ndarray:
-    """Return the upper 8 bits of each pixel, as Pillow does with colours of 16 bits.
+    """Returns the upper 8 bits of each pixel, as Pillow does with colours of 16 bits.
 
     Args:
         pixels: integers from 0 to 65535, or of fewer bits where `tags` say so.

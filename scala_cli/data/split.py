@@ -37,7 +37,7 @@ class Split:
         return len(self.samples)
 
     def tell(self, watch: Watcher) -> None:
-        """Pass these notes to `watch`."""
+        """Passes these notes to `watch`."""
         for note in self.notes:
             watch.note(note)
 
@@ -55,13 +55,13 @@ class Split:
             )
 
     def numbered_as(self, names: Sequence[str] | None) -> "Split":
-        """Return the same images with classes numbered like a model's, if the names are the same."""
+        """Returns the same images with classes numbered like a model's, if the names are the same."""
         if names is None or spelled(names) == self.classes or not same_classes(names, self.classes):
             return self
         return self.renumbered(spelled(names))
 
     def renumbered(self, classes: Sequence[str]) -> "Split":
-        """Return the same images, each class numbered by its position in `classes`."""
+        """Returns the same images, each class numbered by its position in `classes`."""
         if tuple(classes) == self.classes:
             return self
         place = {name: number for number, name in enumerate(classes)}
@@ -72,7 +72,7 @@ class Split:
 def open_split(
     data: str, training: bool, data_dir: str | None = None, classes: Sequence[str] | None = None
 ) -> Split:
-    """The training or validation part of a data set.
+    """Returns the training or validation part of a data set.
 
     Args:
         data: a folder with train/ and val/ (or validation/, valid/, test/) of class folders or of tar files
@@ -96,7 +96,7 @@ def open_split(
 
 
 def open_images(data: str, data_dir: str | None = None) -> Split:
-    """Return all images, to be used without labels.
+    """Returns all images, to be used without labels.
 
     Args:
         data: as for `open_split` (its training part), or any folder of images, flat or nested, or of tar
@@ -113,7 +113,7 @@ def open_images(data: str, data_dir: str | None = None) -> Split:
 
 
 def open_validation_images(data: str, data_dir: str | None = None) -> Split | None:
-    """Return the images of the validation part, to be used without labels; None if there are no parts.
+    """Returns the images of the validation part, to be used without labels; None if there are no parts.
 
     Args:
         data: as for `open_images`.
@@ -130,13 +130,13 @@ def open_validation_images(data: str, data_dir: str | None = None) -> Split | No
 
 
 def of_folder(folder: Path) -> Split:
-    """Return the images of a folder of class folders. Raises as `read_folder`."""
+    """Returns the images of a folder of class folders. Raises as `read_folder`."""
     found = read_folder(folder)
     return Split(found, found.classes, passed_over(folder, found.others))
 
 
 def images_in(folder: Path) -> Split:
-    """Return all images of a folder and its subfolders, or of its tar files.
+    """Returns all images of a folder and its subfolders, or of its tar files.
 
     Raises DataError where there is none.
     """
@@ -147,13 +147,13 @@ def images_in(folder: Path) -> Split:
 
 
 def of_shards(files: Sequence[Path], origin: object) -> Split:
-    """Return all images of tar files. Raises DataError where there is none."""
+    """Returns all images of tar files. Raises DataError where there is none."""
     found = read_shards(files)
     return Split(found, found.classes, passed_over(origin, found.others))
 
 
 def labelled_shards(files: Sequence[Path], origin: object) -> Split:
-    """Return all images of tar files. Raises DataError where there is none, or one without a class."""
+    """Returns all images of tar files. Raises DataError where there is none, or one without a class."""
     split = of_shards(files, origin)
     if not split.classes:
         raise DataError(f"{origin}: not every image has a class.", "Write its number beside it: 0001.cls")
@@ -161,7 +161,7 @@ def labelled_shards(files: Sequence[Path], origin: object) -> Split:
 
 
 def tars_in(folder: Path) -> list[Path]:
-    """Return the tar files of a folder in natural order; none where images or folders lie beside them."""
+    """Returns the tar files of a folder in natural order; none where images or folders lie beside them."""
     tars = []
     for entry in visible(folder):
         if entry.is_dir() or is_image(entry):
@@ -172,7 +172,7 @@ def tars_in(folder: Path) -> list[Path]:
 
 
 def passed_over(origin: object, others: Mapping[str, int]) -> tuple[str, ...]:
-    """Return a note on the files that are not read, if there are any."""
+    """Returns a note on the files that are not read, if there are any."""
     told = f"{origin}: files passed over, of kinds that are not read: {counted(others)}."
     return (told,) if others else ()
 
@@ -201,7 +201,7 @@ def refuse_unknown(data: str, data_dir: str | None = None) -> None:
 
 
 def open_folder(folder: Path, training: bool, classes: Sequence[str] | None = None) -> Split:
-    """One part of a folder of class folders or of tar files. Both parts count classes as train/ does."""
+    """Returns one part of a folder of class folders or of tar files; train/ numbers the classes of both parts."""
     present = [folder / name for name in VALIDATION if (folder / name).is_dir()]
     train = folder / "train"
     if (training and not train.is_dir()) or (not training and not present):
@@ -227,7 +227,7 @@ def open_folder(folder: Path, training: bool, classes: Sequence[str] | None = No
 
 
 def open_named(name: str, training: bool, data_dir: str | None) -> Split:
-    """A data set that timm knows by name. Raises DataError if it is not in `data_dir`."""
+    """Returns a part of a data set that timm knows by name. Raises DataError if it is not in `data_dir`."""
     split = "train" if training else "validation"
     try:
         with redirect_stdout(sys.stderr):  # timm prints what is not installed

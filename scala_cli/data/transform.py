@@ -37,7 +37,7 @@ def transform_for(spec: Spec, augment: AugmentSettings | None = None) -> Any:
 
 
 def keep_a_bit(transform: Any) -> Any:
-    """Make posterize keep at least one bit (Pillow 13 raises an error for none); return the transform."""
+    """Makes posterize keep at least one bit (Pillow 13 raises an error for none); returns the transform."""
     for step in transform.transforms:
         for op in [*getattr(step, "ops", ()), *chain(*getattr(step, "policy", ()))]:
             if op.aug_fn is posterize:
@@ -46,5 +46,5 @@ def keep_a_bit(transform: Any) -> Any:
 
 
 def at_least_a_bit(bits: Any, level: float, hparams: Any) -> tuple[int]:
-    """Return the bits that timm keeps of a colour, but at least one."""
+    """Returns the bits that timm keeps of a colour, but at least one."""
     return (max(1, *bits(level, hparams)),)

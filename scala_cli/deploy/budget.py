@@ -186,7 +186,7 @@ def limits_of(budget: Budget) -> list[tuple[str, float, bool]]:
 
 
 def excess(row: Mapping[str, Any], budget: Budget) -> float:
-    """Returns by what factor a row misses its worst limit; at most 1 where it fits."""
+    """Returns by what factor a row misses its worst limit; at most 1 if it fits."""
     factors = [0.0]
     for name, limit, least in limits_of(budget):
         value = row.get(name)

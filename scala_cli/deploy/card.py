@@ -143,7 +143,7 @@ def accuracy(found: Mapping[Point, Mapping[str, float | None]], point: Point, ta
 
 
 def metadata(name: str, spec: Spec, record: Record, rows: Rows) -> ModelCardData:
-    """What the Hub reads of a card; the accuracy of every width as its model-index."""
+    """Returns the front matter that the Hub reads, with the accuracy of every width as its model-index."""
     data, base = str(record.provenance.get("data", "")), str(record.provenance.get("model", ""))
     held, task = {Point.of_row(row) for row in rows}, task_named(record.task)
     main, kind = main_column(task), FEATURES if spec.features else task.hub["task_type"]

@@ -72,7 +72,7 @@ class FromPixels(nn.Module):
         return self.model((pixels.float() / 255 - self.mean) / self.std)
 
     def pixels_of(self, images: Tensor) -> Tensor:
-        """The pixels that are normalised to `images`, but for rounding."""
+        """Returns the pixels that normalising turns into `images`, up to rounding."""
         return ((images * self.std + self.mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -306,7 +306,7 @@ def twice(image: Tensor) -> Tensor:
 
 
 def places_of(file: Path) -> dict[str, tuple[int, int]]:
-    """Where in a safetensors file each tensor lies: (first byte, bytes)."""
+    """Returns the position of each tensor in a safetensors file: (first byte, number of bytes)."""
     with file.open("rb") as handle:
         (length,) = struct.unpack("<Q", handle.read(8))
         header = json.loads(handle.read(length))

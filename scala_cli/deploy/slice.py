@@ -157,7 +157,7 @@ def tell_untrained(record: Record, points: Sequence[Point], watch: Watcher) -> N
 
 
 def default_target(named: str | None, checkpoint: Path, suffix: str) -> Path:
-    """Where what is made of a checkpoint goes unless told: beside the user, named after it.
+    """Returns the default output path: in the working directory, named after the checkpoint.
 
     Args:
         named: what the user calls that; on the Hub it is the repository, not the cache, that gives the name.

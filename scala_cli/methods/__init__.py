@@ -21,5 +21,5 @@ ONE_POINT = "separate"
 
 
 def method_named(name: str) -> "type[Method]":
-    """Return the class of a method. Raises KeyError for a name that is not in METHODS."""
+    """Returns the class of a method. Raises KeyError for a name that is not in METHODS."""
     return getattr(import_module(f"scala_cli.methods.{name}"), METHODS[name])

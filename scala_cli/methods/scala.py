@@ -35,7 +35,7 @@ class Scala(Method):
     }
 
     def draw(self, random: Random) -> list[Point]:
-        """The largest, two between, the smallest."""
+        """Draws the largest, two between, the smallest."""
         if not self.settings.stable_sampling:
             return uniform_sample(self.points, random)
         widths = len(widths_of(self.points)) == len(self.points)

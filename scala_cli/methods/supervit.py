@@ -47,7 +47,7 @@ class SuperViT(Method):
             )
 
     def draw(self, random: Random) -> list[Point]:
-        """The largest size with all tokens and with fewer; a smaller one likewise."""
+        """Draws the largest size with all tokens and with fewer, and a smaller size likewise."""
         *smaller, largest = self.whole.values()
         drawn = []
         for whole in [largest, *([random.choice(smaller)] if smaller else [])]:

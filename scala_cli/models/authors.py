@@ -33,7 +33,7 @@ def is_theirs(source: Source) -> bool:
 
 
 def open_theirs(source: Source, origin: str) -> tuple[SlimmableViT, VisionTransformer]:
-    """The slimmable model that computes what theirs does, at every width that was trained.
+    """Returns a slimmable model that computes what theirs does, at every trained width.
 
     Beside it what theirs computes at full width: timm's model on the weights as they came, with their eps.
 

@@ -65,7 +65,7 @@ class Record:
     calibrated: int = 0
 
     def untrained(self, points: Sequence[Point]) -> str:
-        """What is to be told of widths that no training has been through yet; "" of others."""
+        """Returns a remark on widths that have not been trained; empty if they have."""
         if not self.trained:
             return "the weights are random"
         if self.new_head:
@@ -94,11 +94,11 @@ class Record:
         return self.trained and not narrow and self.order != "none" and rule.layout == "aligned"
 
     def measured(self, point: Point, column: str) -> float | None:
-        """What was measured of a point in training; None where that is not known."""
+        """Returns a metric of a point as measured in training; None if it is not known."""
         return next((m.get(column) for m in self.metrics if Point.of_row(m) == point), None)
 
     def told(self) -> dict[str, Any]:
-        """The record as config.json holds it, where later fields are written only if they say something."""
+        """Returns the record as config.json holds it; fields of later versions are left out at their defaults."""
         later = {"task": Record.task, "calibrated": Record.calibrated}
         return {name: value for name, value in vars(self).items() if later.get(name, self) != value}
 
@@ -145,7 +145,7 @@ def families_own(net: SlimmableViT) -> dict[str, Any]:
 
 
 def write_timm(state: Mapping[str, Tensor], spec: Spec, about: Mapping[str, Any], directory: Path) -> None:
-    """The two files timm reads, with `about` beside its own settings."""
+    """Writes the two files that timm reads, with `about` beside timm's own settings."""
     config: dict[str, Any] = {"scala": {**about, "features": True} if spec.features else about}
     if spec.label_names:
         config["label_names"] = list(spec.label_names)
@@ -191,7 +191,7 @@ def load_with_record(directory: Path) -> tuple[SlimmableViT, Record]:
 
 
 def read_about(directory: Path) -> About:
-    """All that config.json tells. Raises CheckpointError where it is not a slimmable checkpoint's."""
+    """Returns the contents of config.json. Raises CheckpointError if it is not a slimmable checkpoint's."""
     config = read_config(directory)
     about = config.get("scala")
     if not isinstance(about, dict):

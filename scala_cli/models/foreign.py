@@ -70,7 +70,7 @@ def is_safe(file: Path) -> bool:
 
 
 def read_pickle(file: Path) -> Any:
-    """What torch.save wrote. Raises CheckpointError where that is more than tensors and plain values."""
+    """Reads a file of torch.save. Raises CheckpointError if it holds more than tensors and plain values."""
     try:
         with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols

@@ -25,7 +25,7 @@ TRANSPORT: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
 def fetch(repo: str, names: list[str], also: list[str] | None = None) -> Path:
-    """The directory that holds the named files of a Hub repository, all of one commit, downloaded or cached.
+    """Returns a directory with the named files of a Hub repository, all of one commit, downloaded or cached.
 
     Its name is the commit: `org/net@COMMIT` is the same one again.
 

@@ -60,7 +60,7 @@ def resolve(checkpoint: str | Path | None) -> Path:
 
 
 def short_name(model: str) -> str:
-    """What to call a directory made from MODEL: "vit" of local-dir:/models/vit."""
+    """Returns a name for a directory made from MODEL: "vit" for local-dir:/models/vit."""
     return Path(model.rpartition(":")[2]).name
 
 

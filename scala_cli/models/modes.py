@@ -11,7 +11,7 @@ from scala_cli.models.vit import Spec, attend_alike
 
 
 def rebuilt(vit: VisionTransformer, spec: Spec) -> VisionTransformer:
-    """A copy with weights of its own, in evaluation mode, whose plain blocks are SlimBlocks.
+    """Returns a copy with its own weights, in evaluation mode, whose plain blocks are SlimBlocks.
 
     For training: it computes what the model does, bit for bit, until `skip_unread` is asked of it.
     """

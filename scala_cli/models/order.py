@@ -75,7 +75,7 @@ class Moments:
 
 @torch.no_grad()
 def order_channels(net: SlimmableViT, batches: Iterable[Tensor]) -> SlimmableViT:
-    """The same function at full width, its channels in order of importance on some images.
+    """Returns the model with its channels in order of importance; the full width computes the same.
 
     The residual stream gets its principal directions as its basis, one for all layers (or, where its norms
     do not allow that, one order of its channels); the hidden channels get an order for each block, and every

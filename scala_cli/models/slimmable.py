@@ -112,7 +112,7 @@ class SlimmableViT(nn.Module):
 
     @property
     def original(self) -> dict[str, Tensor]:
-        """What leads back to the channels before they were put in order, by name; empty if they were not."""
+        """The tensors that lead back to the channels before these were put in order, by name; empty if they were not."""
         return {name.replace("/", "."): tensor for name, tensor in self.before.named_buffers()}
 
     @property

@@ -193,7 +193,7 @@ def refuse_uncut(config: Config, points: Sequence[Point]) -> None:
 def record_of(
     model: str, weights: Path | None, scratch: bool, source: Source, about: Mapping[str, Any], new_head: bool
 ) -> Record:
-    """What is known of a model that was just opened.
+    """Returns the record of a model that was just opened.
 
     Args:
         about: what the checkpoint or slice tells of itself, where it is one.
@@ -320,7 +320,7 @@ def is_checkpoint(name: str) -> bool:
 
 
 def about_of(name: str) -> dict[str, Any]:
-    """What the checkpoint, or the slice, of that name tells of itself; nothing of anything else."""
+    """Returns the "scala" object of the checkpoint or slice of that name; empty for anything else."""
     if name in ALIASES:
         return {}
     try:

@@ -74,7 +74,7 @@ class Spec:
 
     @property
     def token_counts(self) -> str:
-        """How many patch tokens there are from stage to stage: "196, 98, 49, 24"."""
+        """The numbers of patch tokens from stage to stage: "196, 98, 49, 24"."""
         return ", ".join(map(str, (self.patches, *self.tsm.values())))
 
     @property
@@ -107,13 +107,13 @@ class Spec:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """How many patches an image has: (rows, columns)."""
+        """The patches of an image: (rows, columns)."""
         (_, height, width), patch = self.input_size, self.patch_size
         return height // patch[0], width // patch[1]
 
     @property
     def patches(self) -> int:
-        """How many patches an image has."""
+        """The number of patches of an image."""
         return math.prod(self.grid)
 
     def at(self, ratio: Fraction) -> "Spec":
@@ -308,7 +308,7 @@ def refuse_unless_plain(model: nn.Module) -> VisionTransformer:
 
 
 def first_odd_part(vit: VisionTransformer) -> str:
-    """What of a VisionTransformer is not stock; empty for a plain one."""
+    """Returns the first part of a VisionTransformer that is not timm's own; empty for a plain one."""
     if type(vit.patch_embed) is not PatchEmbed:
         return f"its patch embedding is a {type(vit.patch_embed).__name__}"
     if type(vit.attn_pool) not in (type(None), AttentionPoolLatent):
@@ -324,7 +324,7 @@ def first_odd_part(vit: VisionTransformer) -> str:
 
 
 def first_odd_size(vit: Any) -> str:
-    """Which layer is not as wide as those of a plain ViT; empty where all are."""
+    """Returns the first layer whose width is not that of a plain ViT; empty if there is none."""
     first = {name: parameter.shape for name, parameter in vit.blocks[0].named_parameters()}
     for number, block in enumerate(vit.blocks):
         for name, parameter in block.named_parameters():

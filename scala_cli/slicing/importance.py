@@ -22,7 +22,7 @@ NOTHING = 1e-12
 
 
 def channel_scores(deviation: Tensor, weight: Tensor) -> Tensor:
-    """How much each channel moves the output of the layer that reads it.
+    """Returns how much each channel moves the output of the layer that reads it.
 
     Args:
         deviation: (channels,) standard deviation of the channel over tokens.

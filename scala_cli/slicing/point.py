@@ -226,6 +226,6 @@ def find_point(
 
 
 def distance(one: Point, other: Point) -> tuple[float, float, float]:
-    """How far two points are apart: in width, then in size, then in the share of tokens."""
+    """Returns the distance of two points: in width, then in size, then in the share of tokens."""
     sizes = abs((one.size or 0) - (other.size or 0))
     return float(abs(one.ratio - other.ratio)), float(sizes), float(abs(one.keep - other.keep))

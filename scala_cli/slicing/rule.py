@@ -98,7 +98,7 @@ def kept_end(ratio: Fraction, span: tuple[Fraction, Fraction], isolated: bool) -
 
 
 def kept_count(length: int, ratio: Fraction) -> int:
-    """How many of `length` channels a width keeps. Raises PointError unless it is a whole number."""
+    """Returns how many of `length` channels a width keeps. Raises PointError unless it is a whole number."""
     count = length * ratio
     if count.denominator != 1:
         below, above = math.floor(count) or 1, math.ceil(count)

@@ -1,4 +1,4 @@
-"""Which tokens go on: how many after each block, the best of them, or all of them merged into fewer."""
+"""Reduces tokens: how many are left after each block, by dropping the worst or by merging."""
 
 from dataclasses import dataclass
 from fractions import Fraction

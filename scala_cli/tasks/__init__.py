@@ -9,7 +9,7 @@ TASKS: dict[str, Task] = {"classification": Classification(), "features": Featur
 
 
 def task_named(name: str) -> Task:
-    """Return the task of that name. Raises CheckpointError if this version has none."""
+    """Returns the task of that name. Raises CheckpointError if this version has none."""
     if name not in TASKS:
         raise CheckpointError(
             f"the checkpoint is for the task {name!r}, which this version does not have.",

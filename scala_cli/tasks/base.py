@@ -49,7 +49,7 @@ class Task(Protocol):
 
     @property
     def digits(self) -> int:
-        """How many decimals of the metrics are told."""
+        """The decimals of the metrics that are printed."""
         ...
 
     @property
@@ -59,7 +59,7 @@ class Task(Protocol):
 
     @property
     def hub(self) -> Mapping[str, str]:
-        """What a model card calls the task ("task_type") and the first metric ("metric_type")."""
+        """The model card's names of the task ("task_type") and of the first metric ("metric_type")."""
         ...
 
     def open(

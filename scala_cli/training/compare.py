@@ -73,7 +73,7 @@ class Arm:
 
 
 def recipes() -> dict[str, Recipe]:
-    """What can be compared: every method as it is by default, and the variants that it names."""
+    """Returns what can be compared: every method with its defaults, and its named variants."""
     found: dict[str, Recipe] = {}
     for name in METHODS:
         found |= {name: Recipe(MethodSettings(method=name)), **method_named(name).recipes}
@@ -81,7 +81,7 @@ def recipes() -> dict[str, Recipe]:
 
 
 def arms_of(methods: Sequence[str], without: Sequence[str]) -> list[Arm]:
-    """Every method, and every method less each of the parts.
+    """Returns every method, and every method without each of the parts.
 
     Raises TrainingError for an unknown name, and for a part whose absence would change nothing.
     """
@@ -197,7 +197,7 @@ def train(
     place: Path,
     watch: Watcher,
 ) -> list[dict[str, Any]]:
-    """Every epoch of the runs that make up one arm with one seed: one run, or one for each point.
+    """Trains one arm with one seed, in one run or one for each point. Returns every epoch.
 
     Of each run the last epoch alone has its "points".
     """

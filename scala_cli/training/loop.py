@@ -129,11 +129,11 @@ class Trainer:
             self.step.measure(calibration_images(split, self.step.net.spec, read, watch))
 
     def state(self) -> dict[str, Any]:
-        """All that `restore` needs to go on after the last step."""
+        """Returns what `restore` needs to continue after the last step."""
         return {**self.terms(), "rows": self.rows, "epoch": asdict(self.epoch), **self.step.state()}
 
     def terms(self) -> dict[str, Any]:
-        """What a run begins with and keeps to."""
+        """Returns what is fixed when a run begins."""
         return {
             "settings": asdict(self.settings),
             "taught": self.step.frozen is not None,
@@ -143,7 +143,7 @@ class Trainer:
         }
 
     def images(self) -> dict[str, Any]:
-        """How many there are, and their classes."""
+        """Returns the numbers of images, and their classes."""
         training, validation = self.training.split, self.validation.split
         return {
             "training images": len(training),
@@ -153,7 +153,7 @@ class Trainer:
 
     @property
     def images_per_step(self) -> int:
-        """Of all processes together."""
+        """The images of a step, of all processes together."""
         return self.training.batch_size * self.world.size
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -122,7 +122,7 @@ class Step:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """All that is trained."""
+        """All parameters that are trained."""
         return [*self.net.parameters(), *self.modules.parameters()]
 
     def optimizer_of(self, name: str) -> Optimizer:
@@ -154,7 +154,7 @@ class Step:
             groups[id(shared[name.partition(":")[2]])]["params"].append(vector)
 
     def state(self) -> dict[str, Any]:
-        """All that `restore` needs to go on after the last step."""
+        """Returns what `restore` needs to continue after the last step."""
         return {
             "step": self.number,
             "weights": self.net.state_dict(),
@@ -174,7 +174,7 @@ class Step:
             self.average.module.load_state_dict(state["average"])
 
     def __call__(self, images: Tensor, targets: Tensor) -> dict[str, float]:
-        """Every pass of the method, then one step of the optimizer. Returns the loss of each pass.
+        """Runs every pass of the method, then one step of the optimizer. Returns the loss of each pass.
 
         Args:
             images: (B, C, H, W), normalised; none where not one could be read, and then this process only
@@ -220,7 +220,7 @@ class Step:
                 )
 
     def gather_gradients(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Every pass of the method, forwards and backwards. Returns their losses."""
+        """Runs every pass of the method, forwards and backwards. Returns their losses."""
         random_seed((self.settings.run.seed * 1_000_003 + self.number) % 2**32)
         if not len(images):  # gradients of zero, for the parameters that have one in the other processes
             blank = random_images(self.net.spec, 1).to(self.device)
@@ -274,12 +274,12 @@ class Step:
 
     @torch.no_grad()
     def teach(self, images: Tensor) -> Any:
-        """The frozen starting model's output, as `predict`."""
+        """Returns the output of the frozen starting model, in the form of `predict`."""
         assert self.frozen is not None
         return self.told_by(self.frozen, images)
 
     def told_by(self, vit: VisionTransformer, images: Tensor) -> Any:
-        """A model's output, as `predict`."""
+        """Returns a model's output, in the form of `predict`."""
         with autocast(self.device, self.settings.device):
             told = self.run(vit, images)
         if not isinstance(told, Output):
@@ -292,14 +292,14 @@ class Step:
 
     @torch.no_grad()
     def answer(self, images: Tensor) -> Tensor:
-        """The frozen starting model's output in float32."""
+        """Returns the output of the frozen starting model in float32."""
         assert self.frozen is not None
         with autocast(self.device, self.settings.device):
             run = self.task.forward if self.method.reads_blocks else self.run
             return run(self.frozen, images).float()
 
     def observe(self, model: VisionTransformer, images: Tensor) -> Output:
-        """The output of a model of timm, and its patch tokens after every block."""
+        """Returns the output of a timm model, and its patch tokens after every block."""
         vit: Any = model
         with slimming(vit) as shares:
             normed, tokens = vit.forward_intermediates(images, output_fmt="NLC")
