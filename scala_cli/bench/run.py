@@ -136,7 +136,7 @@ class Bench:
         runtime: str,
         accuracy: Callable[[Mapping[Point, Predictor]], Mapping[Any, float | None]],
     ) -> list[dict[str, Any]]:
-        """Returns a row of every subject in one runtime, and unloads the models before the next runtime starts.
+        """Returns a row of every subject in one runtime, whose models are unloaded at the end.
 
         Args:
             accuracy: measures or knows the accuracy of each width.
@@ -227,7 +227,7 @@ class Bench:
         return kept[0], None if runtime == "compile" else peak
 
     def most(self, models: Mapping[Subject, Predictor]) -> dict[Subject, tuple[int, Timing]]:
-        """Returns for each model the batch with the most images/s and its time, measured in turns once all are found."""
+        """Returns the batch with the most images/s of each model, and its time, measured in turns."""
         self.watch.phase("find the best batch", len(models), "models")
         best = {}
         for each, model in models.items():

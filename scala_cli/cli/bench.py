@@ -141,7 +141,10 @@ def bench(
 def what_to_time(
     checkpoint: str | None, trained: bool, out: Output
 ) -> tuple["SlimmableViT", "Record", Path | None]:
-    """Opens what is timed. Returns it, its record, and its directory if it is a checkpoint; a MODEL's weights are random unless `trained`."""
+    """Returns the model to time, its record, and its directory if it is a checkpoint.
+
+    A MODEL has random weights unless `trained`.
+    """
     from scala_cli.models.checkpoint import load_with_record
     from scala_cli.models.source import is_checkpoint, open_slimmable
 

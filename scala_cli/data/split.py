@@ -201,7 +201,7 @@ def refuse_unknown(data: str, data_dir: str | None = None) -> None:
 
 
 def open_folder(folder: Path, training: bool, classes: Sequence[str] | None = None) -> Split:
-    """Returns one part of a folder of class folders or of tar files; train/ numbers the classes of both parts."""
+    """Returns one part of a folder of class folders or of tar files, its classes numbered as in train/."""
     present = [folder / name for name in VALIDATION if (folder / name).is_dir()]
     train = folder / "train"
     if (training and not train.is_dir()) or (not training and not present):

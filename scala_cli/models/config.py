@@ -110,7 +110,7 @@ def settings_for(architecture: str, told: Mapping[str, Any] | None = None) -> di
 
 
 def spec_of(config: Mapping[str, Any]) -> Spec:
-    """Returns the Spec of timm's config.json. Raises CheckpointError, also for an architecture that timm lacks."""
+    """Returns the Spec of timm's config.json. Raises CheckpointError, also if timm lacks the architecture."""
     for key in ("model_args", "pretrained_cfg"):
         if key not in config:
             raise CheckpointError(f"config.json lacks {key!r}.", "Convert or download it again.")

@@ -112,7 +112,7 @@ class SlimmableViT(nn.Module):
 
     @property
     def original(self) -> dict[str, Tensor]:
-        """The tensors that lead back to the channels before these were put in order, by name; empty if they were not."""
+        """The tensors that lead back to the channels before ordering, by name; empty without ordering."""
         return {name.replace("/", "."): tensor for name, tensor in self.before.named_buffers()}
 
     @property
