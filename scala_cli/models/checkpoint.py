@@ -98,7 +98,7 @@ class Record:
         return next((m.get(column) for m in self.metrics if Point.of_row(m) == point), None)
 
     def told(self) -> dict[str, Any]:
-        """Returns the record as config.json holds it; later fields only if they differ from their defaults."""
+        """Returns the record as config.json holds it; later fields only if not at their defaults."""
         later = {"task": Record.task, "calibrated": Record.calibrated}
         return {name: value for name, value in vars(self).items() if later.get(name, self) != value}
 
