@@ -157,7 +157,7 @@ def test_points_that_cannot_be(points, message):
 
 def test_blocks_that_there_are_not():
     with pytest.raises(PointError, match="block 9: the model has blocks 1 to 2"):
-        in_grid(slimmable(), GridSettings(None, "0.5,1", "9"))
+        in_grid(slimmable(), GridSettings(keeps="0.5,1", drop_blocks="9"))
 
 
 def theirs(depth=13, dim=36, heads=3, sizes=(8, 12, 20), patch=4, hidden=100, classes=7):
