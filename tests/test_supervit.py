@@ -1,5 +1,6 @@
 """Families of sizes and shares of tokens: the forward, the checkpoint, the authors' files, training."""
 
+from dataclasses import replace
 from fractions import Fraction
 from math import ceil
 from random import Random
@@ -24,9 +25,17 @@ from scala_cli.models.order import order_channels
 from scala_cli.models.points import in_grid, with_untrained
 from scala_cli.models.source import open_source
 from scala_cli.models.vit import embedding_at
-from scala_cli.settings import DeviceSettings, GridSettings, MethodSettings, TokenSettings
+from scala_cli.settings import (
+    DeviceSettings,
+    GridSettings,
+    MethodSettings,
+    OptimizerSettings,
+    Settings,
+    TokenSettings,
+)
 from scala_cli.slicing.point import Point, grid, parse_points, sized
 from scala_cli.tasks import task_named
+from scala_cli.training.step import Step
 
 GRID = GridSettings("8,12,16", "0.5,0.7,1")
 
@@ -354,3 +363,14 @@ def test_a_fitted_width_takes_fewer_tokens_too(images):
     small = apart(images, "0.5@8~0.7")
     assert torch.equal(small, apart.slice("0.5@8~0.7")(apart.fitting(images, Point.of("1@8"))))
     assert not torch.allclose(small, net(images, "0.5@8~0.7"))
+
+
+def test_the_default_rate_is_lower_than_that_of_widths():
+    net = in_grid(slimmable("deit", "1"), GRID)
+    settings = Settings("digits", method=MethodSettings(method="supervit", teacher="none"))
+    given = replace(settings, optimizer=OptimizerSettings(lr=0.02))
+    rates = [
+        Step(net, task_named("classification"), None, each, torch.device("cpu")).rate
+        for each in (settings, given)
+    ]
+    assert rates == pytest.approx([3e-4, 0.02])

@@ -104,6 +104,9 @@ class Method(ABC):
     reads_blocks: ClassVar[bool] = False
     """Whether `passes` reads the tokens after every block: student and teacher then return an `Output`."""
 
+    rate: ClassVar[float] = 1.0
+    """The default learning rate, relative to the task's."""
+
     module_rate: ClassVar[float] = 1.0
     """The learning rate of `modules`, relative to the model's."""
 

@@ -88,7 +88,7 @@ class Step:
                 setting="lr",
                 value="1e-5" if task.every_token else "1e-2",
             )
-        self.rate = task.rate if chosen.lr is None else chosen.lr
+        self.rate = task.rate * self.method.rate if chosen.lr is None else chosen.lr
         with refusing_settings():
             self.mix = mixer(settings.augment, settings.method.smoothing, max(1, start.spec.num_classes))
             self.optimizer = self.optimizer_of(name)
