@@ -61,7 +61,7 @@ def evaluate_as_sliced(
     by_size: dict[int | None, list[Point]] = {}
     for point in points:
         by_size.setdefault(None if point.size == net.spec.size else point.size, []).append(point)
-    rows = {}
+    rows: dict[Point, dict[str, Any]] = {}
     for size, some in by_size.items():
         sized = loader
         if size is not None:

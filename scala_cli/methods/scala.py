@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from random import Random
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from scala_cli.methods.base import OFF, Batch, Method, Pass, Recipe, Student, Teacher
 from scala_cli.settings import MethodSettings
 from scala_cli.slicing.point import Point, widths_of
+
+Value = TypeVar("Value", bound=int | Fraction)
 
 PASSES = 4
 """Widths trained in one step, if the family has as many."""
@@ -98,19 +101,28 @@ def stable_sample(points: Sequence[Point], random: Random) -> list[Point]:
 def sample_axes(points: Sequence[Point], random: Random) -> list[Point]:
     """Stable Sampling in a grid of widths, sizes and shares of tokens; the points between cover each axis.
 
-    On every axis one of these two takes a value of the lower half and the other one of the upper half, which
-    one at random. The middle value of an odd number belongs to both halves. A point that the family does not
-    have, or that is one of the other three, is left out.
+    On every axis one of these two takes a value of the lower half and the other one of the upper half. A
+    point that the family does not have, or that is one of the other three, is left out.
     """
-    lower, upper = {}, {}
-    for axis in ("ratio", "size", "keep"):
-        values = sorted({getattr(point, axis) or 0 for point in points})
-        half = (len(values) + 1) // 2
-        pair = [random.choice(values[:half]), random.choice(values[-half:])]
-        random.shuffle(pair)
-        lower[axis], upper[axis] = pair
-    between = (Point(each["ratio"], each["size"] or None, each["keep"]) for each in (lower, upper))
-    return sorted({points[0], *(p for p in between if p in points), points[-1]}, reverse=True)
+    ratios = from_both_halves([point.ratio for point in points], random)
+    sizes = from_both_halves([point.size or 0 for point in points], random)
+    keeps = from_both_halves([point.keep for point in points], random)
+    between = [
+        Point(ratio, size or None, keep) for ratio, size, keep in zip(ratios, sizes, keeps, strict=True)
+    ]
+    return sorted({points[0], *(point for point in between if point in points), points[-1]}, reverse=True)
+
+
+def from_both_halves(values: Sequence[Value], random: Random) -> list[Value]:
+    """Returns a value of the lower half and one of the upper half, in random order.
+
+    The middle one of an odd number belongs to both halves.
+    """
+    ordered = sorted({*values})
+    half = (len(ordered) + 1) // 2
+    pair = [random.choice(ordered[:half]), random.choice(ordered[-half:])]
+    random.shuffle(pair)
+    return pair
 
 
 def uniform_sample(points: Sequence[Point], random: Random) -> list[Point]:
