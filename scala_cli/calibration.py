@@ -15,7 +15,7 @@ from scala_cli.models.calibrate import FULL_WEIGHT, calibrate_family
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.fit import Fit
 from scala_cli.models.fitted import fit_widths
-from scala_cli.models.order import put_first_what_matters
+from scala_cli.models.order import order_channels
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.settings import CalibrationSettings, DeviceSettings, FamilySettings, ReadSettings
 from scala_cli.slicing.point import Point
@@ -55,7 +55,7 @@ def cut_without_training(
         the family, on the CPU and in evaluation mode, a `FittedViT` where slices were fitted; its record.
 
     Raises:
-        DataError: no images, none that can be read, or all the same. Others as `put_first_what_matters` and
+        DataError: no images, none that can be read, or all the same. Others as `order_channels` and
             `calibrate`.
     """
     net, record, images = ordered(net, record, on)
@@ -123,5 +123,5 @@ def ordered(net: SlimmableViT, record: Record, on: Calibration) -> tuple[Slimmab
     if device.type == "cuda":  # in float64, which not every device has
         net = net.copied().to(device)
     if record.order_is_free(net.rule):
-        net, record = put_first_what_matters(net, images), replace(record, order="importance")
+        net, record = order_channels(net, images), replace(record, order="importance")
     return net, record, images

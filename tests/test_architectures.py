@@ -11,7 +11,7 @@ from scala_cli.deploy.slice import slice_model
 from scala_cli.errors import ScalaError
 from scala_cli.models.architectures import MODULES, obstacle, survey
 from scala_cli.models.checkpoint import Record, save
-from scala_cli.models.order import put_first_what_matters
+from scala_cli.models.order import order_channels
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.source import open_model
 from scala_cli.models.vit import describe, skeleton
@@ -64,5 +64,5 @@ def test_every_architecture(name, tmp_path):
         slice_model(tmp_path / "net", ratio, tmp_path / ratio, False, QUIET)
         again = timm.create_model(f"local-dir:{tmp_path / ratio}", pretrained=True).eval()
         assert (again(images) - net(images, ratio)).abs().max() <= 1e-5
-    ordered = put_first_what_matters(net, [images])
+    ordered = order_channels(net, [images])
     assert (ordered(images) - net(images)).abs().max() <= 1e-4

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from scala_cli.errors import DataError, PointError
 from scala_cli.models.calibrate import HELD_OUT, calibrate
-from scala_cli.models.order import put_first_what_matters
+from scala_cli.models.order import order_channels
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.stages import embed, stages
 from scala_cli.models.vit import describe
@@ -47,7 +47,7 @@ def rare(kind: str) -> SlimmableViT:
 
 def ordered(kind: str, images: Tensor) -> SlimmableViT:
     net = rare(kind) if kind in RARE else slimmable(kind)
-    return put_first_what_matters(net, [images])
+    return order_channels(net, [images])
 
 
 def error(vit: nn.Module, net: SlimmableViT, images: Tensor) -> float:

@@ -14,7 +14,7 @@ from scala_cli.models.checkpoint import Record, load, save
 from scala_cli.models.dense import pooled
 from scala_cli.models.fitted import fit_widths
 from scala_cli.models.in_memory import slimmable as from_memory
-from scala_cli.models.order import put_first_what_matters
+from scala_cli.models.order import order_channels
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.source import Changes, open_model
 from scala_cli.models.stages import normed
@@ -47,7 +47,7 @@ def test_the_full_width_has_the_original_models_features(kind, state, classes, i
     vit, _ = build(kind, num_classes=classes)
     net = from_memory(vit)
     for _ in range(["as it came", "in order", "in order twice"].index(state)):
-        net = put_first_what_matters(net, [images, images.flip(0)])
+        net = order_channels(net, [images, images.flip(0)])
     prefix, wanted = vit.num_prefix_tokens, streams(vit, images)
     for found, stream in zip(net.features(images, blocks=2), wanted, strict=True):
         together = torch.cat([found.prefix, found.tokens], 1)
@@ -95,7 +95,7 @@ def test_a_width_of_channels_as_they_came_fills_those_that_it_keeps(isolated, im
 @torch.no_grad()
 def test_a_narrow_stream_lies_in_what_the_width_keeps(kind, images):
     """Its channels times the rows of the basis; the rest of the space is empty."""
-    net = put_first_what_matters(slimmable(kind), [images, images.flip(0)])
+    net = order_channels(slimmable(kind), [images, images.flip(0)])
     (found,) = net.features(images, 0.5, blocks=1)
     narrow = net.slice(0.5).forward_intermediates(images, indices=1, output_fmt="NLC")[1][0]
     by_hand = sum(narrow[..., [n]] * net.extra[BASIS][n] for n in range(16))
@@ -111,7 +111,7 @@ def test_a_narrow_stream_lies_in_what_the_width_keeps(kind, images):
 @torch.no_grad()
 def test_the_first_channels_say_the_most_of_the_full_stream():
     images = sample(64)
-    net = put_first_what_matters(slimmable("deit3, layer scale"), [images])
+    net = order_channels(slimmable("deit3, layer scale"), [images])
     (full,) = net.features(images, blocks=[0])
     stream = net.vit.forward_intermediates(images, indices=[0], output_fmt="NLC")[1][0]
     left = [
@@ -125,7 +125,7 @@ def test_the_first_channels_say_the_most_of_the_full_stream():
 def test_tokens_of_features_are_the_output_of_what_pools_nothing(images):
     """Of a model that reads its class token: the first prefix token is its output, at every width."""
     net = from_memory(build("class token, registers", num_classes=0)[0])
-    net = put_first_what_matters(net, [images, images.flip(0)])
+    net = order_channels(net, [images, images.flip(0)])
     for point in net.points:
         torch.testing.assert_close(net.features(images, point).prefix[:, 0], net(images, point))
         assert torch.equal(pooled(net, images, point.ratio), net(images, point))
@@ -145,7 +145,7 @@ def test_what_a_model_gives_that_pools_nothing(kind, names, images):
 @torch.no_grad()
 def test_fitted_widths_answer_with_their_own_weights(classes):
     images = sample(96)
-    net = put_first_what_matters(from_memory(build("deit", num_classes=classes)[0]), images.split(32))
+    net = order_channels(from_memory(build("deit", num_classes=classes)[0]), images.split(32))
     apart = fit_widths(net, net.points, images.split(32), every_token=True)
     family, _ = calibrate_family(net, images.split(32), every_token=True)
     (truth,), final = net.features(images, blocks=1), net.features(images)
@@ -163,7 +163,7 @@ def test_fitted_widths_answer_with_their_own_weights(classes):
 @pytest.mark.parametrize("classes", [0, 5])
 @torch.no_grad()
 def test_it_is_kept_with_the_checkpoint_and_not_trained(classes, images, tmp_path):
-    net = put_first_what_matters(from_memory(build("deit", num_classes=classes)[0]), [images])
+    net = order_channels(from_memory(build("deit", num_classes=classes)[0]), [images])
     assert {*net.extra} == ({*NAMES} if classes else {BASIS}) and not net.vectors
     assert all(not tensor.requires_grad for tensor in net.extra.values())
     assert {name for name, _ in net.named_parameters()} == {f"vit.{n}" for n, _ in net.vit.named_parameters()}
@@ -179,7 +179,7 @@ def test_it_is_kept_with_the_checkpoint_and_not_trained(classes, images, tmp_pat
 
 @torch.no_grad()
 def test_a_model_converted_again_or_given_another_head_keeps_it(images, tmp_path):
-    net = put_first_what_matters(from_memory(build("deit", num_classes=0)[0]), [images])
+    net = order_channels(from_memory(build("deit", num_classes=0)[0]), [images])
     save(net, Record(order="importance"), tmp_path / "net")
     half = net.points[1], net.points[-1]
     headed = open_model(str(tmp_path / "net"), half, Changes(num_classes=3))[0]

@@ -21,7 +21,7 @@ from scala_cli.deploy.export import FromPixels, export
 from scala_cli.formats import FORMATS
 from scala_cli.models.checkpoint import Record, save
 from scala_cli.models.in_memory import slimmable as from_memory
-from scala_cli.models.order import put_first_what_matters
+from scala_cli.models.order import order_channels
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.vit import describe, random_images
 from scala_cli.slicing.point import parse_points, ratios_of
@@ -53,7 +53,7 @@ class Decoder(torch.nn.Module):
 def dense(elsewhere, images):
     """What docs/dense.md has: a family, a head for it, a photograph."""
     net = from_memory(build("deit", num_classes=0)[0])
-    save(put_first_what_matters(net, [images]), Record(order="importance"), Path("family"))
+    save(order_channels(net, [images]), Record(order="importance"), Path("family"))
     names = {"input_names": ["features"], "output_names": ["map"], "dynamo": True, "verbose": False}
     torch.onnx.export(Decoder().eval(), (torch.randn(1, 32, 4, 4),), "decoder.onnx", **names)
     Image.new("RGB", (20, 30), "red").save("photo.jpg")

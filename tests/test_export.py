@@ -18,7 +18,7 @@ from scala_cli.deploy.export import Difference, export, export_all, refuse_diffe
 from scala_cli.errors import CheckpointError, ScalaError
 from scala_cli.models.checkpoint import Record, load, save
 from scala_cli.models.in_memory import slimmable as from_memory
-from scala_cli.models.order import put_first_what_matters
+from scala_cli.models.order import order_channels
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.vit import describe
 from scala_cli.slicing.point import parse_points, ratios_of
@@ -293,7 +293,7 @@ def test_what_is_made_of_thirds_is_named_like_all_else(scala, monkeypatch):
 @pytest.mark.parametrize("classes", [0, 5])
 def test_the_features_of_the_patches_as_a_second_output(kind, classes, images):
     net = from_memory(build("class token, registers", num_classes=classes, depth=1)[0])
-    net = put_first_what_matters(net, [images, images.flip(0)])
+    net = order_channels(net, [images, images.flip(0)])
     file, names = Path(f"half{SUFFIXES[kind]}"), ["logits" if classes else "features", "tokens"]
     told = export(net, 0.5, kind, file, images, outputs=",".join(names))
     answers, seven = formats.FORMATS[kind].open(file), torch.randn(7, 3, 16, 16)

@@ -16,7 +16,7 @@ from scala_cli.deploy.slice import slice_model
 from scala_cli.errors import CheckpointError, TrainingError
 from scala_cli.models.calibrate import calibrate, calibrate_family
 from scala_cli.models.checkpoint import Record, load, load_with_record, save
-from scala_cli.models.order import put_first_what_matters
+from scala_cli.models.order import order_channels
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.settings import MethodSettings, OptimizerSettings
 from scala_cli.slicing.own import own_name, own_vectors
@@ -154,7 +154,7 @@ def test_one_onnx_file_of_weights_for_all_widths(tmp_path, images):
 
 def test_channels_of_a_fitted_family_stay_in_their_order():
     with pytest.raises(CheckpointError, match="fitted"):
-        put_first_what_matters(fitted(), [sample()])
+        order_channels(fitted(), [sample()])
 
 
 def test_training_moves_a_widths_own_vectors(photos):

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from scala_cli.models.checkpoint import Record, load_with_record, save
 from scala_cli.models.features import give_identity_head
 from scala_cli.models.in_memory import slimmable
-from scala_cli.models.order import put_first_what_matters
+from scala_cli.models.order import order_channels
 from scala_cli.models.source import Changes, open_model
 from scala_cli.models.stream import norms_of
 from scala_cli.slicing.point import parse_points
@@ -26,7 +26,7 @@ def test_every_kind_computes_what_it_did_and_can_be_put_in_order(kind, images):
     vit, _ = build(kind, num_classes=0)
     net = slimmable(vit)
     assert torch.equal(net(images), vit(images))
-    ordered = put_first_what_matters(net, [images, images.flip(0)])
+    ordered = order_channels(net, [images, images.flip(0)])
     assert (ordered(images) - vit(images)).abs().max() <= 1e-4
     assert bool(norms_of(net.vit)) == (kind not in ("norm before the blocks", "no final norm"))
     assert net(images, 0.25).shape == vit(images).shape

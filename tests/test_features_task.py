@@ -20,7 +20,7 @@ from scala_cli.evaluate import evaluate
 from scala_cli.models.calibrate import calibrate
 from scala_cli.models.checkpoint import Record, load_with_record
 from scala_cli.models.in_memory import slimmable
-from scala_cli.models.order import put_first_what_matters
+from scala_cli.models.order import order_channels
 from scala_cli.models.tokens import answer_and_patches
 from scala_cli.settings import AugmentSettings, MethodSettings, OptimizerSettings, ReadSettings
 from scala_cli.slicing.point import parse_points
@@ -49,7 +49,7 @@ def test_the_output_is_what_the_model_returns_and_its_patches(kind, images):
     net = slimmable(vit, "0.5,1")
     torch.testing.assert_close(answer_and_patches(net.vit, images), told)
     torch.testing.assert_close(told[:, 0], vit(images))
-    ordered = put_first_what_matters(net, [images, images.flip(0)])
+    ordered = order_channels(net, [images, images.flip(0)])
     assert (answer_and_patches(ordered.vit, images) - told).abs().max() <= 1e-3  # in the same space still
     assert answer_and_patches(ordered.at(Fraction(1, 2)), images).shape == told.shape
 
@@ -58,7 +58,7 @@ def test_the_output_is_what_the_model_returns_and_its_patches(kind, images):
 @torch.no_grad()
 def test_what_is_pooled_is_fitted_beside_the_patches(kind):
     images = torch.randn(96, 3, 16, 16, generator=torch.Generator().manual_seed(2))
-    net = put_first_what_matters(backbone(kind), [images])
+    net = order_channels(backbone(kind), [images])
     fitted, fit = calibrate(net, 0.5, [images], every_token=True)
     wanted = answer_and_patches(net.vit, images)
     for part in (slice(0, 1), slice(1, None)):

@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 from scala_cli.errors import CheckpointError, PointError
 from scala_cli.models.checkpoint import Record, load, save
 from scala_cli.models.in_memory import slimmable
-from scala_cli.models.order import put_first_what_matters
+from scala_cli.models.order import order_channels
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.vit import choose_attention, describe
 from scala_cli.slicing.point import parse_points, ratios_of
@@ -108,7 +108,7 @@ def test_the_callers_model_is_left_alone(classes, images, tmp_path):
     choose_attention(net.vit, torch.device("cpu"), bfloat16=True)
     with torch.no_grad():
         net(images, 0.5)
-        put_first_what_matters(net, [images])
+        order_channels(net, [images])
         save(net, Record(), tmp_path / "net")
     net.vit.reset_classifier(7)
     after = everything(vit)

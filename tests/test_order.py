@@ -5,7 +5,7 @@ import timm
 import torch
 from conftest import KINDS, build, slimmable
 
-from scala_cli.models.order import Moments, observe, put_first_what_matters
+from scala_cli.models.order import Moments, observe, order_channels
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.stream import norms_of
 from scala_cli.models.vit import describe
@@ -37,7 +37,7 @@ def moment(vectors: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def test_the_full_model_is_the_same_function(kind, images):
     net = slimmable(kind)
-    ordered = put_first_what_matters(net, [images, images.flip(0)])
+    ordered = order_channels(net, [images, images.flip(0)])
     assert (ordered(images) - net(images)).abs().max() <= 1e-4
     changed = [n for n, p in ordered.vit.named_parameters() if not torch.equal(p, net.vit.get_parameter(n))]
     assert len(changed) > 20
@@ -46,7 +46,7 @@ def test_the_full_model_is_the_same_function(kind, images):
 
 @torch.no_grad()
 def test_hidden_channels_come_by_their_score(images):
-    ordered = put_first_what_matters(slimmable(), [images])
+    ordered = order_channels(slimmable(), [images])
     read = {"blocks.1.mlp.fc2": Moments()}
     observe(ordered.vit, [images], read, {})
     scores = channel_scores(read["blocks.1.mlp.fc2"].deviation, ordered.vit.blocks[1].mlp.fc2.weight.double())
@@ -63,7 +63,7 @@ def test_dead_channels_go_last(images):
         for head in block.attn.qkv.weight.unflatten(0, (6, 16))[:4]:  # of q and k
             head[::2] = 0
         block.attn.qkv.bias.unflatten(0, (6, 16))[:4, ::2] = 0
-    state = put_first_what_matters(net, [images]).vit.state_dict()
+    state = order_channels(net, [images]).vit.state_dict()
     for number, block in enumerate(net.vit.blocks):
         prefix = f"blocks.{number}."
         proj = state[f"{prefix}attn.proj.weight"].unflatten(1, (2, 16))
@@ -168,7 +168,7 @@ def test_a_stream_of_few_directions_is_cut_at_almost_no_cost(images):
         layer.bias.copy_(inside @ layer.bias)
     for tokens in (vit.cls_token, vit.pos_embed):
         tokens.copy_(tokens @ inside)
-    ordered = put_first_what_matters(net, [images])
+    ordered = order_channels(net, [images])
     kept = slice(0, 8)
     stream: list[torch.Tensor] = []
     ordered.vit.norm.register_forward_hook(lambda _, read, wrote: stream.append(read[0]))
@@ -195,7 +195,7 @@ def test_a_stream_of_which_the_largest_values_are_pooled_is_only_permuted(pool, 
     spec = describe(vit, args)
     net = SlimmableViT(vit, spec, Rule(ratios_of(parse_points("0.5,1")), spec.num_heads)).eval()
     assert norms_of(vit) == {}
-    assert (put_first_what_matters(net, [images])(images) - net(images)).abs().max() <= 1e-4
+    assert (order_channels(net, [images])(images) - net(images)).abs().max() <= 1e-4
 
 
 def useless(part: str, net: SlimmableViT) -> None:
@@ -238,7 +238,7 @@ def test_what_computes_nothing_is_no_obstacle_and_can_learn_again(kind, part, im
     net = slimmable(kind)
     with torch.no_grad():
         useless(part, net)
-    ordered = put_first_what_matters(net, [images])
+    ordered = order_channels(net, [images])
     answers = ordered(images), net(images)
     assert (answers[0] - answers[1]).abs().max() <= 1e-4
     for answer in answers:
@@ -258,7 +258,7 @@ def gradients_of(attn) -> list[torch.Tensor]:
 def test_large_outputs_may_differ_by_as_much_more(images):
     net = slimmable()
     net.vit.head.weight.mul_(1e4)
-    ordered = put_first_what_matters(net, [images])
+    ordered = order_channels(net, [images])
     assert (ordered(images) - net(images)).abs().max() <= 1e-5 * net(images).abs().max()
 
 
@@ -269,7 +269,7 @@ def test_streams_read_without_a_bias_or_a_head_are_only_permuted(change):
 
 @torch.no_grad()
 def test_what_the_dropped_channels_are_on_average_stays_in_the_biases(images):
-    ordered = put_first_what_matters(slimmable(), [images])
+    ordered = order_channels(slimmable(), [images])
     read: list[torch.Tensor] = []
     ordered.vit.blocks[1].norm2.register_forward_hook(lambda _, read_, wrote: read.append(wrote))
     ordered(images)

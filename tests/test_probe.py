@@ -15,7 +15,7 @@ from scala_cli.embeddings import FULL, embed, probe_loaders, probe_widths
 from scala_cli.errors import DataError
 from scala_cli.models.dense import pooled
 from scala_cli.models.in_memory import slimmable
-from scala_cli.models.order import put_first_what_matters
+from scala_cli.models.order import order_channels
 from scala_cli.probe import LinearProbe, agreement, nearest, recall, vote
 from scala_cli.settings import DeviceSettings, ProbeSettings, ReadSettings
 from scala_cli.watch import QUIET
@@ -119,7 +119,7 @@ def textures(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("classes", [0, 5])
 def test_every_width_is_probed(kind, classes, textures):
     images = drawn(32, 3, 16, 16)
-    net = put_first_what_matters(slimmable(build("deit", num_classes=classes)[0]), [images])
+    net = order_channels(slimmable(build("deit", num_classes=classes)[0]), [images])
     chosen = ProbeSettings(kind)
     loaders = probe_loaders(net, str(textures), chosen, 5, READ)
     rows = probe_widths(net, chosen, loaders, net.points, CPU, QUIET)

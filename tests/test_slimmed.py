@@ -15,7 +15,7 @@ from scala_cli.cost import cost, macs, params_of
 from scala_cli.errors import CheckpointError, PointError
 from scala_cli.models.calibrate import calibrate
 from scala_cli.models.checkpoint import Record, load, save
-from scala_cli.models.order import put_first_what_matters
+from scala_cli.models.order import order_channels
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.slimmed import modules_of, start_slimming
 from scala_cli.models.source import open_model
@@ -129,7 +129,7 @@ def test_a_width_is_cut_with_its_modules(images, scala):
 @torch.no_grad()
 def test_putting_channels_in_order_changes_nothing(kind, images):
     net = slimmed(kind)
-    ordered = put_first_what_matters(net, torch.randn(32, 3, 16, 16).split(16))
+    ordered = order_channels(net, torch.randn(32, 3, 16, 16).split(16))
     assert (ordered(images) - net(images)).abs().max() <= 1e-4
     before, after = (modules_of(vit)[0].key.weight for vit in (net.vit, ordered.vit))
     assert not torch.allclose(before, after, atol=1e-2)
@@ -137,7 +137,7 @@ def test_putting_channels_in_order_changes_nothing(kind, images):
 
 @torch.no_grad()
 def test_a_slice_with_modules_is_fitted(images):
-    net = put_first_what_matters(slimmed(), torch.randn(64, 3, 16, 16).split(16))
+    net = order_channels(slimmed(), torch.randn(64, 3, 16, 16).split(16))
     fitted, fit = calibrate(net, "0.5", torch.randn(64, 3, 16, 16))
     assert fit.output is not None and modules_of(fitted)[0].tokens == 8
     assert (fitted(images) - net(images)).norm() < (net(images, "0.5") - net(images)).norm()

@@ -20,7 +20,7 @@ from scala_cli.methods.supervit import SuperViT
 from scala_cli.models.checkpoint import Record, load, load_with_record, save
 from scala_cli.models.fitted import FittedViT
 from scala_cli.models.in_memory import slimmable as of_memory
-from scala_cli.models.order import put_first_what_matters
+from scala_cli.models.order import order_channels
 from scala_cli.models.points import in_grid, with_untrained
 from scala_cli.models.source import open_source
 from scala_cli.models.vit import embedding_at
@@ -121,7 +121,7 @@ def test_a_slice_of_a_point_loads_in_timm(tmp_path, images, label):
 @torch.no_grad()
 def test_channels_in_order_take_the_embeddings_along(images):
     net = family(ratios="1")
-    ordered = put_first_what_matters(net, [torch.randn(64, 3, 16, 16)])
+    ordered = order_channels(net, [torch.randn(64, 3, 16, 16)])
     for label in ("1@8", "1@12~0.7", "1@16~0.5"):
         torch.testing.assert_close(ordered(images, label), net(images, label), atol=1e-4, rtol=1e-3)
 

@@ -223,7 +223,7 @@ def test_a_wrong_conversion_is_refused(scala, monkeypatch):
         changed.head.bias.data += 0.5
         return type(net)(changed.eval(), net.spec, net.rule)
 
-    monkeypatch.setattr("scala_cli.models.order.put_first_what_matters", wrong)
+    monkeypatch.setattr("scala_cli.models.order.order_channels", wrong)
     answer = scala("convert", "plain", "-o", "out", "--order", "importance")
     assert answer.code == 2 and "differ by 0.5" in answer.told and not Path("out").exists()
 

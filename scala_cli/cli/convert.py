@@ -112,7 +112,7 @@ def convert(
     from scala_cli.data.split import open_images
     from scala_cli.models.checkpoint import save
     from scala_cli.models.features import for_task, headless, refuse_without_classes
-    from scala_cli.models.order import put_first_what_matters
+    from scala_cli.models.order import order_channels
     from scala_cli.models.source import Changes, distance, open_source
     from scala_cli.models.vit import random_images
 
@@ -142,7 +142,7 @@ def convert(
             on = Calibration(split, calibration, read, device, live)
             net, record, fits = fit_family(net, record, on, kept)
         elif order == "importance":
-            net = put_first_what_matters(net, random_images(net.spec, 256).split(64))
+            net = order_channels(net, random_images(net.spec, 256).split(64))
     difference = distance(net, original, exact=not fits)
     save(net, replace(record, order=order or record.order), target)
     rows = [{**point.columns(), **cost(net.spec_at(point)), **r2_of(fits.get(point))} for point in net.points]

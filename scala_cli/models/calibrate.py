@@ -84,7 +84,7 @@ def calibrate_family(
     without one. Memory holds the streams and the targets of half a block.
 
     Args:
-        net: a family with its channels in order (`put_first_what_matters`).
+        net: a family with its channels in order (`order_channels`).
         batches: images (N, C, H, W), normalised, as one tensor or in batches; read once. One in eight is
             held out of the fit.
         full_weight: how much the full width counts, if it is one of several; each other counts once.

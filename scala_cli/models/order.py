@@ -74,7 +74,7 @@ class Moments:
 
 
 @torch.no_grad()
-def put_first_what_matters(net: SlimmableViT, batches: Iterable[Tensor]) -> SlimmableViT:
+def order_channels(net: SlimmableViT, batches: Iterable[Tensor]) -> SlimmableViT:
     """The same function at full width, its channels in order of importance on some images.
 
     The residual stream gets its principal directions as its basis, one for all layers (or, where its norms
