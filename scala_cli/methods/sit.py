@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from scala_cli.errors import PointError, TrainingError
 from scala_cli.methods.base import Batch, Method, Output, Pass, Student, Teacher
-from scala_cli.models.modes import drop_alike
+from scala_cli.models.modes import copy_dropout
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.slimmed import start_slimming
 from scala_cli.settings import MethodSettings
@@ -141,7 +141,7 @@ def with_modules(net: SlimmableViT, counts: Mapping[int, int], start: str, seed:
     wanted = spec.build().state_dict()
     fresh = {name: torch.zeros(t.shape) for name, t in wanted.items() if name not in weights}
     vit = spec.build_with({**weights, **fresh})
-    drop_alike(vit, net.vit)
+    copy_dropout(vit, net.vit)
     start_slimming(vit, start, seed)
     return SlimmableViT(vit, spec, net.rule, net.extra)
 

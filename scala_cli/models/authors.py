@@ -28,11 +28,11 @@ DISTILLED_ENDS = Fraction(1, 4), Fraction(1)
 """In the distilled model these widths keep the first channels, whichever were trained."""
 
 
-def is_theirs(source: Source) -> bool:
+def is_scala(source: Source) -> bool:
     return NAME.fullmatch(source.config.architecture) is not None
 
 
-def open_theirs(source: Source, origin: str) -> tuple[SlimmableViT, VisionTransformer]:
+def open_scala(source: Source, origin: str) -> tuple[SlimmableViT, VisionTransformer]:
     """The slimmable model that computes what theirs does, at every width that was trained.
 
     Beside it what theirs computes at full width: timm's model on the weights as they came, with their eps.
@@ -45,7 +45,7 @@ def open_theirs(source: Source, origin: str) -> tuple[SlimmableViT, VisionTransf
     """
     assert source.weights is not None
     named, state = source.config.architecture, source.weights()
-    spec = their_spec(named, state)
+    spec = spec_of_name(named, state)
     ratios = trained_ratios(source.options, origin)
     for ratio in ratios:
         spec.at(ratio)
@@ -56,7 +56,7 @@ def open_theirs(source: Source, origin: str) -> tuple[SlimmableViT, VisionTransf
     return SlimmableViT(spec.build_with(with_eps(state, spec, EPS)), spec, rule), theirs
 
 
-def their_spec(named: str, state: Mapping[str, Tensor]) -> Spec:
+def spec_of_name(named: str, state: Mapping[str, Tensor]) -> Spec:
     """timm's own DeiT of that name; so_tiny is half the width of tiny."""
     size, distilled = NAME.fullmatch(named).groups(default="")  # type: ignore[union-attr]
     args: dict[str, Any] = {"embed_dim": 96, "num_heads": 3} if size == "so_tiny" else {}

@@ -118,7 +118,7 @@ def save(net: SlimmableViT, record: Record, directory: Path) -> None:
         "bounds": [*map(decimal, rule.bounds)] if rule.bounds else None,
         "layout": rule.layout,
         "attn_scale": rule.attn_scale,
-        **families_own(net),
+        **family_fields(net),
         "dims": {decimal(ratio): dims(net.spec.at(ratio)) for ratio in rule.ratios},
         "provenance": {**record.provenance, "versions": versions()},
         **({"tsm": dict(net.spec.tsm)} if net.spec.tsm else {}),
@@ -131,7 +131,7 @@ def save(net: SlimmableViT, record: Record, directory: Path) -> None:
             save_file({name: t.detach().contiguous() for name, t in extra.items()}, fresh / EXTRA)
 
 
-def families_own(net: SlimmableViT) -> dict[str, Any]:
+def family_fields(net: SlimmableViT) -> dict[str, Any]:
     """Returns what config.json says of a family that is more than widths cut from one size."""
     told: dict[str, Any] = {}
     if net.points != tuple(map(Point, net.rule.ratios)):

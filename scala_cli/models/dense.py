@@ -17,7 +17,7 @@ from scala_cli.errors import PointError
 from scala_cli.models.slimmed import modules_of
 from scala_cli.models.stages import normed
 from scala_cli.models.tokens import put_back, slimming
-from scala_cli.slicing.original import BASIS, BIAS, WEIGHT, unchanged
+from scala_cli.slicing.original import BASIS, BIAS, WEIGHT, identity_tensor
 from scala_cli.slicing.point import Point
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def cut(net: "SlimmableViT", name: str, ratio: Fraction) -> Tensor | None:
     if tensor is None:
         if ratio == 1:
             return None
-        tensor = unchanged(name, net.spec.embed_dim).to(next(net.vit.parameters()))
+        tensor = identity_tensor(name, net.spec.embed_dim).to(next(net.vit.parameters()))
     return net.rule.slice_state({name: tensor}, ratio)[name]
 
 

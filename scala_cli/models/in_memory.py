@@ -10,12 +10,12 @@ from torch import nn
 
 from scala_cli.errors import CheckpointError
 from scala_cli.models.features import give_identity_head
-from scala_cli.models.modes import drop_alike
+from scala_cli.models.modes import copy_dropout
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.views import evaluating
 from scala_cli.models.vit import (
     Spec,
-    attend_alike,
+    copy_attention,
     describe,
     random_images,
     refuse_misfit,
@@ -40,10 +40,10 @@ def slimmable(model: nn.Module, ratios: str = DEFAULT_RATIOS) -> SlimmableViT:
         CheckpointError: a model that cannot be sliced, or that timm cannot rebuild from its attributes.
         PointError: a width that does not divide its channels.
     """
-    vit, spec, points = refuse_unless_plain(model), read_off(model), parse_points(ratios)
+    vit, spec, points = refuse_unless_plain(model), infer_spec(model), parse_points(ratios)
     for point in points:
         spec.at_point(point)
-    again = built_on(vit, spec)
+    again = sharing_parameters(vit, spec)
     probe = random_images(spec, 2).to(next(vit.parameters()))
     with torch.no_grad(), evaluating(vit):
         same = torch.equal(again(probe), vit(probe))
@@ -59,7 +59,7 @@ def slimmable(model: nn.Module, ratios: str = DEFAULT_RATIOS) -> SlimmableViT:
     return SlimmableViT(again, spec, rule, points=points).train(model.training)
 
 
-def built_on(vit: VisionTransformer, spec: Spec) -> VisionTransformer:
+def sharing_parameters(vit: VisionTransformer, spec: Spec) -> VisionTransformer:
     """Returns timm's model of that spec with the parameters and behaviour of `vit`, in evaluation mode.
 
     Raises CheckpointError if they do not fit.
@@ -70,8 +70,8 @@ def built_on(vit: VisionTransformer, spec: Spec) -> VisionTransformer:
     for name, parameter in vit.named_parameters():
         layer, _, own = name.rpartition(".")
         again.get_submodule(layer).register_parameter(own, parameter)
-    drop_alike(again, vit)
-    attend_alike(again, vit)
+    copy_dropout(again, vit)
+    copy_attention(again, vit)
     again.set_grad_checkpointing(vit.grad_checkpointing)
     return again.eval()
 
@@ -111,7 +111,7 @@ def rate_of(dropout: Any) -> float:
     return round(max(rates), 6)  # timm spreads drop_path over the blocks in float32
 
 
-def read_off(model: nn.Module) -> Spec:
+def infer_spec(model: nn.Module) -> Spec:
     """Returns the Spec of a model whose arguments to `timm.create_model` are unknown.
 
     Raises CheckpointError as `describe`, and if the arguments read from the model do not rebuild it.

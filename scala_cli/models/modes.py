@@ -7,7 +7,7 @@ from timm.models import VisionTransformer, VisionTransformerDistilled
 from torch import nn
 
 from scala_cli.models.block import SlimBlock
-from scala_cli.models.vit import Spec, attend_alike
+from scala_cli.models.vit import Spec, copy_attention
 
 
 def rebuilt(vit: VisionTransformer, spec: Spec) -> VisionTransformer:
@@ -17,7 +17,7 @@ def rebuilt(vit: VisionTransformer, spec: Spec) -> VisionTransformer:
     """
     again = spec.build(slim=True)
     again.load_state_dict({name: tensor.clone() for name, tensor in vit.state_dict().items()}, assign=True)
-    drop_alike(again, vit)
+    copy_dropout(again, vit)
     for copied, parameter in zip(again.parameters(), vit.parameters(), strict=True):
         copied.requires_grad_(parameter.requires_grad)
     return again
@@ -35,7 +35,7 @@ def skip_unread(vit: VisionTransformer) -> None:
         last.read = 2 if isinstance(vit, VisionTransformerDistilled) else 1  # registers are not
 
 
-def imitate(skeleton: VisionTransformer, vit: VisionTransformer) -> None:
+def copy_modes(skeleton: VisionTransformer, vit: VisionTransformer) -> None:
     """Sets a skeleton's modes to those of the full model.
 
     They are training or evaluation, gradient checkpointing, fused or explicit attention, and whether the last
@@ -44,12 +44,12 @@ def imitate(skeleton: VisionTransformer, vit: VisionTransformer) -> None:
     if skeleton.training != vit.training:
         skeleton.train(vit.training)
     skeleton.set_grad_checkpointing(vit.grad_checkpointing)
-    attend_alike(skeleton, vit)
+    copy_attention(skeleton, vit)
     if getattr(vit.blocks[-1], "read", None):
         skip_unread(skeleton)
 
 
-def drop_alike(skeleton: nn.Module, vit: nn.Module) -> None:
+def copy_dropout(skeleton: nn.Module, vit: nn.Module) -> None:
     """Gives a narrower model the full one's dropout, also where no argument of timm can say it."""
     for name, module in vit.named_modules():
         layer, _, own = name.rpartition(".")

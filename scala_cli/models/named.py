@@ -8,7 +8,7 @@ import timm
 from torch import Tensor
 
 from scala_cli.errors import CheckpointError
-from scala_cli.models.authors import is_theirs
+from scala_cli.models.authors import is_scala
 from scala_cli.models.config import Config, read_settings, settings_for
 from scala_cli.models.foreign import Source, read_foreign
 from scala_cli.models.hub import fetch
@@ -66,7 +66,7 @@ def source_in_file(file: Path, model: str | None, average: bool, num_heads: int 
     ):
         return read_transformers(file.parent)
     held = read_foreign(file, average)
-    if is_theirs(held) or (held.weights is not None and is_supervit(held.weights())):
+    if is_scala(held) or (held.weights is not None and is_supervit(held.weights())):
         return held
     assert held.weights is not None
     if is_lvvit(held.weights()):

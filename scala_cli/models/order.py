@@ -20,7 +20,7 @@ from scala_cli.slicing.importance import (
     stream_basis,
     value_basis,
 )
-from scala_cli.slicing.original import BASIS, NAMES, WEIGHT, unchanged
+from scala_cli.slicing.original import BASIS, NAMES, WEIGHT, identity_tensor
 from scala_cli.slicing.table import Group
 
 TOLERANCE = 1e-4
@@ -99,7 +99,7 @@ def order_channels(net: SlimmableViT, batches: Iterable[Tensor]) -> SlimmableViT
     norms = norms_of(net.vit)
     state = {
         name: tensor.double()
-        for name, tensor in {**net.vit.state_dict(), **way_back(net), **net.positions}.items()
+        for name, tensor in {**net.vit.state_dict(), **original_tensors(net), **net.positions}.items()
     }
     if WEIGHT in state:
         norms = {
@@ -150,15 +150,17 @@ def order_channels(net: SlimmableViT, batches: Iterable[Tensor]) -> SlimmableViT
             value="none",
         )
     like = next(vit.parameters())
-    extra = {name: state[name].to(like) for name in (*way_back(net), *net.positions)}
+    extra = {name: state[name].to(like) for name in (*original_tensors(net), *net.positions)}
     return net.like(vit=vit, spec=spec, extra=extra).eval()
 
 
-def way_back(net: SlimmableViT) -> dict[str, Tensor]:
+def original_tensors(net: SlimmableViT) -> dict[str, Tensor]:
     """Returns what leads back to the former channels, also if they have been put in order before."""
     names = (BASIS,) if net.spec.features else NAMES
     like = next(net.vit.parameters())
-    return {name: net.original.get(name, unchanged(name, net.spec.embed_dim)).to(like) for name in names}
+    return {
+        name: net.original.get(name, identity_tensor(name, net.spec.embed_dim)).to(like) for name in names
+    }
 
 
 def share_of_reading(seen: Moments, weight: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from scala_cli.models.dense import Features, features
-from scala_cli.models.modes import drop_alike, imitate, rebuilt
+from scala_cli.models.modes import copy_dropout, copy_modes, rebuilt
 from scala_cli.models.resize import resized
 from scala_cli.models.views import Stamp, fill, stamp, weights_of
 from scala_cli.models.vit import Spec, embedding_at
@@ -248,7 +248,7 @@ class SlimmableViT(nn.Module):
                 fill(skeleton, self.views(point, weights, now))
                 if now is not None:
                     self._stamps[point] = now
-            imitate(skeleton, self.vit)
+            copy_modes(skeleton, self.vit)
         return skeleton
 
     def weights(self, ratio: Fraction) -> dict[str, Tensor]:
@@ -269,7 +269,7 @@ class SlimmableViT(nn.Module):
     def _empty_skeleton(self, point: Point, graded: bool) -> VisionTransformer:
         if (point, graded) not in self._skeletons:
             skeleton = self.spec_at(point).build(slim=True)
-            drop_alike(skeleton, self.vit)
+            copy_dropout(skeleton, self.vit)
             self._skeletons[point, graded] = skeleton
         return self._skeletons[point, graded]
 

@@ -10,7 +10,7 @@ from timm.models import VisionTransformer
 from torch import Tensor
 
 from scala_cli.errors import CheckpointError
-from scala_cli.models.authors import is_theirs, open_theirs
+from scala_cli.models.authors import is_scala, open_scala
 from scala_cli.models.checkpoint import Record, load_with_record, read_extra
 from scala_cli.models.config import Config
 from scala_cli.models.create import check_patches, create, refuse_broken, skeleton_of
@@ -119,7 +119,7 @@ def open_source(
     for note in source.notes:
         watch.note(note)
     file = str(weights or model)
-    if is_theirs(source):
+    if is_scala(source):
         return open_family(source, file, points, changes, layout)
     if (weights or weight_file(model)) and source.weights and is_supervit(source.weights()):
         return open_sizes(source, file, points, changes, layout, heads)
@@ -149,13 +149,13 @@ def open_source(
     if source.eps is not None and not scratch:
         original = norms_with_eps(original, source.eps)
         vit = spec.build_with(with_eps(vit.state_dict(), spec, source.eps))
-    way_back = {} if scratch else way_back_of(model, about, state, new_head)
+    original_tensors = {} if scratch else original_tensors_of(model, about, state, new_head)
     rule = Rule(widths_of(points), spec.num_heads, layout=layout)
-    net = SlimmableViT(vit, spec, rule, way_back, points)
+    net = SlimmableViT(vit, spec, rule, original_tensors, points)
     return Opened(net, record, original)
 
 
-def way_back_of(
+def original_tensors_of(
     model: str, about: Mapping[str, Any], state: Mapping[str, Tensor] | None, new_head: bool
 ) -> dict[str, Tensor]:
     """Returns what leads back to the channels a checkpoint had before; empty for any other model.
@@ -223,7 +223,7 @@ def open_family(
             f"{file} is a family of widths by Scala's authors; it is converted as it is.",
             remedy="leave_as_it_is",
         )
-    net, original = open_theirs(source, file)
+    net, original = open_scala(source, file)
     refuse_broken(original, file)
     for point in points or ():
         find_point(point, net.points)

@@ -365,7 +365,7 @@ def choose_attention(vit: nn.Module, device: torch.device, bfloat16: bool) -> No
     use_fused(vit, not (device.type == "cpu" and bfloat16))
 
 
-def attend_alike(skeleton: Any, vit: Any) -> None:
+def copy_attention(skeleton: Any, vit: Any) -> None:
     """Gives a narrower model the full one's implementation of attention."""
     fused = vit.blocks[0].attn.fused_attn
     if skeleton.blocks[0].attn.fused_attn != fused:

@@ -23,6 +23,6 @@ def original_of(extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: extra[name] for name in NAMES if name in extra}
 
 
-def unchanged(name: str, channels: int) -> Tensor:
+def identity_tensor(name: str, channels: int) -> Tensor:
     """Returns one of these tensors for a model whose channels are as they were."""
     return torch.zeros(channels) if name == BIAS else torch.eye(channels)

@@ -27,7 +27,7 @@ from scala_cli.slicing.point import Point
 from scala_cli.swap import remove, target_of
 from scala_cli.tasks import TASKS, task_named
 from scala_cli.tasks.base import main_column
-from scala_cli.training.finetune import finetune, go_on
+from scala_cli.training.finetune import finetune, resume_run
 from scala_cli.training.price import Macs, training_macs
 from scala_cli.training.run import METRICS, Run
 from scala_cli.training.start import is_taught, unlearnt
@@ -206,7 +206,7 @@ def train(
     for widths in [(point,) for point in points] if alone else [points]:
         run = Run(place / widths[0].file_name if alone else place)
         if run.holds_state():
-            go_on(run, watch)
+            resume_run(run, watch)
         else:
             net, record = arm.of(open_start())
             finetune(net.with_points(widths), record, settings, run, watch, force=True)

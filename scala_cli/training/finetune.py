@@ -17,7 +17,14 @@ from scala_cli.slicing.point import Point
 from scala_cli.tasks import task_named
 from scala_cli.training.loop import Trainer
 from scala_cli.training.run import Row, Run
-from scala_cli.training.start import is_taught, prepare, refuse_foreign, trained_by, unlearnt, with_new_head
+from scala_cli.training.start import (
+    is_taught,
+    prepare,
+    record_of_training,
+    refuse_foreign,
+    unlearnt,
+    with_new_head,
+)
 from scala_cli.watch import Watcher
 from scala_cli.world import World
 
@@ -78,7 +85,7 @@ def finetune(
         return begin(trainer, start, record, run, watch)
 
 
-def go_on(run: Run, watch: Watcher, changes: Mapping[str, Any] | None = None) -> Row:
+def resume_run(run: Run, watch: Watcher, changes: Mapping[str, Any] | None = None) -> Row:
     """Trains from the last saved step of a run, with the settings it was begun with.
 
     Args:
@@ -88,11 +95,11 @@ def go_on(run: Run, watch: Watcher, changes: Mapping[str, Any] | None = None) ->
     or classes have changed.
     """
     with run.held():
-        return go_on_from(run.read_state(), run, watch, changes)
+        return resume_from(run.read_state(), run, watch, changes)
 
 
-def go_on_from(state: dict[str, Any], run: Run, watch: Watcher, changes: Mapping[str, Any] | None) -> Row:
-    """Trains from a saved state, like `go_on`, in a run that this process has locked."""
+def resume_from(state: dict[str, Any], run: Run, watch: Watcher, changes: Mapping[str, Any] | None) -> Row:
+    """Trains from a saved state, like `resume_run`, in a run that this process has locked."""
     settings = Settings.of(state["settings"], changes)
     device = choose_device(settings.device)
     world = World.join(device)
@@ -106,7 +113,7 @@ def go_on_from(state: dict[str, Any], run: Run, watch: Watcher, changes: Mapping
         settings = replace(settings, optimizer=replace(settings.optimizer, batch_size=share))
     if state.get("learning"):
         run.write_state({**state, "settings": asdict(settings), "processes": world.size})
-        go_on(run.teacher, watch, changes)
+        resume_run(run.teacher, watch, changes)
         world.wait()
         points = [Point.of(ratio) for ratio in state["points"]]
         _, record = load_with_record(run.teacher.path / "start")
@@ -122,7 +129,7 @@ def go_on_from(state: dict[str, Any], run: Run, watch: Watcher, changes: Mapping
     trainer.restore(state)
     if len(trainer.rows) < trainer.epochs:
         watch.note(f"going on after step {trainer.step.number} of {trainer.steps}.")
-    return trainer.train(run, trained_by(record, start, settings, state["taught"]), watch)
+    return trainer.train(run, record_of_training(record, start, settings, state["taught"]), watch)
 
 
 def begin(trainer: Trainer, start: SlimmableViT, record: Record, run: Run, watch: Watcher) -> Row:
@@ -130,7 +137,7 @@ def begin(trainer: Trainer, start: SlimmableViT, record: Record, run: Run, watch
     taught = trainer.step.frozen is not None
     trainer.measure(watch)
     run.begin(start, record, trainer.state())
-    return trainer.train(run, trained_by(record, start, trainer.settings, taught), watch)
+    return trainer.train(run, record_of_training(record, start, trainer.settings, taught), watch)
 
 
 def learn_classes_first(
@@ -156,7 +163,7 @@ def learn_classes_first(
             run.teacher.begin(alone, record, trainer.state())
             state = {**trainer.terms(), "settings": asdict(settings), "learning": True, "points": points}
             run.write_state(state)
-            trainer.train(run.teacher, trained_by(record, alone, learning, taught=False), watch)
+            trainer.train(run.teacher, record_of_training(record, alone, learning, taught=False), watch)
         trainer.world.wait()
         return widen(run, settings, start.points, splits, watch)
 

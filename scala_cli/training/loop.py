@@ -200,7 +200,7 @@ class Trainer:
         while len(self.rows) < self.epochs:
             row = self.train_epoch(run, watch)
             points = evaluate(
-                self.step.judged,
+                self.step.evaluated,
                 self.task,
                 self.validation,
                 self.step.net.points,
@@ -211,7 +211,7 @@ class Trainer:
             )
             self.rows.append({**row, "points": points})
             self.epoch = Epoch()
-            run.save_epoch(self.step.judged, record, self.task, self.rows, self.state())
+            run.save_epoch(self.step.evaluated, record, self.task, self.rows, self.state())
             watch.epoch(self.rows[-1])
 
     def train_epoch(self, run: Run, watch: Watcher) -> Row:

@@ -133,7 +133,7 @@ def isolation(start: SlimmableViT, record: Record, settings: Settings) -> bool:
     return method_named(settings.method.method).isolated and record.order != "importance"
 
 
-def trained_by(record: Record, start: SlimmableViT, settings: Settings, taught: bool) -> Record:
+def record_of_training(record: Record, start: SlimmableViT, settings: Settings, taught: bool) -> Record:
     """Returns the record of the trained model: that of the starting model, and how it was trained."""
     former = record.provenance.get("command")
     model = "CKPT" if former else str(record.provenance.get("model", "MODEL"))

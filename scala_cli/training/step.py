@@ -102,7 +102,7 @@ class Step:
         self.average = (
             ModelEmaV3(self.net, decay=chosen.model_ema_decay, use_warmup=True) if chosen.model_ema else None
         )
-        self.judged: SlimmableViT = self.average.module if self.average else self.net
+        self.evaluated: SlimmableViT = self.average.module if self.average else self.net
         for vit in (self.net.vit, self.frozen):  # not the average, which is copied from these before
             if vit and not (task.every_token or self.method.reads_blocks):
                 skip_unread(vit)
@@ -203,7 +203,7 @@ class Step:
             if self.average:
                 self.average.update(self.net, self.number)
             # on a GPU not all that writes to weights counts it, and no width would be cut anew
-            for parameter in self.judged.parameters():
+            for parameter in self.evaluated.parameters():
                 increment_version(parameter)
         self.moving, self.compiling = False, nullcontext()
         return told
@@ -270,15 +270,15 @@ class Step:
 
     def predict(self, images: Tensor, point: Point) -> Any:
         """The model's output at a point, in float32 and in the task's units, such as (B, classes) logits."""
-        return self.told_by(self.net.at(point), self.net.fitting(images, point))
+        return self.output_of(self.net.at(point), self.net.fitting(images, point))
 
     @torch.no_grad()
     def teach(self, images: Tensor) -> Any:
         """The frozen starting model's output, as `predict`."""
         assert self.frozen is not None
-        return self.told_by(self.frozen, images)
+        return self.output_of(self.frozen, images)
 
-    def told_by(self, vit: VisionTransformer, images: Tensor) -> Any:
+    def output_of(self, vit: VisionTransformer, images: Tensor) -> Any:
         """A model's output, as `predict`."""
         with autocast(self.device, self.settings.device):
             told = self.run(vit, images)
