@@ -124,7 +124,7 @@ def spec_of(config: Mapping[str, Any]) -> Spec:
 
 
 def spec_for(config: Config) -> Spec:
-    """Returns the Spec of the model timm builds. Raises CheckpointError if that fails or it is no plain ViT."""
+    """Returns the Spec of the model timm builds. Raises CheckpointError if that fails or is no plain ViT."""
     damaged = f"config.json is damaged: timm cannot build {config.architecture}"
     with naming_failure(damaged, "Convert or download it again.", CheckpointError):
         return describe(config.skeleton(), config.model_args)

@@ -1,4 +1,4 @@
-"""A slimmable ViT from a timm model in memory: shares its parameters, changes nothing else in it."""
+"""Makes a slimmable ViT from a timm model in memory, sharing its parameters and leaving it unchanged."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -31,14 +31,14 @@ def slimmable(model: nn.Module, ratios: str = DEFAULT_RATIOS) -> SlimmableViT:
     """Returns a slimmable ViT made from a timm model in memory.
 
     The result shares the model's parameters, so training one trains the other. Nothing else is shared: the
-    model keeps its head, its flags and its settings, whatever is done to the result.
+    model keeps its head, flags and settings.
 
     Args:
-        ratios: the widths, "0.25,0.5,0.75,1"; any points, "1@128~0.5,1@224".
+        ratios: the widths, such as "0.25,0.5,0.75,1", or any points, such as "1@128~0.5,1@224".
 
     Raises:
-        CheckpointError: a model that cannot be sliced, or that timm cannot rebuild from its attributes.
-        PointError: a width that does not divide its channels.
+        CheckpointError: if the model cannot be sliced, or timm cannot rebuild it from its attributes.
+        PointError: if a width does not divide the model's channels.
     """
     vit, spec, points = refuse_unless_plain(model), infer_spec(model), parse_points(ratios)
     for point in points:
@@ -60,7 +60,7 @@ def slimmable(model: nn.Module, ratios: str = DEFAULT_RATIOS) -> SlimmableViT:
 
 
 def sharing_parameters(vit: VisionTransformer, spec: Spec) -> VisionTransformer:
-    """Returns timm's model of that spec with the parameters and behaviour of `vit`, in evaluation mode.
+    """Returns timm's model of a spec with the parameters and behaviour of `vit`, in evaluation mode.
 
     Raises CheckpointError if they do not fit.
     """
@@ -106,7 +106,7 @@ TRAITS: Mapping[str, Callable[[Any], Any]] = {
 
 
 def rate_of(dropout: Any) -> float:
-    """Returns the rate of a dropout of timm or torch; 0 for an identity in its place."""
+    """Returns the rate of a dropout module of timm or torch; 0 for an identity."""
     rates = (getattr(dropout, name, 0.0) for name in ("p", "prob", "drop_prob"))
     return round(max(rates), 6)  # timm spreads drop_path over the blocks in float32
 
