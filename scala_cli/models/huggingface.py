@@ -44,7 +44,7 @@ NAMES = {
     r"(?:cls_)?classifier\.": "head.",
     r"distillation_classifier\.": "head_dist.",
 }
-"""Patterns of transformers' names, as saved and as in version 5, without `vit.` or `deit.` -> timm's names."""
+"""Patterns of transformers' names, as saved and as in version 5, without `vit.` or `deit.` -> timm's."""
 
 
 def is_transformers(config: Mapping[str, Any]) -> bool:
