@@ -90,7 +90,7 @@ def embed(vit: VisionTransformer, images: Tensor) -> Tensor:
 
 
 def normed(vit: VisionTransformer, tokens: Tensor) -> Tensor:
-    """Applies the final norm to (B, N, C) tokens after the last block, whether timm has it before pooling or after."""
+    """Applies the model's final norm, which timm runs before or after pooling, to (B, N, C) tokens."""
     return vit.fc_norm(vit.norm(tokens))
 
 
