@@ -1,6 +1,6 @@
-"""Training methods, by the name a user gives; each lies in a file of that name.
+"""Training methods by name; each is in the module of that name.
 
-Imports no torch, so that the names can be offered, or refused, at once.
+This module does not import torch, so that the command line can check names at once.
 """
 
 from importlib import import_module
@@ -21,5 +21,5 @@ ONE_POINT = "separate"
 
 
 def method_named(name: str) -> "type[Method]":
-    """Return the class of a method. Raises KeyError for a name that is not in METHODS."""
+    """Returns the class of a method. Raises KeyError for a name that is not in METHODS."""
     return getattr(import_module(f"scala_cli.methods.{name}"), METHODS[name])
