@@ -84,8 +84,9 @@ def read_settings(config: Mapping[str, Any]) -> Config:
             f"config.json is damaged: it builds {name} with {odd[0]!r}, which no VisionTransformer takes.",
             "DeiT, DeiT-III and plain vit_* models of timm can be cut.",
         )
-    told = {key: config[key] for key in ("num_classes", "label_names", "label_descriptions") if key in config}
-    cfg = {key: value for key, value in {**cfg, **told}.items() if key not in SOURCES}
+    classes = ("num_classes", "label_names", "label_descriptions")
+    cfg = {**cfg, **{key: config[key] for key in classes if key in config}}
+    cfg = {key: value for key, value in cfg.items() if key not in SOURCES}
     args = {key: value for key, value in args.items() if key in ARGS}
     input_size = cfg.get("input_size") or [RGB]
     if not (isinstance(input_size, list) and all(type(size) is int and size > 0 for size in input_size)):
@@ -101,16 +102,16 @@ def single_object(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in config.items() if key in vars(PretrainedCfg())}, **names}
 
 
-def settings_for(architecture: str, told: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def settings_for(architecture: str, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Returns timm's settings of an architecture for other weights: without timm's license and labels.
 
     Args:
-        told: settings that replace timm's.
+        changes: settings that replace timm's.
     """
     known = asdict(get_pretrained_cfg(architecture) or PretrainedCfg())
     not_theirs = {*SOURCES, "license", "label_names", "label_descriptions"}
     ours = {key: value for key, value in known.items() if key not in not_theirs}
-    return {**ours, "architecture": architecture.partition(".")[0], **(told or {})}
+    return {**ours, "architecture": architecture.partition(".")[0], **(changes or {})}
 
 
 def spec_of(config: Mapping[str, Any]) -> Spec:

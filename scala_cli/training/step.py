@@ -148,7 +148,7 @@ class Step:
         return optimizer
 
     def add_own_vectors(self, optimizer: Optimizer) -> None:
-        """Adds each width's and size's own vectors to the optimizer groups of the shared ones they replace."""
+        """Adds each width's and size's own vectors to the optimizer groups of the shared ones."""
         shared = dict(self.net.vit.named_parameters())
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for name, vector in [*self.net.vectors.items(), *self.net.positions.items()]:
