@@ -16,7 +16,7 @@ from scala_cli.errors import DataError, ScalaError, TrainingError
 from scala_cli.methods.scala import Scala
 from scala_cli.models.checkpoint import Record
 from scala_cli.settings import ReadSettings
-from scala_cli.training.finetune import finetune, go_on
+from scala_cli.training.finetune import finetune, resume_run
 from scala_cli.training.run import FILES, Run
 from scala_cli.training.step import Step
 
@@ -44,7 +44,7 @@ def test_a_disk_that_takes_no_more_loses_nothing(photos, every):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error.value.filename == ("cut/state.pt" if every else "cut/last")
     assert files_of(Path("cut")) <= FILES
-    go_on(Run(Path("cut")), Listener())
+    resume_run(Run(Path("cut")), Listener())
     assert same_runs("whole", "cut")
 
 
@@ -71,7 +71,7 @@ def test_a_failure_in_the_first_epoch_keeps_the_steps_that_are_saved(photos):
     with pytest.raises(TrainingError, match="memory"):
         finetune(start(), Record(), chosen, Run(Path("cut")), failing)
     again = Listener()
-    go_on(Run(Path("cut")), again)
+    resume_run(Run(Path("cut")), again)
     assert len(again.losses) == 4 and same_runs("whole", "cut")
 
 
@@ -86,7 +86,7 @@ def test_a_loss_that_is_not_finite_names_width_and_step(photos):
     state["settings"]["optimizer"]["epochs"] = 3
     run.write_state(state)
     with pytest.raises(TrainingError, match="loss of width 1 is nan at step 4"):
-        go_on(run, Listener())
+        resume_run(run, Listener())
     assert (run.path / "last/model.safetensors").read_bytes() == before
 
 
@@ -107,7 +107,7 @@ def test_a_gradient_that_is_not_finite_leaves_weights_and_state_as_they_were(pho
         with pytest.raises(TrainingError, match=r"gradient's norm is (nan|inf) at step 5"):
             finetune(start(), UNORDERED, chosen, Run(Path("cut")), Spoiling())
     assert Run(Path("cut")).read_state()["step"] == 4
-    go_on(Run(Path("cut")), Listener())
+    resume_run(Run(Path("cut")), Listener())
     assert same_runs("whole", "cut")
 
 
@@ -128,7 +128,7 @@ def test_lack_of_memory_keeps_the_last_whole_step(photos, monkeypatch, owner, na
         finetune(start(), Record(), settings(photos), Run(Path("cut")), listener)
     assert error.value.resumable
     assert Run(Path("cut")).read_state()["step"] == saved
-    go_on(Run(Path("cut")), Listener(), {"grad_accum_steps": 2})
+    resume_run(Run(Path("cut")), Listener(), {"grad_accum_steps": 2})
     assert Run(Path("cut")).read_state()["settings"]["optimizer"]["grad_accum_steps"] == 2
 
 
@@ -148,7 +148,7 @@ def test_an_image_that_cannot_be_read_keeps_every_step(photos, tmp_path):
     assert error.value.resumable and Run(Path("cut")).read_state()["step"] == 4
     for file in photos.glob("train/*/*.png"):
         shutil.copy(file, own / file.relative_to(photos))
-    go_on(Run(Path("cut")), Listener())
+    resume_run(Run(Path("cut")), Listener())
     assert same_runs("whole", "cut")
 
 
@@ -169,7 +169,7 @@ def test_images_that_go_away_leave_the_epoch_before(photos, tmp_path):
     assert error.value.resumable and Run(Path("cut")).read_state()["step"] == 3
     for file in photos.glob("train/*/*.png"):
         shutil.copy(file, own / file.relative_to(photos))
-    go_on(Run(Path("cut")), Listener())
+    resume_run(Run(Path("cut")), Listener())
     assert same_runs("whole", "cut")
 
 
@@ -186,5 +186,5 @@ def test_a_disk_that_fails_once_the_classes_are_learnt(photos, monkeypatch):
         patched.setattr(Run, "begin", fail)
         finetune(slimmable(), Record(), settings(photos, epochs=3), Run(Path("cut")), Listener())
     listener = Listener()
-    go_on(Run(Path("cut")), listener)
+    resume_run(Run(Path("cut")), listener)
     assert len(listener.losses) == 9, "the teacher has learnt already"

@@ -23,7 +23,7 @@ from scala_cli.slicing.own import own_name, own_vectors
 from scala_cli.slicing.point import parse_points
 from scala_cli.slicing.ridge import Moments, Part, fit_shared
 from scala_cli.tasks import task_named
-from scala_cli.training.finetune import finetune, go_on
+from scala_cli.training.finetune import finetune, resume_run
 from scala_cli.training.gradients import GradientLog
 from scala_cli.training.run import Run
 from scala_cli.training.start import prepare, with_new_head
@@ -183,7 +183,7 @@ def test_training_moves_a_widths_own_vectors(photos):
     before = {name: vector.detach().clone() for name, vector in ready.net.vectors.items()}
     ready(images, targets)
     assert all(not torch.equal(vector, before[name]) for name, vector in ready.net.vectors.items())
-    averaged = ready.judged.vectors
+    averaged = ready.evaluated.vectors
     assert averaged.keys() == before.keys() and averaged[next(iter(before))] is not before[next(iter(before))]
 
 
@@ -207,7 +207,7 @@ def test_a_fitted_family_is_resumed_exactly(photos, tmp_path, monkeypatch):
     finetune(family, record, settings(photos), Run(Path("whole")), Listener())
     with pytest.raises(KeyboardInterrupt):
         finetune(family, record, settings(photos), Run(Path("cut")), Listener(stop_at=4))
-    go_on(Run(Path("cut")), Listener())
+    resume_run(Run(Path("cut")), Listener())
     whole, again = (load(Path(name) / "last") for name in ("whole", "cut"))
     assert whole.extra.keys() == again.extra.keys() and whole.extra
     for one, other in zip(whole.parameters(), again.parameters(), strict=True):
@@ -316,7 +316,7 @@ def test_the_model_from_before_the_fit_teaches_also_when_resumed(photos, tmp_pat
         assert not teacher.extra and load(Path(name) / "start").extra
         for one, other in zip(teacher.vit.parameters(), begun.vit.parameters(), strict=True):
             assert torch.equal(one, other)
-    go_on(Run(Path("cut")), Listener())
+    resume_run(Run(Path("cut")), Listener())
     whole, again = (load(Path(name) / "last") for name in ("whole", "cut"))
     for one, other in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)

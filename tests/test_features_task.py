@@ -27,7 +27,7 @@ from scala_cli.slicing.point import parse_points
 from scala_cli.tasks import task_named
 from scala_cli.tasks.likeness import Likeness
 from scala_cli.tasks.standard import LEAST, Spread, in_units
-from scala_cli.training.finetune import finetune, go_on
+from scala_cli.training.finetune import finetune, resume_run
 from scala_cli.training.run import Run
 from scala_cli.training.step import Step
 from scala_cli.watch import Watcher
@@ -216,7 +216,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(pictures, whiten):
         finetune(backbone(), BACKBONE, both, Run(Path("cut")), Listener(stop_at=7))
     held = Run(Path("cut")).read_state()
     assert held["statistics"].keys() == {"answer", "patches"}
-    go_on(Run(Path("cut")), Watcher())
+    resume_run(Run(Path("cut")), Watcher())
     for place in ("last", "best"):
         one, other = (load_file(f"{run}/{place}/model.safetensors") for run in ("whole", "cut"))
         assert all(torch.equal(one[name], other[name]) for name in one)

@@ -16,7 +16,7 @@ from scala_cli.models.tokens import answer_and_patches
 from scala_cli.settings import MethodSettings, OptimizerSettings
 from scala_cli.tasks import task_named
 from scala_cli.tasks.masking import hide_half
-from scala_cli.training.finetune import finetune, go_on
+from scala_cli.training.finetune import finetune, resume_run
 from scala_cli.training.price import Macs, training_macs
 from scala_cli.training.run import Run
 from scala_cli.training.step import Step
@@ -97,7 +97,7 @@ def test_a_run_that_was_stopped_hides_the_same_patches(pictures):
     finetune(backbone(), record, how, Run(Path("whole")), Watcher())
     with pytest.raises(KeyboardInterrupt):
         finetune(backbone(), record, how, Run(Path("cut")), Listener(stop_at=7))
-    go_on(Run(Path("cut")), Watcher())
+    resume_run(Run(Path("cut")), Watcher())
     one, other = (load_file(f"{run}/last/model.safetensors") for run in ("whole", "cut"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     plain = replace(how, method=replace(MASKED, mask_patches=0.0))

@@ -20,7 +20,7 @@ from scala_cli.lock import LOCK
 from scala_cli.models.checkpoint import Record
 from scala_cli.settings import AugmentSettings, MethodSettings
 from scala_cli.swap import temporary
-from scala_cli.training.finetune import finetune, go_on
+from scala_cli.training.finetune import finetune, resume_run
 from scala_cli.training.run import Run
 from scala_cli.watch import Stopped
 
@@ -40,7 +40,7 @@ def test_resuming_gives_the_run_that_was_never_stopped(photos, epochs, every, ki
         finetune(start(), Record(), chosen, Run(Path("cut")), Listener(stop_at=5, kind=kind))
     assert len(Path("cut/metrics.jsonl").read_text().splitlines()) == 1
     again = Listener()
-    go_on(Run(Path("cut")), again)
+    resume_run(Run(Path("cut")), again)
     done = {None: 3, 1: 5, 2: 4}[every] if kind is KeyboardInterrupt else 5
     assert len(again.losses) == round(3 * epochs) - done
     assert same_runs("whole", "cut")
@@ -97,7 +97,7 @@ def test_resuming_with_other_sizes_of_a_batch(photos, changes, stop_at):
     finetune(start(), Record(), chosen, Run(Path("whole")), Listener())
     with pytest.raises(Stopped):
         finetune(start(), Record(), chosen, Run(Path("cut")), Listener(stop_at=stop_at, kind=Stopped))
-    go_on(Run(Path("cut")), Listener())
+    resume_run(Run(Path("cut")), Listener())
     assert same_runs("whole", "cut")
 
 
@@ -110,7 +110,7 @@ def test_what_a_killed_process_had_begun_to_write_is_removed(photos, again):
     for file in (fresh / "model.safetensors", temporary(Path("cut/state.pt"))):
         file.write_text("half")
     if again == "resume":
-        go_on(Run(Path("cut")), Listener())
+        resume_run(Run(Path("cut")), Listener())
     else:
         finetune(start(), Record(), settings(photos), Run(Path("cut")), Listener(), force=True)
     assert [path.name for path in Path("cut").glob(".*")] == [LOCK]
@@ -124,34 +124,34 @@ def test_a_kill_between_two_renames_loses_no_checkpoint(photos):
         finetune(start(), Record(), chosen, Run(Path("cut")), Listener(stop_at=5, kind=Stopped))
     for name in ("start", "last", "best"):
         Path("cut", name).rename(temporary(Path("cut", name)).with_suffix(".former"))
-    go_on(Run(Path("cut")), Listener())
+    resume_run(Run(Path("cut")), Listener())
     assert same_runs("whole", "cut") and [path.name for path in Path("cut").glob(".*")] == [LOCK]
 
 
 def test_resuming_a_run_stopped_in_its_first_epoch(photos):
     with pytest.raises(KeyboardInterrupt):
         finetune(start(), Record(), settings(photos, epochs=1), Run(Path("cut")), Listener(stop_at=1))
-    assert go_on(Run(Path("cut")), Listener())["epoch"] == 1
+    assert resume_run(Run(Path("cut")), Listener())["epoch"] == 1
 
 
 def test_resuming_what_is_no_run(photos):
     with pytest.raises(TrainingError, match="nothing to resume"):
-        go_on(Run(Path("nowhere")), Listener())
+        resume_run(Run(Path("nowhere")), Listener())
     finetune(start(), Record(), settings(photos, epochs=1), Run(Path("one")), Listener())
     state = Path("one/state.pt")
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(TrainingError, match="damaged") as error:
-        go_on(Run(Path("one")), Listener())
+        resume_run(Run(Path("one")), Listener())
     assert error.value.remedy == "from_weights" and error.value.facts == {"weights": Path("one/last")}
     for damage in (b"hello", b"", pickle.dumps(Bomb(), protocol=2)):
         state.write_bytes(damage)
         with pytest.raises(TrainingError, match="damaged"):
-            go_on(Run(Path("one")), Listener())
+            resume_run(Run(Path("one")), Listener())
     assert not Path("exploded").exists()
     for other in ({"rows": []}, []):
         torch.save(other, state)
         with pytest.raises(TrainingError, match="another version"):
-            go_on(Run(Path("one")), Listener())
+            resume_run(Run(Path("one")), Listener())
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -159,8 +159,8 @@ def test_what_a_run_with_a_new_head_goes_on_with_holds_for_both_parts(photos, wo
     with pytest.raises(Stopped):
         finetune(slimmable(), Record(), settings(photos), Run(Path("cut")), Listener(stop_at=1, kind=Stopped))
     with pytest.raises(Stopped):
-        go_on(Run(Path("cut")), Listener(stop_at=1, kind=Stopped), {"workers": workers})
-    go_on(Run(Path("cut")), Listener())
+        resume_run(Run(Path("cut")), Listener(stop_at=1, kind=Stopped), {"workers": workers})
+    resume_run(Run(Path("cut")), Listener())
     for run in ("cut", "cut/teacher"):
         assert Run(Path(run)).read_state()["settings"]["read"]["workers"] == workers
 
@@ -181,7 +181,7 @@ def test_a_run_does_not_go_on_with_other_images(photos, tmp_path, change, told):
         finetune(start(), Record(), settings(own), Run(Path("cut")), Listener(stop_at=2, kind=Stopped))
     change(own)
     with pytest.raises(DataError, match="not those this run began with") as error:
-        go_on(Run(Path("cut")), Listener())
+        resume_run(Run(Path("cut")), Listener())
     assert told in error.value.message and error.value.facts == {"weights": Path("cut/start")}
 
 
@@ -205,7 +205,7 @@ def test_a_run_with_a_new_head_is_resumed_in_either_part(photos, stop_at):
     finetune(slimmable(), Record(), chosen, Run(Path("whole")), Listener())
     with pytest.raises(KeyboardInterrupt):
         finetune(slimmable(), Record(), chosen, Run(Path("cut")), Listener(stop_at=stop_at))
-    go_on(Run(Path("cut")), Listener())
+    resume_run(Run(Path("cut")), Listener())
     one, other = (load_file(f"{run}/last/model.safetensors") for run in ("whole", "cut"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -220,6 +220,6 @@ def test_a_run_with_a_new_head_keeps_its_batch_in_another_number_of_processes(ph
         state = run.read_state()
         state["processes"], state["settings"]["optimizer"]["batch_size"] = 2, 2
         run.write_state(state)
-    go_on(Run(Path("cut")), Listener())
+    resume_run(Run(Path("cut")), Listener())
     assert Run(Path("cut")).read_state()["images_per_step"] == 4
     assert same_runs("whole", "cut")

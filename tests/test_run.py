@@ -15,7 +15,7 @@ from scala_cli.lock import LOCK
 from scala_cli.models.checkpoint import Record
 from scala_cli.swap import temporary
 from scala_cli.training.compare import claimed
-from scala_cli.training.finetune import finetune, go_on
+from scala_cli.training.finetune import finetune, resume_run
 from scala_cli.training.run import Run
 from scala_cli.watch import Stopped
 
@@ -46,19 +46,19 @@ def test_two_processes_do_not_train_one_run(photos):
     before = Path("cut/state.pt").read_bytes()
     with trained_elsewhere("cut"):
         for again in (
-            lambda: go_on(Run(Path("cut")), Listener()),
+            lambda: resume_run(Run(Path("cut")), Listener()),
             lambda: finetune(start(), Record(), settings(photos), Run(Path("cut")), Listener(), force=True),
         ):
             with pytest.raises(TrainingError, match="another process is training cut"):
                 again()
         assert Path("cut/state.pt").read_bytes() == before
         elsewhere = Run(Path("cut"), writes=False)  # of torchrun's processes one writes, and one holds
-        go_on(elsewhere, Listener())
+        resume_run(elsewhere, Listener())
         assert Path("cut/state.pt").read_bytes() == before
     Path("new").mkdir()
     with trained_elsewhere("new"), pytest.raises(TrainingError, match="another process"):
         finetune(start(), Record(), settings(photos), Run(Path("new")), Listener())
-    go_on(Run(Path("cut")), Listener())
+    resume_run(Run(Path("cut")), Listener())
 
 
 def test_two_processes_do_not_train_one_comparison():
@@ -84,7 +84,7 @@ def test_both_parts_of_a_run_with_a_new_head_are_held(photos):
         finetune(slimmable(), Record(), settings(photos), Run(Path("cut")), Listener(stop_at=1, kind=Stopped))
     for run in ("cut", "cut/teacher"):
         with trained_elsewhere(run), pytest.raises(TrainingError, match=f"another process is training {run}"):
-            go_on(Run(Path("cut")), Listener())
+            resume_run(Run(Path("cut")), Listener())
 
 
 def test_force_takes_a_run_and_nothing_that_lies_in_it(photos):

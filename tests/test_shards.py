@@ -17,7 +17,7 @@ from scala_cli.data.shards import numbered, read_shards
 from scala_cli.data.split import open_images, open_split, open_validation_images
 from scala_cli.errors import DataError
 from scala_cli.tasks import task_named
-from scala_cli.training.finetune import go_on
+from scala_cli.training.finetune import resume_run
 from scala_cli.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -117,7 +117,7 @@ def test_a_backbone_learns_from_tar_files(scala):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("scala_cli.training.loop.evaluate", interrupt)
         assert scala(*words, "s/{000..002}.tar", "-o", "cut").code == 130
-    go_on(Run(Path("cut")), Listener())
+    resume_run(Run(Path("cut")), Listener())
     one, other = (load_file(f"{run}/last/model.safetensors") for run in ("run", "cut"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert scala("eval", "run", "--data", "s", "-j", 0, "--json").json["points"][0]["images"] == 24

@@ -13,7 +13,7 @@ from scala_cli.evaluate import validation_loader
 from scala_cli.models.checkpoint import Record, load
 from scala_cli.settings import ReadSettings, RunSettings
 from scala_cli.tasks import task_named
-from scala_cli.training.finetune import finetune, go_on
+from scala_cli.training.finetune import finetune, resume_run
 from scala_cli.training.run import Run
 from scala_cli.world import World
 
@@ -56,7 +56,7 @@ def test_a_run_keeps_the_order_of_the_head_and_goes_on_with_it(folder):
             start(names, ratios="0.5,1"), Record(order="none"), settings(folder), Run(Path("run")), listener
         )
     assert not any("head is new" in note for note in listener.notes)
-    go_on(Run(Path("run")), listener)
+    resume_run(Run(Path("run")), listener)
     assert load(Path("run/last")).spec.label_names == names
 
 

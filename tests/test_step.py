@@ -312,8 +312,8 @@ def test_what_moves_uncounted_is_cut_anew(photos, monkeypatch, averaged):
         ready(images, torch.tensor([0, 1, 2, 0]))
         with torch.no_grad():
             for point in ready.net.points:
-                expected = ready.judged.slice(point)(images)
-                torch.testing.assert_close(ready.judged.eval()(images, point), expected)
+                expected = ready.evaluated.slice(point)(images)
+                torch.testing.assert_close(ready.evaluated.eval()(images, point), expected)
 
 
 def test_a_model_can_be_copied_after_a_step(photos):

@@ -81,7 +81,7 @@ def finetune(
     from scala_cli.methods import method_named
     from scala_cli.models.points import open_grid
     from scala_cli.models.source import Changes, is_checkpoint
-    from scala_cli.training.finetune import finetune, go_on
+    from scala_cli.training.finetune import finetune, resume_run
     from scala_cli.training.run import FILES, Run
 
     named, moment = resume or output, time.strftime("%Y%m%d-%H%M%S")
@@ -90,7 +90,7 @@ def finetune(
         run = Run(path, newest=True)
         try:
             if resume is not None:
-                best = go_on(run, live, changes)
+                best = resume_run(run, live, changes)
             else:
                 assert model is not None and data is not None
                 refuse_occupied(run.path, force, FILES, path_of(model), in_place=True)

@@ -123,7 +123,7 @@ def write_slice(
         "params": size["params"],
         "gmacs": size["gmacs"],
         "calibrated": fit is not None,
-        **({"fit": fit.told()} if fit else {}),
+        **({"fit": fit.as_json()} if fit else {}),
         **({"import": "scala_cli"} if spec.is_of_this_package else {}),
     }
     about = {
@@ -133,7 +133,7 @@ def write_slice(
         "ratio": point.label,
         "method": record.method,
         "metrics": [m for m in record.metrics if Point.of_row(m) == point],
-        **({"calibrated": fit.told()} if fit else {}),
+        **({"calibrated": fit.as_json()} if fit else {}),
         "versions": versions(),
     }
     with whole_directory(target) as fresh:

@@ -1,6 +1,6 @@
-"""Training methods, by the name a user gives; each lies in a file of that name.
+"""Training methods by name; each is in the module of that name.
 
-Imports no torch, so that the names can be offered, or refused, at once.
+This module does not import torch, so that the command line can check names at once.
 """
 
 from importlib import import_module

@@ -16,24 +16,28 @@ from scala_cli.slicing.table import Layout
 from scala_cli.tasks.base import Task
 
 Student = Callable[[Tensor, Point], Any]
-"""images (B, C, H, W), point -> the task's output, such as logits (B, classes); or `Output`"""
+"""Function: images (B, C, H, W), point -> the task's output, such as logits (B, classes); or `Output`."""
 
 Teacher = Callable[[Tensor], Any]
-"""images (B, C, H, W) -> the same of the frozen model, without gradient"""
+"""Function: images (B, C, H, W) -> the frozen model's output of the same kind, without gradient."""
 
 OFF: Mapping[str, Any] = {
     "order": "none",
     "teacher": "none",
     **{part.name: False for part in fields(MethodSettings) if part.type in (bool, bool | None)},
 }
-"""The optional parts of methods, as fields of MethodSettings, each with the value that turns it off."""
+"""The optional parts of methods: fields of MethodSettings -> the value that turns the part off."""
 
 
 class Batch(NamedTuple):
-    """Images (B, C, H, W) and targets: (B,) class numbers, or (B, classes) probabilities.
+    """A batch of images and targets.
 
-    Where the task asks for it, the same images with hidden patches, and which these are: (B, patches); where
-    there is a second teacher, `hints`, the (B,) class numbers that it gives.
+    Args:
+        images: (B, C, H, W)
+        targets: (B,) class numbers, or (B, classes) probabilities.
+        masked: the images with hidden patches, if the task uses them.
+        hidden: (B, patches) which patches are hidden in `masked`.
+        hints: (B,) class numbers predicted by a second teacher, if there is one.
     """
 
     images: Tensor
@@ -43,19 +47,19 @@ class Batch(NamedTuple):
     hints: Tensor | None = None
 
     def parts(self, count: int) -> "Iterator[Batch]":
-        """Yields the batch in so many parts."""
+        """Yields the batch in `count` parts."""
         given = {name: tensor.chunk(count) for name, tensor in self._asdict().items() if tensor is not None}
         for some in zip(*given.values(), strict=True):
             yield Batch(**dict(zip(given, some, strict=True)))
 
 
 class Output(NamedTuple):
-    """What a model gives to a method that reads its blocks.
+    """A model's output for a method that reads its blocks.
 
     Args:
         answer: the task's output.
         tokens: patch tokens after each block, (B, N, C).
-        distilled: (B, classes) logits of the distillation head, where there is one.
+        distilled: (B, classes) logits of the distillation head, if there is one.
     """
 
     answer: Tensor
@@ -64,7 +68,7 @@ class Output(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """One forward of a step: the point, its loss, and the weight of that loss in the sum."""
+    """One forward pass of a step: the point, its loss, and the weight of the loss in the sum."""
 
     point: Point
     loss: Tensor
@@ -73,7 +77,7 @@ class Pass(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A method with its settings, and how the starting weights are cut for it."""
+    """A method's settings, and how the starting weights are cut for it."""
 
     settings: MethodSettings
     layout: Layout = "aligned"
@@ -81,25 +85,25 @@ class Recipe:
 
 
 class Method(ABC):
-    """One training step as a sequence of passes.
+    """A training method: defines each step as a sequence of passes.
 
     Args:
-        points: what to train, smallest first.
+        points: the points to train, smallest first.
         settings: which parts of the method are on.
         task: what the model is for.
     """
 
     parts: ClassVar[frozenset[str]] = frozenset()
-    """The keys of OFF that affect the method. With "teacher", the frozen starting model takes part."""
+    """The keys of OFF that affect the method. With "teacher", the frozen starting model can teach."""
 
     own: ClassVar[frozenset[str]] = frozenset()
-    """Fields of MethodSettings that mean something to this method alone."""
+    """Fields of MethodSettings that only this method uses."""
 
     one_point: ClassVar[bool] = False
-    """Whether a run trains one point only; a family then needs one run per point."""
+    """Whether a run trains only one point; a family then needs one run per point."""
 
     adds_modules: ClassVar[bool] = False
-    """Whether `prepared` changes the full width, so that this one too is taught by the model from before."""
+    """Whether `prepared` changes the full width; the unchanged model then teaches the full width as well."""
 
     reads_blocks: ClassVar[bool] = False
     """Whether `passes` reads the tokens after every block: student and teacher then return an `Output`."""
@@ -114,13 +118,13 @@ class Method(ABC):
     """Whether the method trains with Isolated Activation unless the user says otherwise."""
 
     ratios: ClassVar[str] = DEFAULT_RATIOS
-    """The widths that a model is trained at unless told."""
+    """The widths to train by default."""
 
     keeps: ClassVar[str] = ""
-    """The shares of tokens likewise; none of its own if empty."""
+    """The shares of tokens to train by default; empty means all tokens only."""
 
     recipes: ClassVar[Mapping[str, Recipe]] = {}
-    """Variants of the method that `scala compare` offers, by their names."""
+    """Variants of the method that `scala compare` offers, by name."""
 
     def __init__(self, points: Sequence[Point], settings: MethodSettings, task: Task) -> None:
         self.points, self.settings, self.task = tuple(sorted(points)), settings, task
@@ -137,7 +141,7 @@ class Method(ABC):
     def passes(
         self, batch: Batch, student: Student, teacher: Teacher | None, drawn: Sequence[Point]
     ) -> Iterator[Pass]:
-        """Yields one pass at a time; the caller backpropagates each as it comes, then moves the weights.
+        """Yields one pass at a time; the caller backpropagates each at once and then updates the weights.
 
         Args:
             teacher: the frozen full-width model, or None.
@@ -147,10 +151,10 @@ class Method(ABC):
     def masked(
         self, batch: Batch, student: Student, point: Point, lesson: Tensor | None, weight: float = 1.0
     ) -> Iterator[Pass]:
-        """Yields the second pass of a point, on the images with hidden patches; none if there are no such.
+        """Yields a second pass of a point, on the images with hidden patches; nothing if there are none.
 
         Args:
-            lesson: what a teacher makes of the whole images.
+            lesson: the teacher's output for the whole images.
         """
         if batch.masked is not None:
             output = student(batch.masked, point)
@@ -158,15 +162,15 @@ class Method(ABC):
             yield Pass(point, loss, weight)
 
     def prepared(self, start: SlimmableViT, seed: int) -> SlimmableViT:
-        """Returns the model to train: the starting one, or one with modules of its own added.
+        """Returns the model to train: the starting model, or a copy with the method's modules added.
 
         Args:
-            seed: of what is random in them.
+            seed: seed of the modules' random weights.
         """
         return start
 
     def modules(self, net: SlimmableViT) -> nn.Module:
-        """Returns the modules that only training needs: trained and resumed, but in no checkpoint.
+        """Returns modules needed only in training: trained, and saved for resuming, but in no checkpoint.
 
         Args:
             net: the model to train.
@@ -175,12 +179,15 @@ class Method(ABC):
 
     @classmethod
     def idle(cls, settings: MethodSettings, points: Sequence[Point]) -> str:
-        """Returns why turning a part off has no effect for so few points; empty if it has one."""
+        """Returns why a part that is turned off has no effect for so few points; "" if it has."""
         return ""
 
     @classmethod
     def effective(cls, settings: MethodSettings) -> MethodSettings:
-        """Returns the settings with every part turned off that has no effect in this method."""
+        """Returns the settings with every part turned off that has no effect in this method.
+
+        The default of `isolation`, None, becomes the method's own choice.
+        """
         settings = replace(settings, **{part: off for part, off in OFF.items() if part not in cls.parts})
         if settings.order == "none" or settings.isolation:
             settings = replace(settings, calibrate=False)

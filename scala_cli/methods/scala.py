@@ -13,21 +13,21 @@ from scala_cli.slicing.point import Point, widths_of
 Value = TypeVar("Value", bound=int | Fraction)
 
 PASSES = 4
-"""Widths trained in one step, if the family has as many."""
+"""Number of widths trained in one step, if the family has as many."""
 
 
 class Scala(Method):
-    """Four widths a step, largest first (section 3 of the paper).
+    """Trains four widths a step, largest first (section 3 of the paper).
 
-    In the paper each width is taught by the one before it, and the first by the frozen pretrained model. From
-    pretrained weights that model is the best teacher for every width (docs/results/pretrained.md), so here
-    it teaches all, if there is one. Isolated Activation is the fourth part; it lives in the slicing rule.
+    In the paper each width is taught by the next larger one of the step, and the largest by the frozen
+    pretrained model. From pretrained weights that model is the best teacher for every width
+    (docs/results/pretrained.md), so by default it teaches all. Isolated Activation is in the slicing rule.
     """
 
     parts = frozenset(OFF)
     isolated = True
     recipes: ClassVar[Mapping[str, Recipe]] = {
-        # what the authors' released code does with pretrained weights (Table 8): qkv cut as one block
+        # the authors' released code with pretrained weights (Table 8), which cuts qkv as one block
         "paper": Recipe(
             MethodSettings(
                 order="none", calibrate=False, isolation=True, teacher="full", favour_narrowest=False
@@ -38,9 +38,10 @@ class Scala(Method):
     }
 
     def draw(self, random: Random) -> list[Point]:
-        """Draws the largest, two between, the smallest."""
-        if not self.settings.stable_sampling:
-            return uniform_sample(self.points, random)
+        """Draws the largest point, two between, and the smallest.
+
+        Stable Sampling applies to widths only; points with sizes or shares of tokens are sampled uniformly.
+        """
         widths = len(widths_of(self.points)) == len(self.points)
         return (stable_sample if widths else sample_axes)(self.points, random)
 
@@ -51,21 +52,21 @@ class Scala(Method):
         for point in drawn:
             output = student(batch.images, point)
             largest = point == self.points[-1]
-            # Noise Calibration: the label corrects a noisy teacher; without it only the largest sees labels
+            # Noise Calibration: labels correct a noisy teacher; without it only the largest point gets labels
             labels = batch.targets if self.settings.noise_calibration or largest else None
             weight = self.weight(point, drawn)
             yield Pass(point, self.task.loss(output, labels, lesson, self.settings), weight)
             yield from self.masked(batch, student, point, lesson, weight)
             if teacher and self.settings.teacher == "all":
                 continue
-            # Progressive Knowledge Transfer: each width teaches the next; without it the largest teaches all
+            # Progressive Knowledge Transfer: each point teaches the next; without it the largest teaches all
             if self.settings.progressive_transfer or largest:
                 lesson = output.detach()
 
     def weight(self, point: Point, drawn: Sequence[Point]) -> float:
-        """Returns the weight of the loss: the narrowest counts as much as all others of the step together.
+        """Returns the weight of a point's loss: the narrowest counts as much as all others of the step.
 
-        Every wider width trains its channels too, so the narrowest has the least influence on the only
+        All wider widths train its channels too, so otherwise it would have the least influence on the only
         channels it has.
         """
         favoured = self.settings.favour_narrowest and point == self.points[0]
@@ -79,15 +80,15 @@ class Scala(Method):
 
     @classmethod
     def effective(cls, settings: MethodSettings) -> MethodSettings:
-        """If the frozen model teaches all widths, turns off teaching from width to width."""
+        """Also turns off teaching from width to width if the frozen model teaches all widths."""
         settings = super().effective(settings)
         return replace(settings, progressive_transfer=False) if settings.teacher == "all" else settings
 
 
 def stable_sample(points: Sequence[Point], random: Random) -> list[Point]:
-    """Stable Sampling: l > m2 > m1 > s with m1 drawn from (s, m] and m2 from (m, l), m = (s + l) / 2.
+    """Stable Sampling: draws l > m2 > m1 > s with m1 from (s, m] and m2 from (m, l), m = (s + l) / 2.
 
-    This keeps the gaps in capacity between the four even. An interval without a width gives none, so a
+    This keeps the gaps in capacity between the four even. No width is drawn from an empty interval, so a
     family of one, two or three widths trains all of them every step.
     """
     smallest, largest = points[0].ratio, points[-1].ratio
@@ -126,7 +127,7 @@ def from_both_halves(values: Sequence[Value], random: Random) -> list[Value]:
 
 
 def uniform_sample(points: Sequence[Point], random: Random) -> list[Point]:
-    """The sandwich rule of US-Net (arXiv 1903.05134): the largest, two random widths, the smallest."""
+    """Draws the largest, two random points and the smallest (sandwich rule of US-Net, arXiv 1903.05134)."""
     between = list(points[1:-1])
     drawn = random.sample(between, min(2, len(between)))
     return sorted({points[0], *drawn, points[-1]}, reverse=True)

@@ -11,7 +11,7 @@ from scala_cli.tasks.base import Task
 
 
 class Separate(Method):
-    """One width, from its slice of the starting weights, with labels and the teacher if there is one."""
+    """Trains one width from its slice of the starting weights, with labels and a teacher if there is one."""
 
     parts = frozenset({"order", "calibrate", "teacher"})
     one_point = True

@@ -1,4 +1,4 @@
-"""Feature recalibration distillation: Self-slimmed Vision Transformer (SiT, arXiv 2111.12624)."""
+"""Self-slimmed Vision Transformer (SiT, arXiv 2111.12624) with feature recalibration distillation."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from scala_cli.errors import PointError, TrainingError
 from scala_cli.methods.base import Batch, Method, Output, Pass, Student, Teacher
-from scala_cli.models.modes import drop_alike
+from scala_cli.models.modes import copy_dropout
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.slimmed import start_slimming
 from scala_cli.settings import MethodSettings
@@ -20,16 +20,16 @@ from scala_cli.tasks.base import Task
 from scala_cli.tasks.losses import cross_entropy, mean_square
 
 RATIO = 4
-"""How much wider than its output the hidden layer of a reverse module is."""
+"""Hidden width of a reverse module's MLPs, relative to their output."""
 
 
 class Reverse(nn.Module):
-    """Turns slimmed tokens back into those of all patches, so that they can be compared (section 3.2).
+    """Maps slimmed tokens back to one token for every patch, to compare them (section 3.2).
 
     Args:
         dim: channels.
-        given: tokens that come in.
-        tokens: patches of the image.
+        given: number of tokens coming in.
+        tokens: number of patches in the image.
     """
 
     def __init__(self, dim: int, given: int, tokens: int) -> None:
@@ -38,7 +38,7 @@ class Reverse(nn.Module):
         self.tokens, self.channels = mlp(given, tokens), mlp(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, given, C) -> (B, tokens, C)"""
+        """Maps (B, given, C) to (B, tokens, C)."""
         x = self.tokens(self.norm1(x).mT).mT
         return x + self.channels(self.norm2(x))
 
@@ -48,7 +48,7 @@ def mlp(given: int, wanted: int) -> nn.Sequential:
 
 
 class SiT(Method):
-    """The full width with token slimming modules, taught block by block by itself without them.
+    """Trains the full width with token slimming modules; the same model without them teaches every block.
 
     The loss is that of the task, plus `logit_weight` times the distance from the teacher's output, plus
     `token_weight` times the mean squared error of the patch tokens, mean over blocks (eq. 9). Slimmed tokens
@@ -66,7 +66,7 @@ class SiT(Method):
     def __init__(self, points: Sequence[Point], settings: MethodSettings, task: Task) -> None:
         super().__init__(points, settings, task)
         self.reverse = nn.ModuleDict()
-        """For each block of slimmed tokens, by its number."""
+        """Number of each block whose tokens are slimmed -> its reverse module."""
         if [point.label for point in points] != ["1"]:
             raise PointError(
                 "method sit slims the tokens of the full width alone.",
@@ -80,8 +80,8 @@ class SiT(Method):
         """Returns the model with token slimming modules.
 
         Raises:
-            TrainingError: where it has some, or no distillation head for a second teacher.
-            PointError: for stages that are not all of its blocks, or leave no token.
+            TrainingError: if it has some already, or has no distillation head for a second teacher.
+            PointError: if the stages do not add up to all of its blocks, or leave no token.
         """
         if start.spec.tsm:
             raise TrainingError(
@@ -100,7 +100,7 @@ class SiT(Method):
         return with_modules(start, counts, self.settings.slim_start, seed)
 
     def modules(self, net: SlimmableViT) -> nn.Module:
-        """Returns a reverse module for each block of slimmed tokens, by the block's number."""
+        """Returns a reverse module for each block whose tokens are slimmed, by the block's number."""
         spec = net.spec
         for number, tokens in enumerate(tokens_of_blocks(spec.tsm, spec.patches, len(net.vit.blocks))):
             if tokens < spec.patches:
@@ -130,18 +130,18 @@ class SiT(Method):
 
 @torch.no_grad()
 def with_modules(net: SlimmableViT, counts: Mapping[int, int], start: str, seed: int) -> SlimmableViT:
-    """Returns a copy of a model with token slimming modules as training begins with them.
+    """Returns a copy of a model with newly initialised token slimming modules.
 
     Args:
-        counts: as `slim_counts`.
-        start, seed: as `start_slimming`.
+        counts: block number -> how many patch tokens it passes on.
+        start, seed: as in `start_slimming`.
     """
     spec = replace(net.spec, tsm=dict(counts))
     weights = {name: tensor.clone() for name, tensor in net.vit.state_dict().items()}
     wanted = spec.build().state_dict()
     fresh = {name: torch.zeros(t.shape) for name, t in wanted.items() if name not in weights}
     vit = spec.build_with({**weights, **fresh})
-    drop_alike(vit, net.vit)
+    copy_dropout(vit, net.vit)
     start_slimming(vit, start, seed)
     return SlimmableViT(vit, spec, net.rule, net.extra)
 
@@ -150,7 +150,7 @@ def recalibrated_error(found: Output, lesson: Output, reverse: nn.ModuleDict) ->
     """Returns the mean squared error of the patch tokens, mean over blocks.
 
     Args:
-        reverse: what slimmed tokens pass through first, by the block's number.
+        reverse: the reverse module of each block whose tokens are slimmed, by the block's number.
     """
     errors = []
     for number, (tokens, wanted) in enumerate(zip(found.tokens, lesson.tokens, strict=True)):

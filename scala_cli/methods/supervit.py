@@ -12,12 +12,13 @@ from scala_cli.tasks.base import Task
 
 
 class SuperViT(Method):
-    """Many sizes and shares of tokens in one ViT of one width (section 3 of the paper).
+    """Trains many sizes and shares of tokens of one width (section 3 of the paper).
 
     A step trains four points: the largest size with all tokens and with fewer, another size with all tokens
-    and with fewer. In the paper labels teach the points with all tokens, and each of these teaches the one of
-    its size with fewer. A frozen starting model, if there is one, teaches in addition to the labels and in
-    place of the same size (`teacher` all), or the largest size alone (full).
+    and with fewer. In the paper the points with all tokens learn from labels, and each teaches the point of
+    its size with fewer tokens. A frozen starting model, if there is one, teaches every point: besides the
+    labels, and instead of the point of the same size (`teacher` all); or only the largest point, besides the
+    labels (full).
     """
 
     parts = frozenset({"teacher"})
@@ -36,7 +37,7 @@ class SuperViT(Method):
                 value="1",
             )
         self.whole = {point.size: point for point in self.points if point.keep == 1}
-        """size -> the point with all tokens, smallest first"""
+        """Size -> the point with all tokens, smallest first."""
         lonely = [point for point in self.points if point.size not in self.whole]
         if lonely:
             raise PointError(
@@ -48,7 +49,7 @@ class SuperViT(Method):
             )
 
     def draw(self, random: Random) -> list[Point]:
-        """Draws the largest size with all tokens and with fewer, and a smaller size likewise."""
+        """Draws the largest size and a smaller one, each with all tokens and with fewer."""
         *smaller, largest = self.whole.values()
         drawn = []
         for whole in [largest, *([random.choice(smaller)] if smaller else [])]:

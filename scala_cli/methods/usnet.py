@@ -9,9 +9,9 @@ from scala_cli.slicing.point import Point
 
 
 class USNet(Method):
-    """The sandwich rule, with the full width learning from the labels and teaching all others in place.
+    """Trains by the sandwich rule: the full width learns from the labels and teaches all others in the step.
 
-    Where there are no labels, the full width learns from the frozen model.
+    Without labels, the full width learns from the frozen model.
     """
 
     parts = frozenset({"order", "isolation"})

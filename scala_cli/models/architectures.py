@@ -1,4 +1,4 @@
-"""Which of timm's Vision Transformers can be sliced: each is tried, without weights and one block deep."""
+"""Which of timm's Vision Transformers can be sliced, found by trying each without weights at depth 1."""
 
 from fractions import Fraction
 from typing import Any
@@ -17,7 +17,7 @@ HALF = Fraction(1, 2)
 
 
 def survey(watch: Watcher) -> list[dict[str, Any]]:
-    """{"architecture", "supported", "why_not"} of every architecture in MODULES."""
+    """Returns {"architecture", "supported", "why_not"} for every architecture in MODULES."""
     names = [name for module in MODULES for name in timm.list_models(module=module)]
     watch.phase("try", len(names), "models")
     rows = []
@@ -29,10 +29,10 @@ def survey(watch: Watcher) -> list[dict[str, Any]]:
 
 
 def obstacle(name: str) -> str:
-    """Why an architecture cannot be sliced; empty where it can.
+    """Returns why an architecture cannot be sliced, or "" if it can.
 
-    It can where every parameter has its row in the slicing table, and what the rule leaves of them at half
-    width is what timm builds at half width.
+    It can if every parameter has a row in the slicing table, and its slice at half width has the shapes of
+    the model that timm builds at half width.
     """
     args = {"depth": 1}
     try:

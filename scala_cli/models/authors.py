@@ -1,9 +1,9 @@
-"""Checkpoints of the Scala authors' own release (arXiv 2412.04786), in timm's terms.
+"""Converts checkpoints released by the Scala authors (arXiv 2412.04786) to timm's DeiT.
 
-Their model has timm's parameters and another arithmetic, in four ways. The fused qkv weight is cut as one
-block, and the attention scale is the full width's: both are settings of our rule. Which end a width keeps is
-another matter in the distilled model. And every layer norm is called with eps 1e-5, where timm's DeiT has
-1e-6: that becomes a scale of the residual stream.
+Their model has timm's parameters but computes differently in four ways. It cuts the fused qkv weight as one
+block and uses the full width's attention scale at every width; both are settings of `Rule`. In the distilled
+model other widths keep the first channels (`DISTILLED_ENDS`). Every layer norm has eps 1e-5, timm's DeiT
+1e-6; the residual stream is scaled to make up for that.
 """
 
 import math
@@ -28,36 +28,37 @@ DISTILLED_ENDS = Fraction(1, 4), Fraction(1)
 """In the distilled model these widths keep the first channels, whichever were trained."""
 
 
-def is_theirs(source: Source) -> bool:
+def is_scala(source: Source) -> bool:
+    """Whether a weight file names an architecture of the Scala release."""
     return NAME.fullmatch(source.config.architecture) is not None
 
 
-def open_theirs(source: Source, origin: str) -> tuple[SlimmableViT, VisionTransformer]:
-    """Returns a slimmable model that computes what theirs does, at every trained width.
+def open_scala(source: Source, origin: str) -> tuple[SlimmableViT, VisionTransformer]:
+    """Returns a slimmable model equal to the released one at every trained width, and its original.
 
-    Beside it what theirs computes at full width: timm's model on the weights as they came, with their eps.
+    The original is timm's full-width model on the unchanged weights, with the release's eps.
 
     Args:
         origin: the file, for messages.
 
     Raises:
-        CheckpointError: for the first key that does not fit, or where the widths are not told.
+        CheckpointError: for the first key that does not fit, or if the file does not name its widths.
     """
     assert source.weights is not None
     named, state = source.config.architecture, source.weights()
-    spec = their_spec(named, state)
+    spec = spec_of_name(named, state)
     ratios = trained_ratios(source.options, origin)
     for ratio in ratios:
         spec.at(ratio)
     bounds = DISTILLED_ENDS if "_distilled" in named else None
     rule = Rule(ratios, spec.num_heads, isolated=True, layout="fused", attn_scale="fixed", bounds=bounds)
     refuse_misfit(spec.build(), state, origin)
-    theirs = norms_with_eps(spec.build_with(state), EPS)
-    return SlimmableViT(spec.build_with(with_eps(state, spec, EPS)), spec, rule), theirs
+    original = norms_with_eps(spec.build_with(state), EPS)
+    return SlimmableViT(spec.build_with(with_eps(state, spec, EPS)), spec, rule), original
 
 
-def their_spec(named: str, state: Mapping[str, Tensor]) -> Spec:
-    """timm's own DeiT of that name; so_tiny is half the width of tiny."""
+def spec_of_name(named: str, state: Mapping[str, Tensor]) -> Spec:
+    """Returns the Spec of timm's DeiT of that name; so_tiny is half as wide as tiny."""
     size, distilled = NAME.fullmatch(named).groups(default="")  # type: ignore[union-attr]
     args: dict[str, Any] = {"embed_dim": 96, "num_heads": 3} if size == "so_tiny" else {}
     if "head.bias" in state:
@@ -66,9 +67,9 @@ def their_spec(named: str, state: Mapping[str, Tensor]) -> Spec:
 
 
 def trained_ratios(options: Mapping[str, Any], origin: str) -> tuple[Fraction, ...]:
-    """The widths from `smallest_ratio` to `largest_ratio` in steps of `granularity`.
+    """Returns the widths from `smallest_ratio` to `largest_ratio` in steps of `granularity`.
 
-    Raises CheckpointError where they are missing, or no widths.
+    Raises CheckpointError if these options are missing or invalid.
     """
     try:
         smallest, largest, step = (

@@ -15,10 +15,10 @@ class Passing(NamedTuple):
     """How a block reduces its tokens.
 
     Args:
-        kept: patch tokens that go on.
-        prefix: tokens before them, which always go on.
-        by_class: whether the first of these is a class token, whose attention scores the patches.
-        last: whether no later block reduces them.
+        kept: how many patch tokens it passes on.
+        prefix: how many tokens come before the patches; it always passes these on.
+        by_class: whether the first token is a class token, whose attention scores the patches.
+        last: whether no later block reduces tokens.
     """
 
     kept: int
@@ -28,18 +28,18 @@ class Passing(NamedTuple):
 
 
 class SlimBlock(Block):
-    """timm's block bit for bit, unless it is told to pass on fewer tokens.
+    """timm's block, with equal outputs bit for bit unless `read` or `passing` is set.
 
     Pass this class to timm as `block_fn` to build a model of these blocks.
     """
 
     read: int | None = None
-    """How many tokens, from the first on, the block computes; None computes all. They attend to all."""
+    """How many of the first tokens the block computes, attending to all tokens; None computes all."""
     passing: Passing | None = None
-    """Which tokens go on from the attention to the MLP; None passes on all."""
+    """Which tokens pass from the attention to the MLP; None passes all."""
 
     def forward(self, x: Any, *masks: Any, **named: Any) -> Any:
-        """(B, N, C) -> (B, N, C), or (B, read, C), or (B, prefix + kept, C)"""
+        """Maps (B, N, C) to (B, N, C), (B, read, C) or (B, prefix + kept, C)."""
         if self.read is not None:
             x = x[:, : self.read] + self.drop_path1(self.ls1(self.attend(self.norm1(x), self.read)))
         elif self.passing is not None:
@@ -52,10 +52,10 @@ class SlimBlock(Block):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
     def attend(self, x: Tensor, read: int) -> Tensor:
-        """(B, N, C) -> (B, read, C): attention whose queries are the first tokens alone.
+        """Computes attention with only the first tokens as queries: (B, N, C) -> (B, read, C).
 
-        torch's attention accepts fewer queries than keys. For so few, explicit attention, which computes the
-        attention weights, is at least as fast as the fused kernel (docs/performance.md).
+        torch's attention accepts fewer queries than keys. With so few queries, explicit attention, which
+        computes the attention weights, is at least as fast as the fused kernel (docs/performance.md).
         """
         attn: Any = self.attn
         tokens = x.transpose(0, 1)
@@ -82,12 +82,12 @@ class SlimBlock(Block):
 class MergeBlock(SlimBlock):
     """Merges tokens between attention and MLP (ToMe, arXiv 2210.09461); needs no training.
 
-    From the first to the last block that merges, a `Merged` takes the place of the tokens. The last gives
-    every patch its token back, so the head, which may pool, sees as many as ever.
+    From the first to the last merging block, a `Merged` replaces the tokens tensor. The last one gives every
+    patch its token back, so a head that pools sees the usual number of tokens.
     """
 
     def forward(self, x: Any, *masks: Any, **named: Any) -> Any:
-        """(B, N, C), or Merged -> Merged; from the last merging block on (B, N, C)"""
+        """Maps (B, N, C) or Merged to Merged; the last merging block returns (B, N, C)."""
         if self.passing is None:
             return super().forward(x, *masks, **named)
         merged = x if isinstance(x, Merged) else Merged.none(x, self.passing.prefix)
@@ -102,7 +102,7 @@ class MergeBlock(SlimBlock):
 
 
 def pass_on(vit: Any, rule: TokenRule, keep: Fraction) -> None:
-    """Tells the SlimBlocks of a model which tokens go on. Raises PointError as `TokenRule.counts`."""
+    """Sets how many tokens each SlimBlock of a model passes on. Raises PointError as `TokenRule.counts`."""
     counts = rule.counts(vit.patch_embed.num_patches, vit.num_prefix_tokens, len(vit.blocks), keep)
     for number, count in counts.items():
         passing = Passing(count, vit.num_prefix_tokens, vit.cls_token is not None, number == max(counts))
@@ -113,16 +113,16 @@ def pass_on(vit: Any, rule: TokenRule, keep: Fraction) -> None:
 def attention_to_patches(attn: Any, x: Tensor, passing: Passing) -> Tensor:
     """Returns the attention that each patch gets from the class token, mean over heads: (B, patches).
 
-    In a model without a class token: from all tokens, on average.
+    In a model without a class token it is the mean over all tokens.
 
     Args:
-        x: (B, N, C), what the attention layer reads.
+        x: (B, N, C) input of the attention layer.
     """
     queries, keys, _ = attn.qkv.weight.chunk(3)
     biases = (None, None) if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
     q = attn.q_norm(heads(F.linear(x[:, :1] if passing.by_class else x, queries, biases[0]), attn))
     if passing.by_class and isinstance(attn.k_norm, nn.Identity):
-        # q (W x) = (q W) x spares the keys of all tokens; their bias is the same for all, so softmax drops it
+        # q (W x) = (q W) x avoids computing all keys; softmax cancels their bias, the same for every token
         logits = (q @ keys.unflatten(0, (attn.num_heads, -1))).flatten(1, 2) @ x.mT
     else:
         k = attn.k_norm(heads(F.linear(x, keys, biases[1]), attn))
@@ -131,7 +131,7 @@ def attention_to_patches(attn: Any, x: Tensor, passing: Passing) -> Tensor:
 
 
 def heads(x: Tensor, attn: Any) -> Tensor:
-    """(B, N, heads * D) -> (B, heads, N, D)"""
+    """Splits the channels into heads: (B, N, heads * D) -> (B, heads, N, D)."""
     return x.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
 
 

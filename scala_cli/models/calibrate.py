@@ -1,10 +1,10 @@
-"""All widths of a family, fitted to the full model in closed form on a few hundred images without labels.
+"""Fits all widths of a family to the full model in closed form, on a few hundred images without labels.
 
 A slice keeps the first channels of a model in order (`order.py`), so its output differs from the full
-model's, more with every block. This module fits its layers by ridge regression, first to last: from the
-inputs of a layer in the slice so far to the full model's activations at the same place. So each layer
-corrects the errors of those before it. Where several widths share a layer, their normal equations are added
-up, and each width has norms and biases of its own. A single slice is a family of one width.
+model's, more with every block. This module fits its layers by ridge regression, first to last: it regresses
+the full model's activations on the layer's inputs in the slice fitted so far. So each layer corrects the
+errors of those before it. If several widths share a layer, their normal equations are added up; each width
+has norms and biases of its own. A single slice is a family of one width.
 """
 
 import math
@@ -29,22 +29,23 @@ from scala_cli.slicing.rule import kept_channels
 from scala_cli.watch import QUIET, Watcher
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
-"""Strengths of the pull to the ordered weights, relative to the inputs' mean square; each layer picks one."""
+"""Ridge strengths, relative to the inputs' mean square; each layer picks one. The penalty is on the distance
+to the ordered weights."""
 BATCH = 64
 """Batch size if the images come as one tensor."""
 HELD_OUT = 8
 """One image in this many is held out of the fit, to choose the strengths and to evaluate it."""
 FULL_WEIGHT = 8.0
-"""How much the full width counts in a family, where each other width counts once."""
+"""Weight of the full width in the fit of a family; each other width has weight 1."""
 
 
 @dataclass(frozen=True)
 class Streams:
-    """Tokens at one place of the models, batch by batch.
+    """Tokens between two stages, one tensor per batch.
 
     Args:
-        wanted: of the full model, (B, N, C).
-        own: of each width, (B, N, C_r).
+        wanted: the full model's, (B, N, C).
+        own: each width's, (B, N, C_r).
         held: (B,) which images are held out from the fit.
     """
 
@@ -57,7 +58,7 @@ class Streams:
 def calibrate(
     net: SlimmableViT, ratio: Ratio, batches: Tensor | Iterable[Tensor], **how: Any
 ) -> tuple[VisionTransformer, Fit]:
-    """Returns a plain timm model of one width, fitted to the full one, in evaluation mode.
+    """Returns a plain timm model of one width, fitted to the full model, in evaluation mode.
 
     Arguments and errors are those of `calibrate_family`.
     """
@@ -76,26 +77,26 @@ def calibrate_family(
     every_token: bool = False,
     watch: Watcher = QUIET,
 ) -> tuple[SlimmableViT, dict[Point, Fit]]:
-    """Returns the family with all its widths fitted to the full model, and how well each does.
+    """Returns the family with all its widths fitted to the full model, and how well each fits.
 
     The output of the embedding (patches, class token, registers, positions) already equals the full model's.
     Every later linear layer and norm is fitted: the last of a branch to the full model's stream minus the
-    width's stream so far, all others to the full model's activations. A layer without a bias is fitted
-    without one. Memory holds the streams and the targets of half a block.
+    width's stream so far, all others to the full model's activations. A layer without a bias gets none.
+    Memory holds the streams and the targets of half a block.
 
     Args:
         net: a family with its channels in order (`order_channels`).
         batches: images (N, C, H, W), normalised, as one tensor or in batches; read once. One in eight is
             held out of the fit.
-        full_weight: how much the full width counts, if it is one of several; each other counts once.
-        strengths: of the pull to the ordered weights, as a share of the inputs' mean square. Each layer takes
-            the one that does best on the held-out images.
+        full_weight: weight of the full width in the fit, if it is one of several; each other has weight 1.
+        strengths: ridge strengths, as shares of the inputs' mean square. Each layer takes the one with the
+            least error on the held-out images.
         every_token: whether the head is fitted to the patch tokens as well, as for features.
         watch: is notified of every half block.
 
     Raises:
-        PointError: where the model has no such width.
-        DataError: where there is no image to fit to.
+        PointError: if the model has no such width.
+        DataError: if there are no images.
     """
     family = with_own_vectors(net)
     weights = {ratio: full_weight if ratio == 1 else 1.0 for ratio in net.rule.ratios}
@@ -116,10 +117,9 @@ def calibrate_family(
 def with_own_vectors(net: SlimmableViT) -> SlimmableViT:
     """Returns a copy in which every narrower width has norms and biases of its own.
 
-    If widths share their weights, the norms through which the stream is read are multiplied by ratio^-1/2: a
-    narrow norm divides by the deviation of few channels, which hold nearly all the energy. Attention keeps
-    the full model's scale at every width. LayerScale, which may be close to zero, moves into the layers
-    before it.
+    If widths share their weights, the norms that read the stream are multiplied by ratio^-1/2: a narrow norm
+    divides by the deviation of few channels, which hold nearly all the energy. Attention keeps the full
+    model's scale at every width. LayerScale, which may be close to zero, is folded into the layer before it.
     """
     vit = net.spec.build_with({name: tensor.clone() for name, tensor in net.vit.state_dict().items()})
     absorb_layer_scale(vit)
@@ -144,7 +144,7 @@ def with_own_vectors(net: SlimmableViT) -> SlimmableViT:
 
 
 def absorb_layer_scale(vit: VisionTransformer) -> None:
-    """Moves LayerScale into the layers before it, in place."""
+    """Folds each LayerScale into the layer before it, in place."""
     blocks: Any = vit.blocks
     for block in blocks:
         for scale, writer in (("ls1", block.attn.proj), ("ls2", block.mlp.fc2)):
@@ -196,7 +196,7 @@ def fit_stage(
         targets[writer] = wanted
     for name, values in targets.items():
         if name in stage.norms and len(weights) > 1:
-            continue  # scaled already (`with_own_vectors`), which suits shared weights better
+            continue  # already scaled by `with_own_vectors`, which suits shared weights better than a fit
         parts = {
             ratio: moments_of(family, ratio, name, stage, streams, values, name == writer)
             for ratio in weights
@@ -218,11 +218,11 @@ def moments_of(
     values: Sequence[Tensor],
     is_writer: bool,
 ) -> tuple[Moments, Moments]:
-    """Returns the moments of a layer's inputs at a width and of its targets; and those held out.
+    """Returns the moments of a layer's inputs and targets at a width: of the fitted and the held-out images.
 
     Args:
         values: the full model's activations (B, N, channels) that the layer is fitted to.
-        is_writer: whether they are the stream after the stage, to which the layer's output is added.
+        is_writer: whether `values` are the stream after the stage and the layer writes to that stream.
     """
     vit = family.at(ratio)
     layer: Any = vit.get_submodule(name)
@@ -232,7 +232,8 @@ def moments_of(
     for tokens, value, held in zip(streams.own[ratio], values, streams.held, strict=True):
         read = read_by(layer, stage, vit, tokens)
         if is_norm:
-            read = layer(read) / (math.sqrt(ratio) if name.endswith("attn.q_norm") else 1)  # not as folded
+            # undo the attention scale that `fold_fixed_scale` puts into q_norm
+            read = layer(read) / (math.sqrt(ratio) if name.endswith("attn.q_norm") else 1)
         target = value[..., kept] - tokens if is_writer else value[..., kept]
         seen.add(read[~held], target[~held])
         unseen.add(read[held], target[held])
@@ -245,10 +246,10 @@ def fit_norm(
     parts: Mapping[Fraction, tuple[Moments, Moments]],
     strengths: Sequence[float],
 ) -> None:
-    """Fits the scale and shift of a norm, in place, each width's to its own.
+    """Fits the scale and shift of a norm for each width, in place.
 
     Args:
-        parts: of each width, moments of what the norm gives so far and of its targets.
+        parts: for each width, moments of the norm's present output and of its targets.
     """
     for ratio, (seen, unseen) in parts.items():
         scale, shift = (vector_of(family, ratio, f"{name}.{part}") for part in ("weight", "bias"))
@@ -267,7 +268,7 @@ def fit_linear(
     weights: Mapping[Fraction, float],
     strengths: Sequence[float],
 ) -> None:
-    """Fits a linear layer that all widths share, and the bias that each has of its own, in place."""
+    """Fits a linear layer that all widths share, and each width's own bias, in place."""
     layer: Any = family.vit.get_submodule(name)
     parts = {}
     for ratio, (seen, held) in moments.items():
@@ -285,7 +286,7 @@ def fit_linear(
 
 
 def vector_of(family: SlimmableViT, ratio: Fraction, name: str) -> Any:
-    """Returns a vector of a width, or None if the model has none of this name."""
+    """Returns a width's norm or bias vector, or None if the model has none of this name."""
     if ratio < 1:
         return family.extra.get(own_name(ratio, name))
     return dict(family.vit.named_parameters()).get(name)

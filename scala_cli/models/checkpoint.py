@@ -1,11 +1,11 @@
 """The checkpoint directory: timm's config.json and model.safetensors, plus what a slimmable ViT needs.
 
-Everything of ours is one top-level "scala" object in config.json, and extra.safetensors where there are
-tensors that timm has no place for. timm ignores both, so the full model and every slice load with
+This package adds one top-level "scala" object to config.json, and extra.safetensors if there are tensors
+that timm has no place for. timm ignores both, so the full model and every slice load with
 `timm.create_model("local-dir:DIR", pretrained=True)`.
 
-The object may grow: a reader passes over fields that it does not know, and those that are missing have
-defaults. Its format number rises only where a reader that passes over a field would be wrong.
+The object may get new fields: readers ignore unknown fields and use defaults for missing ones. The format
+number rises only if ignoring a new field would give a wrong model.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,23 +36,23 @@ from scala_cli.slicing.table import Layout
 from scala_cli.slicing.tokens import Reduction, TokenRule
 
 FORMAT, SLIMMED_FORMAT = 1, 2
-"""The second has token slimming modules, without which its weights are another model."""
+"""SLIMMED_FORMAT has token slimming modules; without them the weights would be a different model."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a checkpoint tells of itself beside its weights.
+    """What a checkpoint records beside its weights.
 
     Args:
-        trained: whether its weights are pretrained or trained at all, or still random.
-        method: the training method, or None before any.
-        order: how the channels were put in order: by "importance", or "none"; None is not decided yet.
-        metrics: per trained point its columns, and those of the task: {"ratio", "top1", "top5"}, in percent;
-            None for what is not defined.
+        trained: whether the weights are pretrained or trained, not random.
+        method: the training method, or None if this package has not trained the model.
+        order: how the channels were ordered: by "importance" or "none"; None if not decided yet.
+        metrics: for each trained point its columns and those of the task: {"ratio", "top1", "top5"}, in
+            percent; None for what is not defined.
         provenance: where the weights came from, and the versions that wrote them.
-        new_head: whether the head, alone of trained weights, is still random.
+        new_head: whether only the head is random and all other weights are trained.
         task: what the model is for, a name of `tasks.TASKS`.
-        calibrated: to how many images without labels its widths were fitted.
+        calibrated: number of images without labels that the widths were fitted to; 0 if they were not.
     """
 
     trained: bool = True
@@ -65,7 +65,7 @@ class Record:
     calibrated: int = 0
 
     def untrained(self, points: Sequence[Point]) -> str:
-        """Returns a remark on widths that have not been trained; empty if they have."""
+        """Returns a warning about weights that have not been trained, or ""."""
         if not self.trained:
             return "the weights are random"
         if self.new_head:
@@ -80,12 +80,12 @@ class Record:
         return f"{have} not been trained{instead}"
 
     def is_untrained(self, points: Sequence[Point]) -> bool:
-        """Whether the full width is all that has been trained, and some of these are narrower."""
+        """Whether only the full width has been trained, and some of these points are narrower."""
         narrow = any(point.ratio < 1 for point in points)
         return self.trained and not self.new_head and self.method is None and narrow
 
     def order_is_free(self, rule: Rule) -> bool:
-        """Whether the channels may still be put in order: only the full width is trained, nothing decided."""
+        """Whether the channels may still be ordered: only the full width is trained, no order is decided."""
         return self.widths_are_free(rule) and self.order is None
 
     def widths_are_free(self, rule: Rule) -> bool:
@@ -94,11 +94,11 @@ class Record:
         return self.trained and not narrow and self.order != "none" and rule.layout == "aligned"
 
     def measured(self, point: Point, column: str) -> float | None:
-        """Returns a metric of a point as measured in training; None if it is not known."""
+        """Returns a metric of a point as measured in training; None if unknown."""
         return next((m.get(column) for m in self.metrics if Point.of_row(m) == point), None)
 
-    def told(self) -> dict[str, Any]:
-        """Returns the record as config.json holds it; later fields only if not at their defaults."""
+    def as_json(self) -> dict[str, Any]:
+        """Returns the record's fields for config.json; those added later only if not at their defaults."""
         later = {"task": Record.task, "calibrated": Record.calibrated}
         return {name: value for name, value in vars(self).items() if later.get(name, self) != value}
 
@@ -108,17 +108,17 @@ def versions() -> dict[str, str]:
 
 
 def save(net: SlimmableViT, record: Record, directory: Path) -> None:
-    """Writes the full-width model as a checkpoint directory, atomically, replacing a former one."""
+    """Writes a checkpoint directory with the full-width model, atomically, replacing an existing one."""
     rule = net.rule
     about = {
         "format": SLIMMED_FORMAT if net.spec.tsm else FORMAT,
-        **record.told(),
+        **record.as_json(),
         "ratios": [*map(decimal, rule.ratios)],
         "isolated": rule.isolated,
         "bounds": [*map(decimal, rule.bounds)] if rule.bounds else None,
         "layout": rule.layout,
         "attn_scale": rule.attn_scale,
-        **families_own(net),
+        **family_fields(net),
         "dims": {decimal(ratio): dims(net.spec.at(ratio)) for ratio in rule.ratios},
         "provenance": {**record.provenance, "versions": versions()},
         **({"tsm": dict(net.spec.tsm)} if net.spec.tsm else {}),
@@ -131,21 +131,21 @@ def save(net: SlimmableViT, record: Record, directory: Path) -> None:
             save_file({name: t.detach().contiguous() for name, t in extra.items()}, fresh / EXTRA)
 
 
-def families_own(net: SlimmableViT) -> dict[str, Any]:
-    """Returns what config.json says of a family that is more than widths cut from one size."""
-    told: dict[str, Any] = {}
+def family_fields(net: SlimmableViT) -> dict[str, Any]:
+    """Returns the config.json fields of a family with several sizes or shares of tokens; else {}."""
+    about: dict[str, Any] = {}
     if net.points != tuple(map(Point, net.rule.ratios)):
-        told["points"] = [*map(str, net.points)]
+        about["points"] = [*map(str, net.points)]
     if net.spec.tokens != TokenRule() or any(point.keep < 1 for point in net.points):
         places = net.spec.tokens.places(len(net.vit.blocks))
-        told["tokens"] = {"kind": net.spec.tokens.kind, "blocks": [*places]}
+        about["tokens"] = {"kind": net.spec.tokens.kind, "blocks": [*places]}
     if net.spec.resize != Spec.resize:
-        told["resize"] = net.spec.resize
-    return told
+        about["resize"] = net.spec.resize
+    return about
 
 
 def write_timm(state: Mapping[str, Tensor], spec: Spec, about: Mapping[str, Any], directory: Path) -> None:
-    """Writes the two files that timm reads, with `about` beside timm's own settings."""
+    """Writes the two files timm reads, with `about` as the "scala" object of config.json."""
     config: dict[str, Any] = {"scala": {**about, "features": True} if spec.features else about}
     if spec.label_names:
         config["label_names"] = list(spec.label_names)
@@ -166,15 +166,15 @@ def dims(spec: Spec) -> dict[str, int]:
 
 
 def load(checkpoint: str | Path | None = None) -> SlimmableViT:
-    """The slimmable model of a checkpoint directory, a run, `hf-hub:org/repo`, or the newest run.
+    """Returns the slimmable model of a checkpoint directory, a run, `hf-hub:org/repo`, or the newest run.
 
-    In evaluation mode. The weights are mapped from the file, not copied. Raises CheckpointError.
+    It is in evaluation mode. The weights are memory-mapped, not copied. Raises CheckpointError.
     """
     return load_with_record(resolve(checkpoint))[0]
 
 
 class About(NamedTuple):
-    """All that a checkpoint's config.json tells."""
+    """The contents of a checkpoint's config.json."""
 
     spec: Spec
     rule: Rule
@@ -183,7 +183,7 @@ class About(NamedTuple):
 
 
 def load_with_record(directory: Path) -> tuple[SlimmableViT, Record]:
-    """The model of a resolved checkpoint directory, and what its config.json records."""
+    """Returns the model and the record of a checkpoint directory (as from `resolve`)."""
     spec, rule, record, points = read_about(directory)
     file, (extra, slim) = directory / WEIGHTS, apart(read_extra(directory))
     vit = spec.build_with({**read_weights(file), **slim}, origin=file)
@@ -191,7 +191,7 @@ def load_with_record(directory: Path) -> tuple[SlimmableViT, Record]:
 
 
 def read_about(directory: Path) -> About:
-    """Returns the contents of config.json. Raises CheckpointError if it is not a slimmable checkpoint's."""
+    """Reads config.json. Raises CheckpointError unless it belongs to a slimmable checkpoint."""
     config = read_config(directory)
     about = config.get("scala")
     if not isinstance(about, dict):
@@ -228,14 +228,18 @@ def read_about(directory: Path) -> About:
 
 
 def read_points(about: Mapping[str, Any], spec: Spec, rule: Rule) -> tuple[Spec, tuple[Point, ...]]:
-    """The members of the family, and the spec with how their tokens are reduced; errors as `read_rule`."""
+    """Returns the spec with its token rule and resize method, and the family's points.
+
+    Raises as `read_rule`.
+    """
     points = tuple(map(Point, rule.ratios))
     if "points" in about:
         points = sized(parse_points(",".join(about["points"])), spec.size)
     if not {*widths_of(points)} <= {*rule.ratios}:
         raise ValueError("points of widths that it does not have")
-    told = about.get("tokens", {})
-    tokens = TokenRule(told.get("kind", TokenRule.kind), tuple(map(int, told.get("blocks", ()))))
+    rule_of_tokens = about.get("tokens", {})
+    blocks = tuple(map(int, rule_of_tokens.get("blocks", ())))
+    tokens = TokenRule(rule_of_tokens.get("kind", TokenRule.kind), blocks)
     resize = about.get("resize", Spec.resize)
     if tokens.kind not in get_args(Reduction) or resize not in get_args(Resize):
         raise ValueError(f"tokens {tokens.kind!r}, resize {resize!r}")
@@ -243,13 +247,13 @@ def read_points(about: Mapping[str, Any], spec: Spec, rule: Rule) -> tuple[Spec,
 
 
 def read_record(about: Mapping[str, Any]) -> Record:
-    """The record in a "scala" object; errors as `read_rule`."""
-    told = {field.name: about[field.name] for field in fields(Record) if field.name in about}
+    """Returns the record in a "scala" object. Raises as `read_rule`."""
+    values = {field.name: about[field.name] for field in fields(Record) if field.name in about}
     for name, kind in get_type_hints(Record).items():
         kind = {Sequence: list, Mapping: dict}.get(get_origin(kind), kind)
-        if name in told and not isinstance(told[name], kind):
-            raise TypeError(f"{name} is {told[name]!r}")
-    record = Record(**told)
+        if name in values and not isinstance(values[name], kind):
+            raise TypeError(f"{name} is {values[name]!r}")
+    record = Record(**values)
     for metric in record.metrics:
         Point.of_row(metric)
         for column, value in metric.items():
@@ -262,9 +266,9 @@ def read_record(about: Mapping[str, Any]) -> Record:
 
 
 def read_rule(about: Mapping[str, Any], spec: Spec) -> Rule:
-    """The rule in a "scala" object.
+    """Returns the slicing rule in a "scala" object.
 
-    Raises KeyError, TypeError, ValueError or PointError where it is damaged.
+    Raises KeyError, TypeError, ValueError or PointError if it is damaged.
     """
     chosen = {name: about[name] for name in ("isolated", "layout", "attn_scale") if name in about}
     rule = Rule(ratios_of(parse_points(",".join(about["ratios"]))), spec.num_heads, **chosen)
@@ -279,7 +283,7 @@ def read_rule(about: Mapping[str, Any], spec: Spec) -> Rule:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, mapped, not copied. Raises CheckpointError."""
+    """Returns the tensors of a safetensors file, memory-mapped, not copied. Raises CheckpointError."""
     if not file.is_file():
         raise CheckpointError(f"{file} does not exist.", "Convert or download the checkpoint again.")
     try:
@@ -297,20 +301,20 @@ def read_extra(directory: Path) -> dict[str, Tensor]:
 
 
 def copy_files(directory: Path, target: Path) -> None:
-    """Copies all that makes up a checkpoint into another directory."""
+    """Copies the files of a checkpoint into another directory."""
     for name in (CONFIG, WEIGHTS, EXTRA):
         if (directory / name).is_file():
             copyfile(directory / name, target / name)
 
 
 class TensorByTensor(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, each mapped by itself and let go with its last reference.
+    """The tensors of a safetensors file, each mapped on access and freed with its last reference.
 
-    Cutting one width from it keeps only that width in memory, not the full weights beside it.
+    So cutting a width never holds all full-width weights in memory.
     """
 
     def __init__(self, file: Path) -> None:
-        read_weights(file)  # refuses a damaged file as a whole
+        read_weights(file)  # raises CheckpointError if any part of the file is damaged
         self.file = file
         with safe_open(file, "pt") as tensors:
             self.names = list(tensors.keys())

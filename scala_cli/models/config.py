@@ -1,4 +1,4 @@
-"""timm's config.json. Anybody may have written it: it says what is built, never where weights come from."""
+"""Reads timm's config.json. It is untrusted: it decides what is built, never where weights come from."""
 
 import inspect
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ SOURCES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"
 RUNTIME = {"device", "dtype", "weight_init"}
 """Arguments for device, dtype and initialisation, which do not define the model."""
 ARGS = {*inspect.signature(VisionTransformer).parameters, "stem", "stem_width", *SLIMMED_ARGS} - RUNTIME
-"""Arguments that define a ViT, also one of this package's own (models/lvvit.py, slimmed.py)."""
+"""Arguments that define a ViT, including this package's own (models/lvvit.py, slimmed.py)."""
 REDUCED = "scala_vit"
 """The architecture of a slice with fewer tokens (models/registered.py)."""
 FACTORY = {*inspect.signature(timm.create_model).parameters, *RUNTIME, "pretrained_strict", "out_indices"}
-"""Other arguments of timm: for weights to read, a directory to keep them in, and the like."""
+"""Other arguments of timm, such as the weights to read and the cache directory."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def read_settings(config: Mapping[str, Any]) -> Config:
     open something is removed.
 
     Raises CheckpointError for a missing key, an architecture that timm lacks, a setting of the wrong type,
-    and arguments that are not of a ViT's own constructor.
+    or an argument that VisionTransformer does not take.
     """
     hint = "Convert or download it again."
     if "architecture" not in config:
@@ -84,8 +84,9 @@ def read_settings(config: Mapping[str, Any]) -> Config:
             f"config.json is damaged: it builds {name} with {odd[0]!r}, which no VisionTransformer takes.",
             "DeiT, DeiT-III and plain vit_* models of timm can be cut.",
         )
-    told = {key: config[key] for key in ("num_classes", "label_names", "label_descriptions") if key in config}
-    cfg = {key: value for key, value in {**cfg, **told}.items() if key not in SOURCES}
+    classes = ("num_classes", "label_names", "label_descriptions")
+    cfg = {**cfg, **{key: config[key] for key in classes if key in config}}
+    cfg = {key: value for key, value in cfg.items() if key not in SOURCES}
     args = {key: value for key, value in args.items() if key in ARGS}
     input_size = cfg.get("input_size") or [RGB]
     if not (isinstance(input_size, list) and all(type(size) is int and size > 0 for size in input_size)):
@@ -96,21 +97,25 @@ def read_settings(config: Mapping[str, Any]) -> Config:
 
 
 def single_object(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns timm's settings from the older format, which has them in one object."""
+    """Returns timm's settings from the older format, in which they are top-level keys."""
     names = {"label_names": config["labels"]} if "labels" in config else {}
     return {**{key: value for key, value in config.items() if key in vars(PretrainedCfg())}, **names}
 
 
-def settings_for(architecture: str, told: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Returns timm's settings of an architecture, for weights whose license and labels it does not know."""
+def settings_for(architecture: str, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Returns timm's settings of an architecture for other weights: without timm's license and labels.
+
+    Args:
+        changes: settings that replace timm's.
+    """
     known = asdict(get_pretrained_cfg(architecture) or PretrainedCfg())
     not_theirs = {*SOURCES, "license", "label_names", "label_descriptions"}
     ours = {key: value for key, value in known.items() if key not in not_theirs}
-    return {**ours, "architecture": architecture.partition(".")[0], **(told or {})}
+    return {**ours, "architecture": architecture.partition(".")[0], **(changes or {})}
 
 
 def spec_of(config: Mapping[str, Any]) -> Spec:
-    """Returns the Spec of timm's config.json. Raises CheckpointError, also if timm lacks the architecture."""
+    """Returns the Spec of timm's config.json. Raises CheckpointError as `read_settings` and `spec_for`."""
     for key in ("model_args", "pretrained_cfg"):
         if key not in config:
             raise CheckpointError(f"config.json lacks {key!r}.", "Convert or download it again.")

@@ -1,4 +1,4 @@
-"""timm's model with the weights of its source, or random ones."""
+"""Creates timm's model with given, pretrained or random weights."""
 
 import re
 from collections.abc import Mapping
@@ -25,19 +25,20 @@ def create(
     classes: int | None = None,
     pretrained: bool = False,
 ) -> VisionTransformer:
-    """Returns timm's model with a given state dict, with the pretrained weights of its name, or random.
+    """Returns timm's model with a given state dict, pretrained weights or random weights.
 
     timm resamples position and patch embeddings of another size. All other weights of a state dict must fit;
-    then its head is replaced by one with the wanted number of classes.
+    then the head is replaced if it has another number of classes than wanted.
 
     Args:
-        classes: of a new head; None keeps the present head.
+        classes: number of classes wanted; None keeps the head.
+        pretrained: load timm's weights, if no state dict is given.
 
     Raises CheckpointError for what timm cannot build, what cannot be sliced, and weights that do not fit.
     """
     name, more = config.architecture, {}
     if state is not None:
-        own = len(state.get("head.weight", ()))  # a model of features has none
+        own = len(state.get("head.weight", ()))  # 0 without a classifier
         own = config.model_args.get("num_classes", own)
         more = {"num_classes": own, "pretrained_cfg": {"num_classes": own, "state_dict": dict(state)}}
     elif pretrained and not timm.is_model_pretrained(name):
@@ -59,7 +60,7 @@ def create(
 
 
 def skeleton_of(config: Config) -> VisionTransformer:
-    """Returns timm's model without weights. Raises CheckpointError if timm cannot, or it is no plain ViT."""
+    """Returns timm's model without weights. Raises CheckpointError if that fails or it is no plain ViT."""
     try:
         return refuse_unless_plain(config.skeleton())
     except DAMAGED as error:
@@ -67,7 +68,7 @@ def skeleton_of(config: Config) -> VisionTransformer:
 
 
 def misfit(config: Config, state: Mapping[str, Tensor] | None, error: Exception) -> CheckpointError:
-    """Returns the error for a model that timm cannot build, or weights that do not fit it."""
+    """Returns the error for a model that timm cannot build, or for weights that do not fit it."""
     key = re.search(r'(?:Missing|Unexpected) key[^"]*"[^"]+"|size mismatch for [^.]+[^,]+', str(error))
     reason = key[0] if key else " ".join(str(error).split())
     message = f"cannot build {config.architecture}: {reason}."
@@ -90,7 +91,7 @@ def misfit(config: Config, state: Mapping[str, Tensor] | None, error: Exception)
 
 
 def refuse_broken(model: nn.Module, origin: str) -> None:
-    """Raises CheckpointError for the first parameter that is not finite."""
+    """Raises CheckpointError for the first parameter with NaN or infinity."""
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             what = "NaN" if tensor.isnan().any() else "infinity"

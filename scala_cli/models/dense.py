@@ -1,7 +1,7 @@
-"""Features of every token, after any block, in the channels of the full model before they were put in order.
+"""Features of every token after any block, mapped to the original channels of the full model.
 
-The forward is timm's own `forward_intermediates`. What leads back to the former channels is cut with the
-width like every weight (`slicing/original.py`).
+"Original" means before the channels were put in order. The forward is timm's `forward_intermediates`. The
+tensors of the map back are sliced like every weight (`slicing/original.py`).
 """
 
 from bisect import bisect_right
@@ -17,7 +17,7 @@ from scala_cli.errors import PointError
 from scala_cli.models.slimmed import modules_of
 from scala_cli.models.stages import normed
 from scala_cli.models.tokens import put_back, slimming
-from scala_cli.slicing.original import BASIS, BIAS, WEIGHT, unchanged
+from scala_cli.slicing.original import BASIS, BIAS, WEIGHT, identity_tensor
 from scala_cli.slicing.point import Point
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Features(NamedTuple):
-    """Features of one place in the model.
+    """Features of an image at one depth of the model.
 
     Args:
         tokens: of the patches, (B, N, C), row by row, or as a map (B, C, h, w).
@@ -38,7 +38,7 @@ class Features(NamedTuple):
 
 
 class ToFull(nn.Module):
-    """A linear map of the channels of a width to those of the full model: (..., C_r) -> (..., C).
+    """Linear map from the channels of a width to those of the full model: (..., C_r) -> (..., C).
 
     Args:
         weight: (C, C_r)
@@ -50,7 +50,7 @@ class ToFull(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.register_buffer("weight", weight.contiguous())  # an exporter would write all that a view is of
+        self.register_buffer("weight", weight.contiguous())  # exporters write the whole base of a view
         self.register_buffer("bias", bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class WithTokens(nn.Module):
 
     Args:
         vit: the model of a width.
-        reader: as `reader_of`.
+        reader: maps normed tokens to the full model's channels, from `reader_of`.
     """
 
     def __init__(self, vit: VisionTransformer, reader: nn.Module) -> None:
@@ -70,7 +70,7 @@ class WithTokens(nn.Module):
         self.vit, self.reader = vit, reader
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) -> (B, num_classes), (B, N, C)"""
+        """Maps (B, C, H, W) to (B, num_classes) and (B, N, C)."""
         with slimming(self.vit) as shares:
             tokens = self.vit.forward_features(images)
         patches = self.vit.fc_norm(put_back(tokens[:, self.vit.num_prefix_tokens :], shares))
@@ -80,7 +80,7 @@ class WithTokens(nn.Module):
 def features(
     net: "SlimmableViT", images: Tensor, point: Point, blocks: int | Sequence[int] | None, grid: bool
 ) -> Features | list[Features]:
-    """Returns what `SlimmableViT.features` does, of images at the point's size."""
+    """Implements `SlimmableViT.features`, for images at the point's size."""
     vit: Any = net.at(point)
     ratio = point.ratio
     count = len(vit.blocks)
@@ -115,10 +115,10 @@ def features(
 
 
 def pooled(net: "SlimmableViT", images: Tensor, point: Point | Fraction) -> Tensor:
-    """Returns the features that a classifier reads, (B, C) in the full model's space.
+    """Returns the features that a classifier reads, (B, C) in the full model's channels.
 
-    They are those of the class token, or the mean of the patches, as the model pools; of a model that gives
-    features they are its outputs. If it pools nothing: the class token, or the mean if it has none.
+    A model for features returns its outputs. Any other returns its class token or the mean of its patches, as
+    it pools; if it does not pool, the class token, or the mean of its tokens if it has none.
     """
     point = Point.of(point)
     vit: Any = net.at(point)
@@ -135,7 +135,7 @@ def pooled(net: "SlimmableViT", images: Tensor, point: Point | Fraction) -> Tens
 
 
 def reader_of(net: "SlimmableViT", vit: VisionTransformer, ratio: Fraction) -> nn.Module:
-    """Returns what maps normed tokens of a width to the full model's: (..., C_r) -> (..., C)."""
+    """Returns the map of a width's normed tokens to the full model's: (..., C_r) -> (..., C)."""
     if net.spec.features:
         return vit.head
     weight = cut(net, WEIGHT, ratio)
@@ -143,35 +143,35 @@ def reader_of(net: "SlimmableViT", vit: VisionTransformer, ratio: Fraction) -> n
 
 
 def back_of(net: "SlimmableViT", ratio: Fraction) -> nn.Module:
-    """Returns what maps tokens between two blocks of a width to the full model's: (..., C_r) -> (..., C)."""
+    """Returns the map of a width's tokens between blocks to the full model's: (..., C_r) -> (..., C)."""
     basis = cut(net, BASIS, ratio)
     return nn.Identity() if basis is None else ToFull(basis.mT, None)
 
 
 def kept_reader(net: "SlimmableViT") -> dict[str, Tensor]:
-    """Returns what of `extra` takes over from the head of a model for features, should that get another."""
+    """Returns the head of a model for features as `extra` tensors, to keep it when the head is replaced."""
     head: Any = net.vit.head
     return {WEIGHT: head.weight.detach(), BIAS: head.bias.detach()} if net.spec.features else {}
 
 
 def cut(net: "SlimmableViT", name: str, ratio: Fraction) -> Tensor | None:
-    """Returns one of the tensors of `slicing/original.py` at a width; None where it would change nothing."""
+    """Returns a tensor of `slicing/original.py` cut to a width; None if it would change nothing."""
     tensor = net.original.get(name)
     if tensor is None:
         if ratio == 1:
             return None
-        tensor = unchanged(name, net.spec.embed_dim).to(next(net.vit.parameters()))
+        tensor = identity_tensor(name, net.spec.embed_dim).to(next(net.vit.parameters()))
     return net.rule.slice_state({name: tensor}, ratio)[name]
 
 
 def block_numbers(blocks: int | Sequence[int], count: int) -> list[int]:
-    """Returns the numbers of blocks, from 0, that are asked for.
+    """Returns the numbers of the wanted blocks, from 0.
 
     Args:
-        blocks: how many of the last, or numbers, negative ones from the end.
-        count: how many there are.
+        blocks: how many of the last blocks, or their numbers; negative numbers count from the end.
+        count: how many blocks the model has.
 
-    Raises PointError for a block that there is not.
+    Raises PointError for a block that does not exist.
     """
     if isinstance(blocks, int):
         blocks = range(-blocks, 0) or [count]

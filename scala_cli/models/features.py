@@ -1,7 +1,7 @@
-"""A ViT without a classifier, given the identity as its classifier.
+"""Gives a ViT without a classifier the identity as its classifier.
 
 Its stream can then be rotated like any other, the full width computes the same as before, and every slice
-returns the full model's features, as many at every width. To timm it is an ordinary ViT.
+returns features in all channels of the full model. To timm it is an ordinary ViT.
 """
 
 from copy import deepcopy
@@ -19,7 +19,7 @@ from scala_cli.models.vit import describe
 
 
 def give_identity_head(vit: Any) -> bool:
-    """Gives a timm ViT without a classifier the identity as its classifier, in place.
+    """Sets the identity as the classifier of a timm ViT that has none, in place.
 
     Returns:
         Whether the model had no classifier.
@@ -46,17 +46,17 @@ def headless(vit: VisionTransformer) -> VisionTransformer:
 
 
 def for_task(net: SlimmableViT, record: Record, task: str | None) -> tuple[SlimmableViT, Record]:
-    """Returns the model for another task than its own.
+    """Returns the model prepared for a task.
 
-    For features a classifier is replaced by the identity. For classification a backbone stays as it is: it
+    For features, a classifier is replaced by the identity. For classification, a backbone is unchanged: it
     gets a classifier once the classes are known.
 
     Args:
         task: a name of tasks.TASKS; None keeps the model's own.
 
     Raises:
-        CheckpointError: where the channels are in order already, so that without its classifier the model
-            would not give the features that it once had; where widths have been trained or fitted.
+        CheckpointError: if the channels were put in order together with a classifier, as without it the
+            features would not be the original ones; or if widths have been trained or fitted.
     """
     if task in (None, record.task):
         return net, record
@@ -77,6 +77,6 @@ def for_task(net: SlimmableViT, record: Record, task: str | None) -> tuple[Slimm
 
 
 def refuse_without_classes(net: SlimmableViT, record: Record) -> None:
-    """Raises CheckpointError where a model for classification has no classifier."""
+    """Raises CheckpointError if a model for classification has no classifier."""
     if record.task == "classification" and net.spec.features:
         raise CheckpointError("this model has no classifier.", remedy="add_classes")

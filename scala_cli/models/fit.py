@@ -1,4 +1,4 @@
-"""How well a fitted slice does on images that it was not fitted to."""
+"""Evaluates a fitted slice on images that it was not fitted to."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from scala_cli.models.stages import normed
 from scala_cli.slicing.ridge import Moments, Normal, in_double
 
 Run = tuple[VisionTransformer, Sequence[Tensor], Sequence[Tensor]]
-"""A model, its tokens after the last block and its outputs, batch by batch."""
+"""A model, its tokens after the last block and its outputs, one tensor per batch."""
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,15 @@ class Fit:
     """How well a slice is fitted.
 
     Each figure is R^2 = 1 - (squared errors) / (squared deviations from the mean), summed over all channels
-    and tokens: 1 is the full model itself, 0 is its mean. None if there is no such image or token.
+    and tokens: 1 if the prediction equals the full model, 0 if it is no better than its mean; None without
+    such images or tokens.
 
     Args:
-        images: how many the slice was fitted to.
-        held_out: how many it was judged on.
-        class_token: of the full model's final normed class token, by the best linear map from the slice's.
-        patches: likewise of the patch tokens.
+        images: how many images the slice was fitted to.
+        held_out: how many held-out images the figures are measured on.
+        class_token: of the full model's final normed class token, predicted from the slice's by the best
+            linear map.
+        patches: of the patch tokens, by the same map.
         output: of the full model's output, predicted by the slice's output.
     """
 
@@ -36,10 +38,10 @@ class Fit:
     patches: float | None
     output: float | None
 
-    def told(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """Returns the figures for rows and JSON; "r2" is that of the output."""
-        judged = {"r2": self.output, "class_token": self.class_token, "patches": self.patches}
-        rounded = {name: None if r2 is None else round(r2, 4) for name, r2 in judged.items()}
+        figures = {"r2": self.output, "class_token": self.class_token, "patches": self.patches}
+        rounded = {name: None if r2 is None else round(r2, 4) for name, r2 in figures.items()}
         return {**rounded, "images": self.images, "held_out": self.held_out}
 
 
@@ -47,7 +49,7 @@ def judge(full: Run, narrow: Run, held: Sequence[Tensor]) -> Fit:
     """Measures the fit on the held-out images.
 
     Args:
-        held: (B,) which images those are.
+        held: (B,) which images are held out.
     """
     (wide, wanted, answers), (vit, own, given) = full, narrow
     seen = Moments()

@@ -1,4 +1,4 @@
-"""A family whose widths were fitted to the full model one by one, so that each has weights of its own."""
+"""A family whose widths are fitted to the full model separately, so that each has weights of its own."""
 
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
@@ -35,27 +35,27 @@ class FittedViT(SlimmableViT):
             self.add_module(f"slice_{number}", vit)
 
     def like(self, **others: Any) -> "FittedViT":
-        """As `SlimmableViT.like`, with the fitted slices of its widths."""
+        """Returns the family with some parts replaced, keeping the fitted slices of its widths."""
         net = super().like(**others)
         slices = {width: self.fitted(width) for width in self.widths if width in net.rule.ratios}
         return FittedViT(net, slices, self.fits)
 
     def fitted(self, ratio: Fraction) -> VisionTransformer:
-        """Returns the fitted slice of one of `widths`."""
+        """Returns the fitted slice of a width in `widths`."""
         return self.get_submodule(f"slice_{self.widths.index(ratio)}")  # type: ignore
 
     def at(self, point: Point | Fraction) -> VisionTransformer:
-        """As `SlimmableViT.at`; a fitted width is its slice, with weights of its own."""
+        """Returns the fitted slice of a fitted width, else what `SlimmableViT.at` returns."""
         point = Point.of(point)
         plain = point == Point(point.ratio) and point.ratio in self.widths
         return self.fitted(point.ratio) if plain else super().at(point)
 
     def weights(self, ratio: Fraction) -> dict[str, Tensor]:
-        """As `SlimmableViT.weights`; those of a fitted width are its slice's."""
+        """Returns the tensors that a width is cut from: for a fitted width those of its slice."""
         return weights_of(self.fitted(ratio)) if ratio in self.widths else super().weights(ratio)
 
     def cut(self, point: Point, weights: Mapping[str, Tensor], copy: bool = False) -> dict[str, Tensor]:
-        """As `SlimmableViT.cut`; a fitted width is cut already."""
+        """Returns the tensors of a point; those of a fitted width come from its slice, already cut."""
         if point.ratio not in self.widths:
             return super().cut(point, weights, copy)
         embedding = self.rule.slice_state(at_size({}, self.extra, point.size), point.ratio)

@@ -1,4 +1,4 @@
-"""Somebody else's weight files, read without running anything in them."""
+"""Reads untrusted weight files without running any code in them."""
 
 import argparse
 import re
@@ -21,14 +21,14 @@ from scala_cli.models.nested import find_state
 
 @dataclass(frozen=True)
 class Source:
-    """What a model is made from.
+    """Configuration and weights of a model to open.
 
     Args:
-        config: what timm builds; of a weight file alone, the architecture that it names, or "".
-        weights: returns the state dict under timm's names; None for those that timm itself downloads.
-        eps: of every norm in the model it was trained in, where that is not timm's.
-        options: those of the training script, where it left them.
-        notes: what the user should know of it.
+        config: what timm builds; for a weight file alone, only the architecture that it names, or "".
+        weights: returns the state dict under timm's names; None if timm itself downloads the weights.
+        eps: eps of every norm in the original model, if it differs from timm's.
+        options: options of the training script, if the file holds them.
+        notes: notes for the user.
     """
 
     config: Config
@@ -39,17 +39,17 @@ class Source:
 
 
 def read_foreign(file: Path, average: bool = False) -> Source:
-    """The contents of a weight file.
+    """Returns the model in a weight file.
 
-    Pickles are read for tensors and plain values only, so nothing in them runs; argparse.Namespace, in
-    which many training scripts keep their options, is the one class allowed.
+    Pickles may hold only tensors and plain values, so no code in them runs; the one class allowed is
+    argparse.Namespace, in which many training scripts keep their options.
 
     Args:
-        average: take the moving average of the weights, which training scripts keep beside them.
+        average: take the moving average that training scripts save beside the weights.
 
     Raises:
-        CheckpointError: missing, truncated, unknown or unsafe files; no average where one is asked for;
-            no model, or several.
+        CheckpointError: for missing, truncated, unknown or unsafe files; if `average` is set and there is
+            none; or if the file holds no model, or several.
     """
     if file.is_dir():
         raise CheckpointError(f"{file} is a directory.", "Name the weight file in it.")
@@ -66,11 +66,12 @@ def read_foreign(file: Path, average: bool = False) -> Source:
 
 
 def is_safe(file: Path) -> bool:
+    """Whether a file is no pickle; a missing file counts, as `read_weights` reports it."""
     return file.suffix == ".safetensors" or not file.is_file()
 
 
 def read_pickle(file: Path) -> Any:
-    """Reads a file of torch.save. Raises CheckpointError if it holds more than tensors and plain values."""
+    """Reads a file of torch.save. Raises CheckpointError unless it holds only tensors and plain values."""
     try:
         with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols
@@ -90,7 +91,7 @@ def read_pickle(file: Path) -> Any:
 
 
 class ScalarKind:
-    """Stands in for numpy.dtype in a pickle. numpy's own, given a false state, reads memory it should not."""
+    """Replaces numpy.dtype in a pickle: numpy's own, given a bad state, can read invalid memory."""
 
     def __init__(self, code: str, *_: Any) -> None:
         self.code, self.order = str(code), "<"
@@ -100,7 +101,7 @@ class ScalarKind:
 
 
 def scalar(kind: ScalarKind, data: bytes) -> Any:
-    """The plain number that a numpy scalar in a pickle stands for; None for one that is no number."""
+    """Returns a numpy scalar in a pickle as a plain number; None if it is not a number."""
     dtype = np.dtype(str(kind.code)).newbyteorder(kind.order)  # type: ignore[arg-type]
     if dtype.kind not in "biufc":
         return None
@@ -113,16 +114,16 @@ HARMLESS: list[Any] = [
     (scalar, "numpy._core.multiarray.scalar"),
     (scalar, "numpy.core.multiarray.scalar"),
 ]
-"""What a pickle may name beside tensors and plain values."""
+"""What a pickle may hold besides tensors and plain values."""
 
 
 def in_float32(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights that were saved in half the bits, as they are trained and compared."""
+    """Returns the weights with all floating-point tensors in float32."""
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 
 
 def read_shards(index: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file in several parts, which `index` lists. Raises CheckpointError."""
+    """Returns the tensors of all safetensors files that an index file lists. Raises CheckpointError."""
     parts = read_config(index.parent, index.name).get("weight_map")
     names = set(parts.values()) if isinstance(parts, dict) else set()
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, quietly, and without a minute of retries where there is no network."""
+"""Downloads from the Hugging Face Hub, without output, and without a minute of retries when offline."""
 
 import os
 import socket
@@ -21,18 +21,19 @@ from huggingface_hub.utils import (
 from scala_cli.errors import CheckpointError
 
 TRANSPORT: type[Exception] = HfHubHTTPError.__bases__[0]
-"""What the HTTP library raises that this version of the Hub's client is built on."""
+"""Base error of the HTTP library that the installed Hub client uses."""
 
 
 def fetch(repo: str, names: list[str], also: list[str] | None = None) -> Path:
-    """Returns a directory with the named files of a Hub repository, all of one commit, downloaded or cached.
+    """Returns a directory with the named files of a Hub repository at one commit, downloaded or cached.
 
-    Its name is the commit: `org/net@COMMIT` is the same one again.
+    The directory's name is the commit, so `org/net@COMMIT` gives the same directory.
 
     Args:
-        also: files, or patterns of them, that come along where the repository has them.
+        repo: "org/name", or "org/name@REVISION".
+        also: names or patterns of files to fetch if the repository has them.
 
-    Raises CheckpointError where the repository cannot be reached or lacks a file.
+    Raises CheckpointError if the repository cannot be reached or lacks a file.
     """
     name, _, revision = repo.partition("@")
     wanted = [*names, *(also or [])]
@@ -50,9 +51,9 @@ def fetch(repo: str, names: list[str], also: list[str] | None = None) -> Path:
 
 @contextmanager
 def quiet_hub() -> Iterator[None]:
-    """While active, the Hub's client is quiet, and reads its cache alone if the Hub's name does not resolve.
+    """Silences the Hub's client for the block, and limits it to its cache if the Hub's name does not resolve.
 
-    Else it would retry for a minute. What the process has chosen for the client is as before afterwards.
+    Otherwise it would retry for a minute. The client's settings are restored afterwards.
     """
     verbosity, offline = logging.get_verbosity(), constants.HF_HUB_OFFLINE
     silenced = not sys.stderr.isatty() and not are_progress_bars_disabled()
@@ -70,7 +71,7 @@ def quiet_hub() -> Iterator[None]:
 
 
 def resolves() -> bool:
-    """Whether the Hub's name does. A proxy resolves names itself."""
+    """Whether the Hub's host name resolves; True behind a proxy, which resolves names itself."""
     if any(key.upper() in ("HTTPS_PROXY", "ALL_PROXY") for key in os.environ):
         return True
     try:
@@ -81,6 +82,6 @@ def resolves() -> bool:
 
 
 def unreachable(name: str, error: Exception) -> CheckpointError:
-    """The error for weights that could not be downloaded."""
+    """Returns the error for weights that could not be downloaded."""
     why = "there is no network" if constants.HF_HUB_OFFLINE else type(error).__name__
     return CheckpointError(f"could not download the weights of {name}: {why}.", remedy="other_weights")

@@ -1,4 +1,4 @@
-"""ViTs of Hugging Face's transformers, in timm's terms: the same function under other names."""
+"""Converts ViTs of Hugging Face's transformers to timm: the same function under other parameter names."""
 
 import re
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ KINDS = {
     "ViTModel": "vit_base",
     "DeiTModel": "deit_base",
 }
-"""Their classes, and the timm architecture whose settings fit. The last two have no head."""
+"""Classes of transformers, and the timm architecture whose settings fit. The last two have no head."""
 
 PREPROCESSOR = "preprocessor_config.json"
 BLOCK = r"(?:encoder\.layer|layers)\.(\d+)\."
@@ -44,19 +44,20 @@ NAMES = {
     r"(?:cls_)?classifier\.": "head.",
     r"distillation_classifier\.": "head_dist.",
 }
-"""Their parameters without the leading `vit.` or `deit.`, as saved and as version 5 names them; timm's."""
+"""Patterns of transformers' names, as saved and as in version 5, without `vit.` or `deit.` -> timm's."""
 
 
 def is_transformers(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is one of transformers' own, not timm's."""
+    """Whether a config.json is from transformers, not timm."""
     return "model_type" in config and "architecture" not in config
 
 
 def read_transformers(directory: Path) -> Source:
-    """The model in a directory of transformers, under timm's names; its eps is not yet accounted for.
+    """Returns the model in a directory of transformers, under timm's names; its eps is not yet applied.
 
     Raises:
-        CheckpointError: another kind of model, a missing or damaged file, weights that are not its config's.
+        CheckpointError: for another kind of model, a missing or damaged file, or weights that do not fit
+            the config.
     """
     config = read_config(directory)
     kind = kind_of(config, directory)
@@ -87,7 +88,7 @@ def read_transformers(directory: Path) -> Source:
 
 
 def kind_of(config: Mapping[str, Any], directory: Path) -> str:
-    """The class of transformers. Raises CheckpointError where timm does not compute what it does."""
+    """Returns the model's class in transformers. Raises CheckpointError unless timm can compute the same."""
     kind, *_ = config.get("architectures") or [config["model_type"]]
     if kind not in KINDS:
         raise CheckpointError(
@@ -105,7 +106,7 @@ def kind_of(config: Mapping[str, Any], directory: Path) -> str:
 
 
 def state_in(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a directory, in one file or in several. Raises CheckpointError."""
+    """Returns all tensors of a directory, from one weight file or several. Raises CheckpointError."""
     file = next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
     if file is None:
         raise CheckpointError(
@@ -119,7 +120,7 @@ def state_in(directory: Path) -> dict[str, Tensor]:
 
 
 def timm_args(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The sizes of the model, for `timm.create_model`. Raises KeyError for what is missing."""
+    """Returns the model's sizes as arguments of `timm.create_model`. Raises KeyError for a missing one."""
     return {
         "embed_dim": config["hidden_size"],
         "depth": config["num_hidden_layers"],
@@ -133,7 +134,7 @@ def timm_args(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def timm_cfg(directory: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """What timm's settings take over: the names of the classes, how pictures are prepared; and notes."""
+    """Returns timm's settings for class names and image preprocessing, and notes for the user."""
     cfg: dict[str, Any] = {}
     notes: list[str] = []
     if config.get("id2label"):
@@ -146,15 +147,15 @@ def timm_cfg(directory: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any]
             )
         cfg["label_names"] = [names[number] for number in sorted(names, key=int)]  # "10" may precede "2"
     if (directory / PREPROCESSOR).is_file():
-        told, size = read_config(directory, PREPROCESSOR), config["image_size"]
+        processor, size = read_config(directory, PREPROCESSOR), config["image_size"]
         image = (size, size) if isinstance(size, int) else tuple(size)
-        settings, notes = timm_settings(told, image, directory / PREPROCESSOR, config["num_channels"])
+        settings, notes = timm_settings(processor, image, directory / PREPROCESSOR, config["num_channels"])
         cfg |= settings
     return cfg, notes
 
 
 def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state under timm's names, queries, keys and values as one weight."""
+    """Returns the state dict under timm's names, with queries, keys and values joined into one weight."""
     ours: dict[str, Tensor] = {}
     for name, tensor in state.items():
         bare = re.sub(r"^(vit|deit)\.", "", name)
@@ -162,6 +163,6 @@ def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ours[new] = tensor
     for name in [name for name in ours if ".attn.query." in name]:
         parts = [name.replace("query", part) for part in ("query", "key", "value")]
-        if all(part in ours for part in parts):  # else what is missing is named, as of any other
+        if all(part in ours for part in parts):  # if not, `refuse_misfit` reports the missing key
             ours[name.replace("query", "qkv")] = torch.cat([ours.pop(part) for part in parts])
     return ours

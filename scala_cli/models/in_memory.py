@@ -1,4 +1,4 @@
-"""A slimmable ViT from a timm model in memory: shares its parameters, changes nothing else in it."""
+"""Makes a slimmable ViT from a timm model in memory, sharing its parameters and leaving it unchanged."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -10,12 +10,12 @@ from torch import nn
 
 from scala_cli.errors import CheckpointError
 from scala_cli.models.features import give_identity_head
-from scala_cli.models.modes import drop_alike
+from scala_cli.models.modes import copy_dropout
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.views import evaluating
 from scala_cli.models.vit import (
     Spec,
-    attend_alike,
+    copy_attention,
     describe,
     random_images,
     refuse_misfit,
@@ -31,19 +31,19 @@ def slimmable(model: nn.Module, ratios: str = DEFAULT_RATIOS) -> SlimmableViT:
     """Returns a slimmable ViT made from a timm model in memory.
 
     The result shares the model's parameters, so training one trains the other. Nothing else is shared: the
-    model keeps its head, its flags and its settings, whatever is done to the result.
+    model keeps its head, flags and settings.
 
     Args:
-        ratios: the widths, "0.25,0.5,0.75,1"; any points, "1@128~0.5,1@224".
+        ratios: the widths, such as "0.25,0.5,0.75,1", or any points, such as "1@128~0.5,1@224".
 
     Raises:
-        CheckpointError: a model that cannot be sliced, or that timm cannot rebuild from its attributes.
-        PointError: a width that does not divide its channels.
+        CheckpointError: if the model cannot be sliced, or timm cannot rebuild it from its attributes.
+        PointError: if a width does not divide the model's channels.
     """
-    vit, spec, points = refuse_unless_plain(model), read_off(model), parse_points(ratios)
+    vit, spec, points = refuse_unless_plain(model), infer_spec(model), parse_points(ratios)
     for point in points:
         spec.at_point(point)
-    again = built_on(vit, spec)
+    again = sharing_parameters(vit, spec)
     probe = random_images(spec, 2).to(next(vit.parameters()))
     with torch.no_grad(), evaluating(vit):
         same = torch.equal(again(probe), vit(probe))
@@ -59,8 +59,8 @@ def slimmable(model: nn.Module, ratios: str = DEFAULT_RATIOS) -> SlimmableViT:
     return SlimmableViT(again, spec, rule, points=points).train(model.training)
 
 
-def built_on(vit: VisionTransformer, spec: Spec) -> VisionTransformer:
-    """Returns timm's model of that spec with the parameters and behaviour of `vit`, in evaluation mode.
+def sharing_parameters(vit: VisionTransformer, spec: Spec) -> VisionTransformer:
+    """Returns timm's model of a spec with the parameters and behaviour of `vit`, in evaluation mode.
 
     Raises CheckpointError if they do not fit.
     """
@@ -70,8 +70,8 @@ def built_on(vit: VisionTransformer, spec: Spec) -> VisionTransformer:
     for name, parameter in vit.named_parameters():
         layer, _, own = name.rpartition(".")
         again.get_submodule(layer).register_parameter(own, parameter)
-    drop_alike(again, vit)
-    attend_alike(again, vit)
+    copy_dropout(again, vit)
+    copy_attention(again, vit)
     again.set_grad_checkpointing(vit.grad_checkpointing)
     return again.eval()
 
@@ -106,12 +106,12 @@ TRAITS: Mapping[str, Callable[[Any], Any]] = {
 
 
 def rate_of(dropout: Any) -> float:
-    """Returns the rate of a dropout of timm or torch; 0 for an identity in its place."""
+    """Returns the rate of a dropout module of timm or torch; 0 for an identity."""
     rates = (getattr(dropout, name, 0.0) for name in ("p", "prob", "drop_prob"))
     return round(max(rates), 6)  # timm spreads drop_path over the blocks in float32
 
 
-def read_off(model: nn.Module) -> Spec:
+def infer_spec(model: nn.Module) -> Spec:
     """Returns the Spec of a model whose arguments to `timm.create_model` are unknown.
 
     Raises CheckpointError as `describe`, and if the arguments read from the model do not rebuild it.

@@ -1,4 +1,4 @@
-"""timm's settings of pictures and labels, checked before anything is computed with them."""
+"""Checks timm's image and label settings before they are used."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from scala_cli.errors import CheckpointError
 
 INTERPOLATION = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
-"""timm's names of Pillow's filters, by Pillow's numbers."""
+"""timm's names of Pillow's filters, in the order of Pillow's numbers."""
 CROP_MODES = ("center", "squash", "border")
 RGB = 3
 FLOAT32 = 3.4e38
-"""Largest float32; NaN does not compare as below it."""
+"""About the largest float32; comparing NaN with it gives False."""
 
 
 def checked(
@@ -20,15 +20,15 @@ def checked(
     origin: object,
     hint: str = "Mend it, or leave it out.",
 ) -> dict[str, Any]:
-    """Returns the settings without those that are None; one number for all of RGB becomes three.
+    """Returns the settings that are not None; a single number for RGB becomes three.
 
     Args:
-        channels: of the model's input. timm keeps three values for RGB in the settings of a model with
-            another number of channels, so these pass.
-        classes: of its head; 0 or None if unknown, or if there is no head.
+        channels: input channels of the model. Three values are always accepted, as timm keeps those for RGB
+            in the settings of a model with another number of channels.
+        classes: classes of its head; 0 or None if unknown, or if there is no head.
         origin: the file, for messages.
 
-    Raises CheckpointError, naming `origin` and the setting, for one of the wrong type.
+    Raises CheckpointError, naming `origin` and the setting, for an invalid setting.
     """
     cfg = {name: value for name, value in cfg.items() if value is not None}
     flaws = {
@@ -48,9 +48,9 @@ def checked(
         "label_names": f"a list of {classes or 'the'} names",
     }
     for name in [name for name, flawed in flaws.items() if flawed]:
-        told = repr(cfg[name])
-        told = told if len(told) <= 60 else f"{told[:57]}..."
-        raise CheckpointError(f"{origin} is damaged: {name} is {told}, not {wanted[name]}.", hint)
+        value = repr(cfg[name])
+        value = value if len(value) <= 60 else f"{value[:57]}..."
+        raise CheckpointError(f"{origin} is damaged: {name} is {value}, not {wanted[name]}.", hint)
     alone = [name for name in ("mean", "std") if len(cfg.get(name, ())) == 1 and channels == RGB]
     return {**cfg, **{name: list(cfg[name]) * RGB for name in alone}}
 
@@ -60,7 +60,7 @@ def is_number(value: Any) -> bool:
 
 
 def is_of_channels(values: Any, channels: int) -> bool:
-    """Whether these are finite numbers: one for each channel, one for all, or those of RGB."""
+    """Whether these are finite numbers: one for each channel, one for all, or three for RGB."""
     return (
         isinstance(values, list | tuple) and len(values) in (1, channels, RGB) and all(map(is_number, values))
     )

@@ -1,4 +1,4 @@
-"""Where a checkpoint lies. Imports neither torch nor timm, so that a wrong path is answered at once."""
+"""Finds a checkpoint's directory. Imports neither torch nor timm, so that a wrong path fails at once."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,14 @@ from scala_cli.errors import CheckpointError
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 EXTRA = "extra.safetensors"
-"""What timm has no place for, where there is any."""
+"""Tensors that timm has no place for; the file is missing if there are none."""
 FILES = {WEIGHTS, EXTRA, CONFIG, CARD}
 INDEX = f"{WEIGHTS}.index.json"
-"""Which of several files of weights holds which tensor, as transformers writes it."""
+"""Maps each tensor to one of several weight files, as written by transformers."""
 WEIGHT_FILES = (WEIGHTS, INDEX, "pytorch_model.bin")
-"""Where other people's directories hold weights: in the first of these that is there."""
+"""Weight files of a directory from elsewhere; the first that exists is read."""
 STATE = "state.pt"
-"""What a run directory resumes from."""
+"""The file that a run directory resumes from."""
 LAST_RUN = Path("runs/last")
 ALIASES = {
     "deit_ti": "deit_tiny_patch16_224",
@@ -25,18 +25,18 @@ ALIASES = {
     "deit_s_distilled": "deit_small_distilled_patch16_224",
     "deit_b_distilled": "deit_base_distilled_patch16_224",
 }
-"""Short names of the papers' models, and timm's. A directory of such a name is ./deit_s."""
+"""Short names of the papers' models -> timm's. A directory with such a name must be written ./deit_s."""
 
 
 def resolve(checkpoint: str | Path | None) -> Path:
-    """The checkpoint directory that a user means.
+    """Returns the checkpoint directory that a user means.
 
     Args:
         checkpoint: a checkpoint directory (also as `local-dir:DIR`), a run directory (its `best`),
             `hf-hub:org/repo`, or None for the newest run.
 
     Raises:
-        CheckpointError: where there is none.
+        CheckpointError: if there is none.
     """
     if checkpoint is None:
         if not LAST_RUN.exists():
@@ -60,18 +60,18 @@ def resolve(checkpoint: str | Path | None) -> Path:
 
 
 def short_name(model: str) -> str:
-    """Returns a name for a directory made from MODEL: "vit" for local-dir:/models/vit."""
+    """Returns the name for a directory made from MODEL: "vit" for local-dir:/models/vit."""
     return Path(model.rpartition(":")[2]).name
 
 
 def path_of(model: str) -> Path | None:
-    """The file or directory that MODEL names, where it names one that is there; an alias never does."""
+    """Returns the existing file or directory that MODEL names, or None; an alias never names one."""
     path = Path(model.removeprefix("local-dir:")).expanduser()
     return path if model not in ALIASES and path.exists() else None
 
 
 def read_config(directory: Path, name: str = CONFIG) -> dict[str, Any]:
-    """A directory's settings, as timm reads them. Raises CheckpointError where they are not JSON."""
+    """Reads a JSON object from a directory. Raises CheckpointError if the file does not hold one."""
     file = directory / name
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
-"""LV-ViT (arXiv 2104.10858): timm's own VisionTransformer, whose patches come out of a stem of convolutions.
+"""LV-ViT (arXiv 2104.10858): timm's VisionTransformer with a stem of convolutions as patch embedding.
 
-Two more differences are a matter of the weights (models/lvvit_files.py): the number that each branch is
-divided by goes into the layer that ends it, and a BatchNorm into the convolution before it. Importing this
-module makes the architectures known to timm.
+Two other differences are folded into the weights (models/lvvit_files.py): the constant that divides each
+branch into the last layer of the branch, and each BatchNorm into the convolution before it. Importing this
+module registers the architectures with timm.
 """
 
 from collections.abc import Callable
@@ -20,18 +20,18 @@ STEMS: dict[str, tuple[type[nn.Module], tuple[tuple[int, int, int], ...]]] = {
     "6c": (GELU, ((8, 3, 2), (8, 3, 1), (8, 3, 1), (4, 3, 2), (2, 3, 2), (1, 3, 2))),
     "4_2": (RELU, ((1, 7, 2), (1, 3, 1), (1, 3, 1), (1, 8, 8))),
 }
-"""Each stem's activation and convolutions: (d, kernel, stride), of as many channels as the stem's width
-divided by d; the last one has those of the model. `4_2` is of LV-ViT's authors, the others are of SiT's."""
+"""Each stem's activation and convolutions (d, kernel, stride). A convolution has the stem's width / d
+channels, the last one those of the model. `4_2` is from LV-ViT's authors, the others from SiT's."""
 
 
 class StemConv(nn.Conv2d):
-    """The last convolution of a stem, which runs the others first; it takes the place of timm's only one.
+    """The last convolution of a stem, which runs the others first; it replaces timm's single convolution.
 
     Args:
         channels: of the image.
-        embed_dim: of the patches; a slice has fewer.
+        embed_dim: channels of the patch tokens; a slice has fewer.
         kind: a name of STEMS.
-        width: what the channels of the other convolutions are shares of, the same in every slice.
+        width: the stem's width, the same in every slice; the other convolutions have a share of it.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class StemConv(nn.Conv2d):
         self.before = nn.Sequential(*made)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, channels, H, W) -> (B, embed_dim, H / patch, W / patch)"""
+        """Maps (B, channels, H, W) to (B, embed_dim, H / patch, W / patch)."""
         return super().forward(self.before(images))
 
 
@@ -71,23 +71,23 @@ def stem_embed(
 
 
 def stem_args(vit: Any) -> dict[str, Any]:
-    """Returns the arguments that only a model of this file has; of any other model none."""
+    """Returns the stem arguments of a model of this file; {} for any other model."""
     proj = vit.patch_embed.proj
     return {"stem": proj.kind, "stem_width": proj.width} if isinstance(proj, StemConv) else {}
 
 
 def image_channels(vit: Any) -> int:
-    """Returns how many channels an image has."""
+    """Returns the number of image channels that a model takes."""
     proj = vit.patch_embed.proj
     return proj.channels if isinstance(proj, StemConv) else proj.in_channels
 
 
 def lvvit(name: str, pretrained: bool, sizes: dict[str, Any], given: dict[str, Any]) -> VisionTransformer:
-    """Builds an LV-ViT, or a narrower or shallower one.
+    """Builds an LV-ViT.
 
     Args:
-        sizes: its own arguments of timm's VisionTransformer, with `stem` and `stem_width`.
-        given: others that take their place.
+        sizes: its arguments of timm's VisionTransformer, with `stem` and `stem_width`.
+        given: arguments that override `sizes`, for example for a narrower or shallower model.
     """
     args = {"mlp_ratio": 3, "qkv_bias": False, "norm_layer": partial(LayerNorm, eps=1e-5), **sizes, **given}
     stem, width = args.pop("stem"), args.pop("stem_width")
@@ -114,7 +114,7 @@ SIZES = {
     "lvvit_m": sizes(512, 20, 8),
     "lvvit_l": {**sizes(768, 24, 12, "6c"), "img_size": 288},
 }
-"""The models as SiT's authors slim them (arXiv 2111.12624, table 8)."""
+"""The models that SiT's authors slim (arXiv 2111.12624, table 8)."""
 default_cfgs = generate_default_cfgs(
     {
         name: {
@@ -133,7 +133,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def entry(name: str) -> Callable[..., VisionTransformer]:
-    """Returns the function that timm calls to build the model of that name."""
+    """Returns the function that timm calls to build the model `name`."""
 
     def build(pretrained: bool = False, **given: Any) -> VisionTransformer:
         return lvvit(name, pretrained, SIZES[name], given)

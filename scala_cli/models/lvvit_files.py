@@ -1,8 +1,8 @@
-"""Checkpoints of LV-ViT's authors (arXiv 2104.10858) and of SiT's (arXiv 2111.12624), in timm's terms.
+"""Converts checkpoints of LV-ViT's (arXiv 2104.10858) and SiT's authors (arXiv 2111.12624) to timm.
 
-Their model divides each branch by a constant, which goes into the layer that ends the branch, and has a
-BatchNorm behind each convolution of its stem, which goes into the convolution: what they compute with fixed
-statistics is then an ordinary ViT. Their second classifier, of the patches, is left out.
+Their model divides each branch by a constant, folded here into the last layer of the branch, and has a
+BatchNorm after each convolution of its stem, folded into the convolution. With fixed statistics it is then
+an ordinary ViT. Their second classifier, of the patches, is left out.
 """
 
 import math
@@ -32,11 +32,11 @@ LAYOUTS = {
 }
 """Kernels of a stem's convolutions -> its name in lvvit.STEMS."""
 DIVISORS = {("4_2", 12, 240): 1.0, ("4_2", 24, 768): 3.0, ("6c", 24, 768): 3.0}
-"""What branches are divided by (skip_lam) in the models with this stem, depth and width; 2 in all others."""
+"""Divisor of the branches (skip_lam) by stem, depth and width; 2 in all other models."""
 HEADS = {("4_2", 12, 240): 4}
-"""Heads where they are not 64 wide."""
+"""Number of heads of models whose heads are not 64 channels wide, by stem, depth and width."""
 ELSEWHERE = re.compile(r"patch_embed\.|r?tsm\.|aux_head\.")
-"""What is not taken over under its own name."""
+"""Parameters that are renamed or left out."""
 HEAD_DIM = 64
 NAMES = {
     "sit_lvvit_tiny": "sit_t",
@@ -45,23 +45,24 @@ NAMES = {
     "sit_lvvit_medium": "sit_m",
     "sit_lvvit_large": "sit_l",
 }
-"""What SiT's authors call their models."""
+"""Names that SiT's authors give their models -> names registered here."""
 
 
 def is_lvvit(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict has their names."""
+    """Whether a state dict has the parameter names of LV-ViT or SiT."""
     return "patch_embed.bn1.weight" in state or "tsm.0.scale" in state
 
 
 def read_lvvit(held: Source, origin: str, num_heads: int | None = None) -> Source:
-    """Returns the same model under timm's names, and what timm builds for it.
+    """Returns the model under timm's names, with its configuration.
 
     Args:
-        held: a weight file as it is.
-        origin: its name, for messages.
-        num_heads: of each block, which no tensor tells; None stands for heads of 64 channels.
+        held: the contents of the weight file.
+        origin: the file's name, for messages.
+        num_heads: heads of each block, which no tensor shows; None means those of the released model, or
+            heads of 64 channels.
 
-    Raises CheckpointError for a stem that none of their models has, and heads that do not divide the width.
+    Raises CheckpointError for an unknown stem, or if heads of 64 channels do not divide the width.
     """
     assert held.weights is not None
     state = dict(held.weights())
@@ -88,15 +89,16 @@ def read_lvvit(held: Source, origin: str, num_heads: int | None = None) -> Sourc
     slim, counts = read_slimming(state, depth, held, origin)
     config = Config(name, args, settings_for(name))
     if counts:
-        told = {str(number): count for number, count in counts.items()}
-        config = replace(config.with_args(base=name, tsm=told), architecture="slimmed_vit")
+        tsm = {str(number): count for number, count in counts.items()}
+        config = replace(config.with_args(base=name, tsm=tsm), architecture="slimmed_vit")
     return replace(held, config=config, weights=lambda: {**embedding, **divided, **slim})
 
 
 def read_slimming(state: State, depth: int, held: Source, origin: str) -> tuple[State, dict[int, int]]:
-    """Returns SiT's token slimming modules under our names, and how many tokens go on behind which block.
+    """Returns SiT's token slimming modules under our names, and {block: patch tokens that it passes on}.
 
-    The first layer of the reverse module of a block, which only training needs, tells how many it passes on.
+    Which blocks have modules is read off the reverse modules, which only training needs, or known from the
+    model's name. Raises CheckpointError if neither says it.
     """
     modules = sorted({int(name.split(".")[1]) for name in state if name.startswith("tsm.")})
     patches = state["pos_embed"].shape[1] - 1
@@ -121,7 +123,10 @@ def read_slimming(state: State, depth: int, held: Source, origin: str) -> tuple[
 
 
 def ends_of(state: State, depth: int, patches: int) -> list[tuple[int, int]]:
-    """Returns (block, tokens) of every block that passes on fewer, as the reverse modules tell."""
+    """Returns (block, tokens) of every block that passes on fewer tokens, read off the reverse modules.
+
+    The first layer of a block's reverse module is as wide as the block has tokens.
+    """
     tokens = [
         state[name].shape[1] if (name := f"rtsm.{number}.mlp1.fc1.weight") in state else patches
         for number in range(depth)
@@ -131,7 +136,7 @@ def ends_of(state: State, depth: int, patches: int) -> list[tuple[int, int]]:
 
 
 def named_ends(held: Source) -> list[tuple[int, int]]:
-    """Returns the same of a released model, by the name that the file gives."""
+    """Returns (block, tokens) of a released model, by the name in the file; [] for an unknown name."""
     name = NAMES.get(held.config.architecture)
     if name is None:
         return []
@@ -139,7 +144,7 @@ def named_ends(held: Source) -> list[tuple[int, int]]:
 
 
 def refuse_other_kind(config: Config, file: Path) -> None:
-    """Raises CheckpointError where the architecture named for one of their files is none of theirs."""
+    """Raises CheckpointError if the architecture named for an LV-ViT file is not an LV-ViT."""
     if not is_model_in_modules(config.architecture, ("lvvit", "registered")):
         raise CheckpointError(
             f"{file} holds an LV-ViT, no {config.architecture}.",
@@ -148,7 +153,10 @@ def refuse_other_kind(config: Config, file: Path) -> None:
 
 
 def read_stem(state: State, origin: str) -> tuple[str, State]:
-    """Returns the name of the stem, "" for a single convolution, and the patch embedding's tensors."""
+    """Returns the stem's name ("" for a single convolution) and the patch embedding's tensors.
+
+    Raises CheckpointError for an unknown stem.
+    """
     if "patch_embed.conv1.weight" not in state:
         return "", {name: state[name] for name in state if name.startswith("patch_embed.")}
     count = sum(re.fullmatch(r"patch_embed\.conv\d+\.weight", name) is not None for name in state)
@@ -170,7 +178,7 @@ def read_stem(state: State, origin: str) -> tuple[str, State]:
 
 
 def fused(state: State, number: int) -> tuple[Tensor, Tensor]:
-    """Returns weight and bias of a convolution with its BatchNorm, at fixed statistics, in it."""
+    """Returns weight and bias of a convolution with its BatchNorm folded in, at fixed statistics."""
     mean, variance, scale, shift = (
         state[f"patch_embed.bn{number}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
     )
@@ -180,13 +188,16 @@ def fused(state: State, number: int) -> tuple[Tensor, Tensor]:
 
 
 def divide_branches(state: State, divisor: float) -> State:
-    """Returns the state with what ends each branch divided by a constant."""
+    """Returns the state with the last layer of each branch divided by a constant."""
     ends = re.compile(r"blocks\.\d+\.(attn\.proj|mlp\.fc2)\.(weight|bias)")
     return {name: tensor / divisor if ends.fullmatch(name) else tensor for name, tensor in state.items()}
 
 
 def heads_of(stem: str, depth: int, width: int, origin: str) -> int:
-    """Returns the heads of their released models. Raises CheckpointError unless they are 64 wide."""
+    """Returns the number of heads of a released model, else that of heads 64 channels wide.
+
+    Raises CheckpointError if 64 does not divide the width.
+    """
     known = HEADS.get((stem, depth, width))
     if known is None and width % HEAD_DIM:
         raise CheckpointError(
@@ -197,12 +208,12 @@ def heads_of(stem: str, depth: int, width: int, origin: str) -> int:
 
 
 def patch_of(stem: str, embedding: State) -> int:
-    """Returns the pixels a side of a patch; all stems have 16."""
+    """Returns the side of a patch in pixels; 16 for every stem."""
     return 16 if stem else embedding["patch_embed.proj.weight"].shape[-1]
 
 
 def image_size(pos_embed: Tensor, patch: int, origin: str) -> int:
-    """Returns the pixels a side. Raises CheckpointError unless the patches make a square."""
+    """Returns the side of the image in pixels. Raises CheckpointError unless the patches form a square."""
     side = math.isqrt(pos_embed.shape[1] - 1)
     if side * side != pos_embed.shape[1] - 1:
         raise CheckpointError(

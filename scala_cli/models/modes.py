@@ -1,4 +1,4 @@
-"""How a model of timm is run: copies for training, and narrower ones that behave as the full one does."""
+"""Makes copies of a timm model for training, and gives narrower models the full model's modes."""
 
 from copy import deepcopy
 from typing import Any
@@ -7,50 +7,50 @@ from timm.models import VisionTransformer, VisionTransformerDistilled
 from torch import nn
 
 from scala_cli.models.block import SlimBlock
-from scala_cli.models.vit import Spec, attend_alike
+from scala_cli.models.vit import Spec, copy_attention
 
 
 def rebuilt(vit: VisionTransformer, spec: Spec) -> VisionTransformer:
-    """Returns a copy with its own weights, in evaluation mode, whose plain blocks are SlimBlocks.
+    """Returns a copy for training with its own weights, in evaluation mode, its plain blocks SlimBlocks.
 
-    For training: it computes what the model does, bit for bit, until `skip_unread` is asked of it.
+    It computes the same bit for bit until `skip_unread` is called on it.
     """
     again = spec.build(slim=True)
     again.load_state_dict({name: tensor.clone() for name, tensor in vit.state_dict().items()}, assign=True)
-    drop_alike(again, vit)
+    copy_dropout(again, vit)
     for copied, parameter in zip(again.parameters(), vit.parameters(), strict=True):
         copied.requires_grad_(parameter.requires_grad)
     return again
 
 
 def skip_unread(vit: VisionTransformer) -> None:
-    """Spares the last block what the head does not read, where that reads a class token alone.
+    """Makes the last block skip the tokens that the head does not read, if it reads class tokens only.
 
-    Logits and gradients stay the same. Of n blocks it saves most of one's arithmetic (docs/performance.md).
-    What wants the features of every token must not do this.
+    Logits and gradients stay the same; this saves most of the last block's arithmetic (docs/performance.md).
+    Do not use it if the features of every token are needed.
     """
     last: Any = vit.blocks[-1]
     plain = type(last) is SlimBlock and type(last.attn.q_norm) is type(last.attn.norm) is nn.Identity
     if plain and vit.global_pool == "token":
-        last.read = 2 if isinstance(vit, VisionTransformerDistilled) else 1  # registers are not
+        last.read = 2 if isinstance(vit, VisionTransformerDistilled) else 1  # the head reads no register
 
 
-def imitate(skeleton: VisionTransformer, vit: VisionTransformer) -> None:
+def copy_modes(skeleton: VisionTransformer, vit: VisionTransformer) -> None:
     """Sets a skeleton's modes to those of the full model.
 
-    They are training or evaluation, gradient checkpointing, fused or explicit attention, and whether the last
-    block skips the tokens that the head does not read.
+    The modes are training or evaluation, gradient checkpointing, fused or explicit attention, and whether the
+    last block skips the tokens that the head does not read.
     """
     if skeleton.training != vit.training:
         skeleton.train(vit.training)
     skeleton.set_grad_checkpointing(vit.grad_checkpointing)
-    attend_alike(skeleton, vit)
+    copy_attention(skeleton, vit)
     if getattr(vit.blocks[-1], "read", None):
         skip_unread(skeleton)
 
 
-def drop_alike(skeleton: nn.Module, vit: nn.Module) -> None:
-    """Gives a narrower model the full one's dropout, also where no argument of timm can say it."""
+def copy_dropout(skeleton: nn.Module, vit: nn.Module) -> None:
+    """Copies the full model's dropout modules to a narrower one, even rates that no timm argument can set."""
     for name, module in vit.named_modules():
         layer, _, own = name.rpartition(".")
         if "drop" in own:

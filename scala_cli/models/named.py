@@ -8,7 +8,7 @@ import timm
 from torch import Tensor
 
 from scala_cli.errors import CheckpointError
-from scala_cli.models.authors import is_theirs
+from scala_cli.models.authors import is_scala
 from scala_cli.models.config import Config, read_settings, settings_for
 from scala_cli.models.foreign import Source, read_foreign
 from scala_cli.models.hub import fetch
@@ -18,7 +18,7 @@ from scala_cli.models.lvvit_files import is_lvvit, read_lvvit, refuse_other_kind
 from scala_cli.models.supervit import is_supervit
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
-"""Suffixes of weight files, so that a missing file is not taken for a model's name."""
+"""Suffixes of weight files; a name with one is never taken for a timm name, even if the file is missing."""
 LOCAL, HUB = "local-dir:", "hf-hub:"
 
 
@@ -28,7 +28,7 @@ def find_source(
     """Returns the source of MODEL, with the weights of the file `weights` if given.
 
     Args:
-        num_heads: where a weight file does not tell it.
+        num_heads: number of heads, for a weight file that does not show it.
 
     Raises CheckpointError if there is no such model, or not exactly one source of weights.
     """
@@ -66,7 +66,7 @@ def source_in_file(file: Path, model: str | None, average: bool, num_heads: int 
     ):
         return read_transformers(file.parent)
     held = read_foreign(file, average)
-    if is_theirs(held) or (held.weights is not None and is_supervit(held.weights())):
+    if is_scala(held) or (held.weights is not None and is_supervit(held.weights())):
         return held
     assert held.weights is not None
     if is_lvvit(held.weights()):
@@ -116,7 +116,7 @@ def config_of(model: str) -> Config:
 
 
 def directory_of(model: str) -> Path | None:
-    """The directory whose config.json describes MODEL, here or from the Hub; None for a name of timm's."""
+    """Returns the directory of MODEL's config.json, local or from the Hub; None for a timm name."""
     if model in ALIASES:
         return None
     if model.startswith(HUB):
@@ -126,7 +126,7 @@ def directory_of(model: str) -> Path | None:
 
 
 def with_weights(model: str, directory: Path) -> Path:
-    """Returns the directory with its weights; those of a repository are fetched from the same commit."""
+    """Returns the directory with its weights, fetched from the same commit if MODEL is on the Hub."""
     if not model.startswith(HUB):
         return directory
     repo, _, _ = model.removeprefix(HUB).partition("@")
@@ -139,12 +139,12 @@ def with_weights(model: str, directory: Path) -> Path:
 
 
 def own_weights(model: str, directory: Path) -> dict[str, Tensor]:
-    """The weights beside a config.json of timm. Raises CheckpointError."""
+    """Returns the weights of a directory in timm's format. Raises CheckpointError."""
     return state_in(with_weights(model, directory))
 
 
 def with_classes(config: Config) -> Config:
-    """Adds the number of classes to the arguments, because the weights must have as many."""
+    """Adds the number of classes to the model's arguments, so that its head fits the weights."""
     count = config.pretrained_cfg.get("num_classes")
     declared = "num_classes" in config.model_args or count is None
     return config if declared else config.with_args(num_classes=count)
@@ -157,7 +157,7 @@ def weight_file(model: str) -> Path | None:
 
 
 def no_model(path: Path) -> CheckpointError:
-    """Returns the error for a path without a model."""
+    """Returns the error for a path that holds no model."""
     if (path / STATE).is_file():
         return CheckpointError(f"{path} is a training run.", remedy="resume_or_slice", run=path)
     if path.is_dir():

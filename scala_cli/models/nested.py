@@ -1,4 +1,4 @@
-"""Finds the ViT in a file that a training script saved: under any keys and any prefix."""
+"""Finds the ViT in a file of any training script, under any keys and prefix."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from scala_cli.errors import CheckpointError
 State = dict[str, Tensor]
 CONTAINERS = (Mapping, list, tuple)
 BLOCK, PATCHES = "blocks.0.norm1.weight", "patch_embed."
-"""Names that every ViT of timm has; whatever precedes the first is a prefix."""
+"""Names that every ViT of timm has; what precedes the first one is a prefix."""
 AVERAGE = re.compile(r"(?i)(^|[._ ])(ema|swa|averaged?|teacher|target|momentum)([._,]|$)")
 """Names of the moving average of the weights in training scripts: model_ema, state_dict_ema, teacher."""
 USUAL = ("state_dict", "model", "model_state_dict", "module", "net")
@@ -24,12 +24,12 @@ WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A ViT somewhere in a file.
+    """A ViT found in a file.
 
     Args:
-        place: the keys to it and the prefix of its names: "state_dict, model."; "" if there are none.
-        state: its tensors under their names without the prefix.
-        left_out: names beside it, without its prefix.
+        place: the keys that lead to it and the prefix of its names: "state_dict, model."; "" if none.
+        state: its tensors by name, without the prefix.
+        left_out: other names in the same dictionary.
     """
 
     place: str
@@ -48,7 +48,7 @@ def find_state(content: Any, average: bool, file: Path) -> tuple[State, list[str
         average: take the moving average instead of the weights.
 
     Raises:
-        CheckpointError: no ViT, several, or no average when `average` is set.
+        CheckpointError: if there is no ViT, or several, or no average when `average` is set.
     """
     found = candidates(content)
     wanted = [one for one in found if one.is_average is average]
@@ -78,7 +78,7 @@ def find_state(content: Any, average: bool, file: Path) -> tuple[State, list[str
 
 
 def candidates(content: Any) -> list[Candidate]:
-    """Returns all ViTs under timm's names; if none, the likeliest under other names."""
+    """Returns all ViTs under timm's names; if there are none, the most likely one under other names."""
     dictionaries = list(walk(content))
     found = [one for place, tensors in dictionaries for one in under_prefixes(place, tensors)]
     if found:
@@ -98,7 +98,7 @@ def candidates(content: Any) -> list[Candidate]:
 def walk(content: Any) -> Iterator[tuple[str, State]]:
     """Yields (keys to it, tensors) of every dictionary that holds named tensors, except an optimizer's.
 
-    A file may hold one object in several places, even inside itself, at any depth.
+    A file may hold the same object in several places, even inside itself, at any depth.
     """
     waiting: list[tuple[str, Any]] = [("", content)] if isinstance(content, CONTAINERS) else []
     entered: set[int] = set()

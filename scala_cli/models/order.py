@@ -1,4 +1,4 @@
-"""The channels of a pretrained ViT in the order in which slices want them, the function unchanged."""
+"""Orders the channels of a pretrained ViT by importance, so that slices keep the best; its function stays."""
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -20,19 +20,19 @@ from scala_cli.slicing.importance import (
     stream_basis,
     value_basis,
 )
-from scala_cli.slicing.original import BASIS, NAMES, WEIGHT, unchanged
+from scala_cli.slicing.original import BASIS, NAMES, WEIGHT, identity_tensor
 from scala_cli.slicing.table import Group
 
 TOLERANCE = 1e-4
-"""Largest difference between the outputs of the ordered and the pretrained model, relative to their size
-where that is above one."""
+"""Largest allowed difference between the outputs of the ordered and the pretrained model, relative to their
+root mean square where that is above one."""
 
 
 class Moments:
-    """Mean and second moment of a stream of vectors, by groups of channels.
+    """Mean and second moment of vectors, accumulated for groups of channels.
 
     Args:
-        size: channels of a group, whose moment is kept as a matrix; 1 keeps the variance of each channel.
+        size: channels of a group; a group has one moment matrix. With 1, only each channel's own moment.
     """
 
     def __init__(self, size: int = 1) -> None:
@@ -41,52 +41,52 @@ class Moments:
         self.outer: Any = 0.0
 
     def add(self, vectors: Tensor) -> None:
-        """Counts (..., channels) in."""
+        """Adds vectors (..., channels)."""
         flat = vectors.detach().flatten(0, -2)
         self.count += len(flat)
         self.sum = self.sum + flat.sum(0).unflatten(0, (-1, self.size)).double()
         if self.size == 1:
             outer = flat.square().sum(0)[:, None, None]
-        else:  # products in double would cost the most
+        else:  # in the inputs' precision, as products in float64 would take most of the time
             grouped = flat.unflatten(-1, (-1, self.size)).transpose(0, 1)
             outer = grouped.mT @ grouped
         self.outer = self.outer + outer.double()
 
     @property
     def second(self) -> Tensor:
-        """(groups, size, size) about zero."""
+        """Second moment about zero, (groups, size, size)."""
         return self.outer / self.count
 
     @property
     def mean(self) -> Tensor:
-        """(groups, size)"""
+        """Mean, (groups, size)."""
         return self.sum / self.count
 
     @property
     def central(self) -> Tensor:
-        """(groups, size, size) about the mean."""
+        """Second moment about the mean, (groups, size, size)."""
         return self.second - self.mean[:, :, None] * self.mean[:, None, :]
 
     @property
     def deviation(self) -> Tensor:
-        """(channels,), where size is 1."""
+        """Standard deviation of each channel, (channels,), if size is 1."""
         return self.central.flatten().clamp_min(0).sqrt()
 
 
 @torch.no_grad()
 def order_channels(net: SlimmableViT, batches: Iterable[Tensor]) -> SlimmableViT:
-    """Returns the model with its channels in order of importance; the full width computes the same.
+    """Returns a model with the same function at full width, its channels ordered by importance on images.
 
-    The residual stream gets its principal directions as its basis, one for all layers (or, where its norms
-    do not allow that, one order of its channels); the hidden channels get an order for each block, and every
-    head the best bases for its values and, where no norm stands between them, its queries and keys.
+    The residual stream is rotated to its principal directions, one basis for all layers (if its norms do not
+    allow that, its channels are permuted). The hidden channels of each block are permuted. Every head gets
+    the best basis for its values and, without a norm on them, for its queries and keys.
 
     Args:
         batches: images (B, C, H, W), normalised; a few hundred suffice.
 
     Raises:
-        CheckpointError: where rounding would make more of a difference than TOLERANCE, or the widths have
-            been fitted or, isolated, trained already.
+        CheckpointError: if rounding changes the output by more than TOLERANCE, or if the widths have been
+            fitted, or trained with isolation.
     """
     if net.rule.isolated or net.vectors:
         raise CheckpointError(
@@ -99,7 +99,7 @@ def order_channels(net: SlimmableViT, batches: Iterable[Tensor]) -> SlimmableViT
     norms = norms_of(net.vit)
     state = {
         name: tensor.double()
-        for name, tensor in {**net.vit.state_dict(), **way_back(net), **net.positions}.items()
+        for name, tensor in {**net.vit.state_dict(), **original_tensors(net), **net.positions}.items()
     }
     if WEIGHT in state:
         norms = {
@@ -138,8 +138,8 @@ def order_channels(net: SlimmableViT, batches: Iterable[Tensor]) -> SlimmableViT
         stream = torch.stack([share_of_reading(inputs[name], state[f"{name}.weight"]) for name in readers])
         state = permute_state(state, table, "embed", stream.sum(0).argsort(descending=True, stable=True))
     vit.load_state_dict({name: state[name] for name in vit.state_dict()})
-    original = spec.build_with(net.vit.state_dict())  # in evaluation mode, whichever `net` is in
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # a GPU's convolutions round to 10 bits
+    original = spec.build_with(net.vit.state_dict())  # in evaluation mode, even if `net` is not
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 convolutions round to 10 bits
         expected = original(probe)
         difference = (vit(probe) - expected).abs().max()
     if not difference <= TOLERANCE * expected.square().mean().sqrt().clamp_min(1):
@@ -150,27 +150,29 @@ def order_channels(net: SlimmableViT, batches: Iterable[Tensor]) -> SlimmableViT
             value="none",
         )
     like = next(vit.parameters())
-    extra = {name: state[name].to(like) for name in (*way_back(net), *net.positions)}
+    extra = {name: state[name].to(like) for name in (*original_tensors(net), *net.positions)}
     return net.like(vit=vit, spec=spec, extra=extra).eval()
 
 
-def way_back(net: SlimmableViT) -> dict[str, Tensor]:
-    """Returns what leads back to the former channels, also if they have been put in order before."""
+def original_tensors(net: SlimmableViT) -> dict[str, Tensor]:
+    """Returns the tensors that map back to the original channels; identities if never reordered."""
     names = (BASIS,) if net.spec.features else NAMES
     like = next(net.vit.parameters())
-    return {name: net.original.get(name, unchanged(name, net.spec.embed_dim)).to(like) for name in names}
+    return {
+        name: net.original.get(name, identity_tensor(name, net.spec.embed_dim)).to(like) for name in names
+    }
 
 
 def share_of_reading(seen: Moments, weight: Tensor) -> Tensor:
-    """(channels,) the share of each channel in what moves a layer's output; the shares add up to one."""
+    """Returns each channel's share in the variance of a layer's output, (channels,); they add up to one."""
     scores = channel_scores(seen.deviation, weight).square()
-    return scores / scores.sum().clamp_min(torch.finfo(scores.dtype).tiny)  # where nothing moves it, no share
+    return scores / scores.sum().clamp_min(torch.finfo(scores.dtype).tiny)  # zeros if the inputs are constant
 
 
 def observe(
     vit: nn.Module, batches: Iterable[Tensor], inputs: Mapping[str, Moments], outputs: Mapping[str, Moments]
 ) -> Tensor:
-    """Runs the images through the model and counts what the named layers read and write. Returns a few."""
+    """Adds the inputs and outputs of the named layers to their moments. Returns a few of the images."""
     hooks = [
         vit.get_submodule(name).register_forward_hook(lambda _, read, wrote, m=m: m.add(read[0]))
         for name, m in inputs.items()
@@ -190,12 +192,12 @@ def observe(
 
 
 def change_bases(state: dict[str, Tensor], attn: str, qkv: Moments, attended: Moments) -> None:
-    """Gives every head of one attention layer, in place, its best bases.
+    """Changes every head of an attention layer to its best bases, in place.
 
     Args:
-        attn: the layer's name, with its dot.
-        qkv: of the layer's queries, keys and values: 3 x heads groups of head_dim.
-        attended: of what the heads hand to the projection: heads groups of head_dim.
+        attn: the layer's name, ending in a dot.
+        qkv: moments of the queries, keys and values: 3 x heads groups of head_dim.
+        attended: moments of the projection's input: heads groups of head_dim.
     """
     heads, size, _ = attended.second.shape
     parts = [name for name in (f"{attn}qkv.weight", f"{attn}qkv.bias") if name in state]

@@ -1,4 +1,4 @@
-"""Other points of a family than it was trained at: a grid to train, or what needs no training."""
+"""Adds points to a family: a grid of sizes and shares of tokens to train, or points that need no training."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,9 +18,9 @@ from scala_cli.watch import QUIET, Watcher
 def open_grid(
     name: str, ratios: str | None, grid: GridSettings, changes: Changes | None = None, **how: Any
 ) -> tuple[SlimmableViT, Record]:
-    """Opens what a family is trained from, at every size and share of tokens: `open_slimmable`, `in_grid`.
+    """Opens a model to train at every size and share of tokens of a grid, as `open_slimmable` and `in_grid`.
 
-    A MODEL takes images of the largest size, unless `changes` says another one.
+    A MODEL that is not a checkpoint takes images of the largest size, unless `changes` sets one.
     """
     sizes, changes = parse_sizes(grid.sizes or ""), changes or Changes()
     if sizes and changes.img_size is None and not is_checkpoint(name):
@@ -30,9 +30,9 @@ def open_grid(
 
 
 def in_grid(net: SlimmableViT, grid: GridSettings) -> SlimmableViT:
-    """Returns the family at every size and with every share of tokens, to be trained.
+    """Returns the family with every size and share of tokens of a grid, to be trained.
 
-    Raises PointError for what is not written so, and for points that the model cannot have.
+    Raises PointError for invalid grid settings, and for points that the model cannot have.
     """
     spec = net.spec
     blocks = parse_blocks(grid.drop_blocks) if grid.drop_blocks else spec.tokens.blocks
@@ -49,15 +49,15 @@ def with_untrained(
     settings: TokenSettings,
     watch: Watcher = QUIET,
 ) -> tuple[SlimmableViT, list[Point]]:
-    """Returns the family with the wanted points added that need no training, and the wanted points.
+    """Returns the family, with those wanted points added that need no training; and the wanted points.
 
-    These are shares of tokens of a family that was not trained to pass on fewer, by merging unless told
-    otherwise; and, where nothing was trained, other sizes, whose position embedding is resampled.
+    These are shares of tokens if the family was not trained to reduce tokens (merged, unless `settings` says
+    otherwise), and other sizes if the widths were not trained (the position embedding is resampled).
 
     Args:
-        wanted: None is all points of the family.
+        wanted: None means all points of the family.
 
-    Raises PointError for a point that needs training and has had none.
+    Raises PointError for a point that needs training.
     """
     asked = [Point.of(text) for text in wanted or ()]
     reduced = any(point.keep < 1 for point in net.points)

@@ -1,4 +1,4 @@
-"""How transformers prepares a picture (preprocessor_config.json), in timm's settings."""
+"""Converts transformers' image preprocessing (preprocessor_config.json) to timm's settings."""
 
 import math
 from collections.abc import Mapping
@@ -19,21 +19,21 @@ Size = tuple[int, int]
 
 
 def timm_settings(
-    told: Mapping[str, Any], image: Size, origin: object, channels: int = 3
+    processor: Mapping[str, Any], image: Size, origin: object, channels: int = 3
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns timm's mean, std, interpolation, crop_pct and crop_mode, and notes on where timm differs.
+    """Returns timm's mean, std, interpolation, crop_pct and crop_mode, and notes on what timm does otherwise.
 
     Args:
-        told: the content of preprocessor_config.json.
+        processor: the content of preprocessor_config.json.
         image: input size of the model in pixels.
         origin: the file, for messages.
-        channels: of the model's input.
+        channels: input channels of the model.
 
     Raises CheckpointError for a setting of the wrong type.
     """
-    kind = told.get("image_processor_type", told.get("feature_extractor_type", "ViT"))
+    kind = processor.get("image_processor_type", processor.get("feature_extractor_type", "ViT"))
     of_kind = DEFAULTS["DeiT" if str(kind).startswith("DeiT") else "ViT"]
-    seen = {"image_mean": HALF, "image_std": HALF, "rescale_factor": 1 / 255, **of_kind, **told}
+    seen = {"image_mean": HALF, "image_std": HALF, "rescale_factor": 1 / 255, **of_kind, **processor}
     try:
         settings = {
             **pixels(seen),
@@ -47,7 +47,7 @@ def timm_settings(
 
 
 def pixels(seen: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns mean and deviation for pixels in 0 to 1: timm's scale, not always that of transformers."""
+    """Returns mean and std for pixels in 0 to 1, timm's scale; transformers may use another scale."""
     scale = 255 * seen["rescale_factor"] if seen.get("do_rescale", True) else 255
     mean, std = (
         (seen["image_mean"], seen["image_std"]) if seen.get("do_normalize", True) else ([0.0] * 3, [1.0] * 3)
@@ -58,7 +58,7 @@ def pixels(seen: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def crop(seen: Mapping[str, Any], image: Size) -> tuple[dict[str, Any], list[str]]:
-    """Returns resize and crop settings, and notes. For odd margins timm's crop may be off by one pixel."""
+    """Returns timm's resize and crop settings, and notes. With odd margins its crop may be one pixel off."""
     if not seen.get("do_resize", True):
         return {}, ["pictures are not resized there, but are here; give them the model's size"]
     mode, height, width = resized(seen["size"])
@@ -79,7 +79,7 @@ def crop(seen: Mapping[str, Any], image: Size) -> tuple[dict[str, Any], list[str
 
 
 def resized(size: Any) -> tuple[str, int, int]:
-    """(timm's crop mode, height, width) of a size: 224, {"height", "width"} or {"shortest_edge"}."""
+    """Returns (timm's crop mode, height, width) of a size: 224, {"height", "width"} or {"shortest_edge"}."""
     if isinstance(size, Mapping) and "shortest_edge" in size:
         return "center", int(size["shortest_edge"]), int(size["shortest_edge"])
     if isinstance(size, Mapping):
@@ -89,6 +89,6 @@ def resized(size: Any) -> tuple[str, int, int]:
 
 
 def kept(cut: int, whole: int) -> float:
-    """Returns the share for which timm's floor(cut / share) gives `whole`."""
+    """Returns the crop_pct for which timm's resize, floor(cut / crop_pct), equals `whole`."""
     share = cut / whole
     return share if math.floor(cut / share) == whole else cut / (whole + 0.5)

@@ -1,6 +1,6 @@
-"""The architectures that timm knows only once `scala_cli` is imported: with fewer tokens, and LV-ViT.
+"""Registers architectures with timm: ViTs with fewer tokens, and LV-ViT.
 
-They are registered while other modules of this package are still being imported, so they import these when
+This happens while other modules of this package are still being imported, so the functions import those when
 called.
 """
 
@@ -20,7 +20,7 @@ from timm.models import (
 if TYPE_CHECKING:
     from scala_cli.slicing.tokens import Reduction
 
-import_module("scala_cli.models.lvvit")  # which needs nothing of this package and registers its own
+import_module("scala_cli.models.lvvit")  # registers LV-ViT; imports nothing of this package
 
 __all__ = ["scala_vit", "slimmed_vit"]
 
@@ -34,12 +34,12 @@ def scala_vit(
     blocks: tuple[int, ...] = (),
     **args: Any,
 ) -> VisionTransformer:
-    """timm's ViT `base` that reduces its tokens.
+    """Builds timm's ViT `base` with fewer tokens.
 
     Args:
         keep: share of the tokens that each dropping block passes on.
-        tokens, blocks: how they are reduced, as `TokenRule`.
-        args: those of `base`.
+        tokens, blocks: how tokens are reduced, as in `TokenRule`.
+        args: arguments of `base`.
     """
     from scala_cli.models.block import MergeBlock, SlimBlock, pass_on
     from scala_cli.slicing.point import Point
@@ -61,12 +61,12 @@ def slimmed_vit(
     keep: float = 0.5,
     **args: Any,
 ) -> VisionTransformer:
-    """timm's ViT `base` with token slimming modules (models/slimmed.py).
+    """Builds timm's ViT `base` with token slimming modules (models/slimmed.py).
 
     Args:
-        tsm: how many patch tokens go on behind a block, by the block's number.
-        stages, keep: instead of `tsm`, as `slim_counts`.
-        args: those of `base`.
+        tsm: block number -> how many patch tokens it passes on.
+        stages, keep: used without `tsm`, as in `slim_counts`.
+        args: arguments of `base`.
     """
     from scala_cli.models.slimmed import build
 
@@ -88,11 +88,11 @@ PAPER = {
     "sit_m": ("lvvit_m", (10, 4, 3, 3)),
     "sit_l": ("lvvit_l", (10, 4, 3, 7)),
 }
-"""SiT's models (arXiv 2111.12624, table 8): what is slimmed, and its stages."""
+"""SiT's models (arXiv 2111.12624, table 8): name -> the model that is slimmed, and its stages."""
 
 
 def entry(name: str) -> Callable[..., VisionTransformer]:
-    """Returns the function that timm calls to build SiT's model of that name."""
+    """Returns the function that timm calls to build SiT's model `name`."""
     base, stages = PAPER[name]
 
     def build(pretrained: bool = False, **args: Any) -> VisionTransformer:

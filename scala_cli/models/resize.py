@@ -1,4 +1,4 @@
-"""Images at another size, as a model of several sizes makes them of one batch."""
+"""Resizes a batch of images to the size of a point."""
 
 from typing import Any, Literal
 
@@ -13,5 +13,5 @@ HOW: dict[Resize, dict[str, Any]] = {
 
 
 def resized(images: Tensor, size: int, how: Resize = "bilinear") -> Tensor:
-    """(B, C, H, W) -> (B, C, size, size); images of that size stay as they are."""
+    """Resizes images (B, C, H, W) to (B, C, size, size); images of that size are returned unchanged."""
     return images if images.shape[-2:] == (size, size) else F.interpolate(images, (size, size), **HOW[how])

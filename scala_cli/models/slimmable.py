@@ -11,7 +11,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from scala_cli.models.dense import Features, features
-from scala_cli.models.modes import drop_alike, imitate, rebuilt
+from scala_cli.models.modes import copy_dropout, copy_modes, rebuilt
 from scala_cli.models.resize import resized
 from scala_cli.models.views import Stamp, fill, stamp, weights_of
 from scala_cli.models.vit import Spec, embedding_at
@@ -25,26 +25,26 @@ Ratio = str | float | Fraction | Point
 
 
 class SlimmableViT(nn.Module):
-    """Every point of a family, widths, sizes and shares of tokens, in one set of full-width weights.
+    """A family in one set of full-width weights: points of several widths, sizes and shares of tokens.
 
     The forward at a width is timm's own forward, run on views of the kept channels; in training the last
-    block may skip tokens that are not read (`modes.skip_unread`). Several threads may call it. A point
-    with a size resizes the images to it.
+    block may skip tokens that the head does not read (`modes.skip_unread`). It is thread-safe. A point with a
+    size resizes the images to it.
 
     Args:
         vit: the full-width timm model.
         spec: what `vit` is built from.
-        rule: which channels each width keeps; its ratios are the widths this model answers at.
-        extra: tensors that timm has no place for, as in `extra.safetensors` of a checkpoint: the vectors that
-            single widths have of their own (`slicing/own.py`), the position embeddings of other sizes, and
-            what leads back to the channels that the model had before these were put in order
-            (`slicing/original.py`), which is not trained. An embedding that is missing is resampled.
-        points: what it answers at; None is the widths of the rule.
+        rule: which channels each width keeps.
+        extra: tensors that timm has no place for, as in `extra.safetensors` of a checkpoint: the norms and
+            biases that a width has of its own (`slicing/own.py`), the position embeddings of other sizes, and
+            the untrained maps back to the original channels (`slicing/original.py`). A missing embedding is
+            resampled.
+        points: the members of the family; None means the widths of the rule.
 
     Raises:
-        PointError: where a width does not divide the model's channels, a size is no multiple of the patch,
-            or a share of tokens cannot be passed on.
-        CheckpointError: where the slicing table does not know a parameter.
+        PointError: if a width does not divide the model's channels, a size is no multiple of the patch size,
+            or the blocks cannot reduce tokens to a share.
+        CheckpointError: if the slicing table has no row for a parameter.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class SlimmableViT(nn.Module):
         self._forget_skeletons()
 
     def embeddings(self, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the position embedding of every size but the family's own: from `extra`, or resampled."""
+        """Returns the position embeddings for all sizes but the family's own: from `extra`, or resampled."""
         full: Any = self.vit
         others = {point.size: self.spec.at_point(Point(Fraction(1), point.size)) for point in self.points}
         wanted = {
@@ -86,7 +86,7 @@ class SlimmableViT(nn.Module):
         }
 
     def spec_at(self, point: Point) -> Spec:
-        """Returns what the model of a point is built from. Raises PointError where there can be none."""
+        """Returns the Spec of the model of a point. Raises PointError if the model cannot have this point."""
         spec, full = self.spec.at_point(point), self.vit
         if point.keep < 1:
             depth, prefix = len(full.blocks), full.num_prefix_tokens
@@ -94,9 +94,9 @@ class SlimmableViT(nn.Module):
         return spec
 
     def find(self, wanted: Ratio | None = None) -> Point:
-        """Returns the point that is meant; None the widest. Without a size it is the family's own.
+        """Returns one of `points`; None means the widest. A point without a size has the family's own.
 
-        Raises PointError for one that is not one of `points`.
+        Raises PointError if it is not one of `points`.
         """
         return self.widest if wanted is None else find_point(wanted, self.points, self.spec.size)
 
@@ -107,12 +107,12 @@ class SlimmableViT(nn.Module):
 
     @property
     def vectors(self) -> dict[str, Tensor]:
-        """The vectors that single widths have of their own, by their names in `extra`."""
+        """The norms and biases that a width has of its own, by their names in `extra`."""
         return {name.replace("/", "."): tensor for name, tensor in self.own.items()}
 
     @property
     def original(self) -> dict[str, Tensor]:
-        """The tensors that lead back to the channels before ordering, by name; empty without ordering."""
+        """The maps back to the original channels, by name; empty if the channels were never reordered."""
         return {name.replace("/", "."): tensor for name, tensor in self.before.named_buffers()}
 
     @property
@@ -120,37 +120,34 @@ class SlimmableViT(nn.Module):
         return self.points[-1]
 
     def with_points(self, points: Sequence[Point]) -> "SlimmableViT":
-        """Returns the same weights with other points, each cut from the end it was trained at."""
+        """Returns the family with other points; each width still keeps the end that it was trained at."""
         bounds = self.rule.span if self.rule.isolated else None
         return self.like(rule=replace(self.rule, ratios=widths_of(points), bounds=bounds), points=points)
 
     def like(self, **others: Any) -> "SlimmableViT":
-        """Returns the same family with some of its parts replaced: the arguments of the constructor."""
+        """Returns the family with some arguments of the constructor replaced."""
         return SlimmableViT(**{**self.parts(), **others})
 
     def parts(self) -> dict[str, Any]:
-        """Returns the arguments of the constructor that make this family."""
+        """Returns the constructor's arguments for this family."""
         names = {"vit": self.vit, "spec": self.spec, "rule": self.rule}
         return {**names, "extra": self.extra, "points": self.points}
 
     def copied(self) -> "SlimmableViT":
-        """A copy with weights of its own, built for training (`modes.rebuilt`)."""
+        """Returns a copy with its own weights, built for training (`modes.rebuilt`)."""
         extra = {name: tensor.detach().clone() for name, tensor in self.extra.items()}
         return self.like(vit=rebuilt(self.vit, self.spec), extra=extra)
 
     def forward(self, images: Tensor, ratio: Ratio | None = None) -> Tensor:
-        """Logits at a point.
+        """Returns the logits at a point, (B, num_classes).
 
-        Without gradients the views of a width are kept until the weights change, so switching to it
-        again costs a fraction of a millisecond (docs/performance.md). Changes made to weights through `.data`
-        are not noticed.
+        Without gradients the views of a width are cached until the weights change, so switching to it again
+        costs a fraction of a millisecond (docs/performance.md). The cache does not notice changes made
+        through `.data`.
 
         Args:
             images: (B, C, H, W), normalised.
-            ratio: one of `points`, such as "0.5" or "0.5@160~0.7"; left out, the widest.
-
-        Returns:
-            (B, num_classes)
+            ratio: one of `points`, such as "0.5" or "0.5@160~0.7"; by default the widest.
 
         Raises:
             PointError: for a point that is not one of `points`.
@@ -159,7 +156,7 @@ class SlimmableViT(nn.Module):
         return self.at(point)(self.fitting(images, point))
 
     def fitting(self, images: Tensor, point: Point) -> Tensor:
-        """Returns images (B, C, H, W) at the size of a point; as they are if it has none."""
+        """Returns images (B, C, H, W) at the size of a point; unchanged if it has none."""
         return images if point.size is None else resized(images, point.size, self.spec.resize)
 
     @overload
@@ -179,30 +176,30 @@ class SlimmableViT(nn.Module):
         blocks: int | Sequence[int] | None = None,
         grid: bool = False,
     ) -> Features | list[Features]:
-        """Returns features of every token at a width, C of them, in the full model's space at every width.
+        """Returns features of every token at a point, in the full model's C channels at every width.
 
-        Without `blocks` they are the final normed tokens, in a model for features as its head reads them.
-        Those after a block are mapped back into the channels that the model had before these were put in
-        order: at full width they are those of the original model, up to their mean over channels, which no
-        norm notices; at a narrower width they lie in the part of that space that the width keeps.
+        Without `blocks` they are the final normed tokens, in a model for features passed through its head.
+        Those after a block are mapped back to the original channels, before these were put in order: at full
+        width they equal the original model's up to their mean over channels, which no norm sees; at a
+        narrower width they lie in the subspace that the width keeps.
 
         Args:
             images: (B, C, H, W), normalised.
-            ratio: one of `points`; left out, the widest.
-            blocks: numbers of blocks, from 0, or from the end where negative; or how many of the last.
+            ratio: one of `points`; by default the widest.
+            blocks: block numbers from 0, negative ones from the end; or how many of the last blocks.
             grid: return the patch tokens as a map (B, C, h, w) instead of (B, N, C).
 
         Returns:
-            `Features`, or a list of them with one for each block.
+            `Features`; with `blocks`, a list with one for each block.
 
         Raises:
-            PointError: for a width that is not one of `points`, and a block that the model does not have.
+            PointError: for a point that is not one of `points`, or a block that the model does not have.
         """
         point = self.find(ratio)
         return features(self, self.fitting(images, point), point, blocks, grid)
 
     def compile(self, **options: Any) -> None:
-        """Compiles every point by itself, at its first forward."""
+        """Compiles every point separately, at its first forward."""
         self.vit.compile(**options)
         for point in self.points:
             if not self.is_whole(point):
@@ -215,27 +212,26 @@ class SlimmableViT(nn.Module):
 
     @torch.no_grad()
     def slice(self, ratio: Ratio, fixed_size: bool = False) -> VisionTransformer:
-        """A timm model of one point with its own copy of the weights, in evaluation mode.
+        """Returns a timm model of one point with its own copy of the weights, in evaluation mode.
 
         Args:
-            fixed_size: return a model that takes only images of its own size, which exporters can trace, even
-                if timm's takes any size.
+            fixed_size: make it take images of one size only, so that exporters can trace it.
         """
         point = self.find(ratio)
         spec, state = self.spec_at(point), self.cut(point, self.vit.state_dict(), copy=True)
         return (spec.of_fixed_size() if fixed_size else spec).build_with(state)
 
     def cut(self, point: Point, weights: Mapping[str, Tensor], copy: bool = False) -> dict[str, Tensor]:
-        """Returns the tensors of a point, cut from those of the full model (`Rule.slice_state`)."""
+        """Returns the tensors of a point, cut from the full model's `weights` (`Rule.slice_state`)."""
         extra = self.extra
         own = own_vectors(extra, point.ratio)
         return self.rule.slice_state(at_size(weights, extra, point.size), point.ratio, copy=copy, own=own)
 
     def at(self, point: Point | Fraction) -> VisionTransformer:
-        """Returns the model of a point, or of a width, on views of the current weights.
+        """Returns the model of a point or a width, on views of the current weights.
 
-        It is in the same mode as the full model and takes images of the point's size. Threads with and
-        without gradients never share a skeleton: views made without gradients are detached from the weights.
+        It is in the full model's modes and takes images of the point's size. Calls with and without gradients
+        never share a skeleton, as views made without gradients are detached from the weights.
         """
         point = Point.of(point)
         if self.is_whole(point):
@@ -248,7 +244,7 @@ class SlimmableViT(nn.Module):
                 fill(skeleton, self.views(point, weights, now))
                 if now is not None:
                     self._stamps[point] = now
-            imitate(skeleton, self.vit)
+            copy_modes(skeleton, self.vit)
         return skeleton
 
     def weights(self, ratio: Fraction) -> dict[str, Tensor]:
@@ -256,7 +252,11 @@ class SlimmableViT(nn.Module):
         return weights_of(self.vit)
 
     def views(self, point: Point, weights: Mapping[str, Tensor], now: Stamp | None) -> dict[str, Tensor]:
-        """Returns the tensors of a point; without gradients all points of a width share what is cut."""
+        """Returns the tensors of a point; without gradients all points of a width share one cached cut.
+
+        Args:
+            now: the stamp of the current weights; None with gradients, and then nothing is cached.
+        """
         own_size = replace(point, size=None, keep=Fraction(1))
         held, state = self._cuts.get(point.ratio, (None, {}))
         if now is None or held != now:
@@ -269,7 +269,7 @@ class SlimmableViT(nn.Module):
     def _empty_skeleton(self, point: Point, graded: bool) -> VisionTransformer:
         if (point, graded) not in self._skeletons:
             skeleton = self.spec_at(point).build(slim=True)
-            drop_alike(skeleton, self.vit)
+            copy_dropout(skeleton, self.vit)
             self._skeletons[point, graded] = skeleton
         return self._skeletons[point, graded]
 
@@ -280,7 +280,7 @@ class SlimmableViT(nn.Module):
         self._lock = RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the skeletons, whose tensors are views of the weights: a copy makes its own."""
+        """Leaves out the skeletons, whose tensors are views of the weights; a copy makes its own."""
         return {name: value for name, value in self.__dict__.items() if name not in CACHE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Token slimming modules (SiT, arXiv 2111.12624): a ViT whose tokens are merged by a learnt soft assignment.
 
-To timm such a model is an architecture of its own, `slimmed_vit` (models/registered.py). Without the modules
-its weights are an ordinary ViT's, so they lie beside it in a checkpoint (`extra.safetensors`).
+timm builds such a model as a separate architecture, `slimmed_vit` (models/registered.py). The other weights
+are an ordinary ViT's, so a checkpoint holds those of the modules in `extra.safetensors`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,22 +17,22 @@ from scala_cli.models.block import SlimBlock
 from scala_cli.slicing.slim import logits_of, pooling, slim_counts
 
 MODULE = ".tsm."
-"""In the names of the modules' parameters."""
+"""Part of the names of the modules' parameters."""
 SLIMMED_ARGS = ("base", "tsm", "stages", "keep")
-"""Arguments of `slimmed_vit` beside those of the model that is slimmed."""
+"""Arguments that `slimmed_vit` takes besides those of the model that is slimmed."""
 
 
 class TokenSlimming(nn.Module):
-    """Merges tokens into fewer, each a weighted mean of all (section 3.1); tokens before the patches pass by.
+    """Merges patch tokens into fewer, each a weighted mean of all (section 3.1); prefix tokens are unchanged.
 
-    Beside the paper's logits, which come from what a token holds, each place has one of its own, so that the
-    module can start as a mean of neighbours. Where it is zero, the module is the paper's.
+    The paper computes the logits from the tokens alone. Here each pair of an output and an input token also
+    has a learnt bias, so that the module can start as a mean of neighbours. With zeros it is the paper's.
 
     Args:
         dim: channels of the stream.
-        given: patch tokens that come in.
-        tokens: those that go on.
-        prefix: tokens before the patches.
+        given: number of patch tokens coming in.
+        tokens: number of patch tokens going out.
+        prefix: number of tokens before the patches.
     """
 
     def __init__(self, dim: int, given: int, tokens: int, prefix: int) -> None:
@@ -45,34 +45,34 @@ class TokenSlimming(nn.Module):
         self.bias = nn.Parameter(torch.zeros(tokens, given))
 
     def shares(self, patches: Tensor) -> Tensor:
-        """(B, given, C) -> (B, tokens, given): what each that goes on is made of; rows add up to one."""
+        """Returns the weights of the means, (B, given, C) -> (B, tokens, given); rows add up to one."""
         logits = self.query(F.gelu(self.key(self.norm(patches)))).mT * self.scale
         return (logits + self.bias).softmax(-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, prefix + given, C) -> (B, prefix + tokens, C)"""
+        """Maps (B, prefix + given, C) to (B, prefix + tokens, C)."""
         patches = x[:, self.prefix :]
         return torch.cat([x[:, : self.prefix], self.shares(patches) @ patches], 1)
 
 
 class SlimmedBlock(SlimBlock):
-    """A block that may have a token slimming module behind it."""
+    """A block that may be followed by a token slimming module."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
         self.tsm: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor, *masks: Any, **named: Any) -> Tensor:
-        """(B, N, C) -> (B, M, C)"""
+        """Maps (B, N, C) to (B, M, C)."""
         return self.tsm(super().forward(x, *masks, **named))
 
 
 def put_behind(vit: Any, counts: Mapping[int, int]) -> None:
-    """Gives some blocks, in place, a token slimming module.
+    """Adds a token slimming module behind some blocks, in place.
 
     Args:
         vit: a model of SlimmedBlocks.
-        counts: as `slim_counts`.
+        counts: block number -> how many patch tokens it passes on.
     """
     given, like = vit.patch_embed.num_patches, vit.patch_embed.proj.weight
     for number, tokens in sorted(counts.items()):
@@ -88,22 +88,23 @@ def modules_of(vit: Any) -> dict[int, TokenSlimming]:
 
 
 def counts_of(vit: Any) -> dict[int, int]:
-    """Returns the counts that a model was built with, as `slim_counts`."""
+    """Returns {block number: patch tokens that it passes on} for the blocks with a token slimming module."""
     return {number: module.tokens for number, module in modules_of(vit).items()}
 
 
 def apart(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Returns the tensors of the ViT, and those of its token slimming modules."""
+    """Splits a state dict into the tensors of the ViT and those of its token slimming modules."""
     slim = {name: t for name, t in state.items() if MODULE in name and name.startswith("blocks.")}
     return {name: tensor for name, tensor in state.items() if name not in slim}, slim
 
 
 @torch.no_grad()
 def start_slimming(vit: Any, start: str, seed: int) -> None:
-    """Sets the weights with which training begins, in place.
+    """Initialises the token slimming modules for training, in place.
 
     Args:
-        start: "pool", means of neighbouring patches; or "random", the paper's, every token of all alike.
+        start: "pool", each token the mean of neighbouring patches; or "random", as in the paper, each token
+            about the mean of all.
     """
     grid = vit.patch_embed.grid_size
     random = torch.Generator().manual_seed(seed)
@@ -121,7 +122,7 @@ def start_slimming(vit: Any, start: str, seed: int) -> None:
 
 
 def build(base: str, tsm: Mapping[str, int] | None, stages: Sequence[int], keep: float, **args: Any) -> Any:
-    """Returns timm's model `base` with token slimming modules: at `tsm`, or behind `stages`."""
+    """Returns timm's model `base` with token slimming modules: as in `tsm`, else from `stages` and `keep`."""
     vit: Any = timm.create_model(base, block_fn=SlimmedBlock, **args)
     vit.base = base
     share = Fraction(keep).limit_denominator(1 << 14)

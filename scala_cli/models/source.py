@@ -1,4 +1,4 @@
-"""From a name a user knows (MODEL) to a slimmable ViT."""
+"""Opens the model that a user names (MODEL) as a slimmable ViT."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from timm.models import VisionTransformer
 from torch import Tensor
 
 from scala_cli.errors import CheckpointError
-from scala_cli.models.authors import is_theirs, open_theirs
+from scala_cli.models.authors import is_scala, open_scala
 from scala_cli.models.checkpoint import Record, load_with_record, read_extra
 from scala_cli.models.config import Config
 from scala_cli.models.create import check_patches, create, refuse_broken, skeleton_of
@@ -30,17 +30,17 @@ from scala_cli.slicing.table import Layout
 from scala_cli.watch import QUIET, Watcher
 
 TOLERANCE = 1e-3
-"""Of the largest logit; other weights differ by far more, rounding by far less."""
+"""Largest allowed difference of logits, relative to the largest logit (rounding is far below it)."""
 
 
 @dataclass(frozen=True)
 class Changes:
-    """How the model is to differ from the one its name stands for; None keeps what it has.
+    """Changes to the named model; None changes nothing.
 
     Args:
-        num_classes: classes of a new head.
-        img_size: pixels a side; timm resamples the position embedding.
-        patch_size: pixels a side; timm resamples the patch embedding.
+        num_classes: number of classes of a new head.
+        img_size: side of the images in pixels; timm resamples the position embedding.
+        patch_size: side of the patches in pixels; timm resamples the patch embedding.
     """
 
     num_classes: int | None = None
@@ -51,7 +51,7 @@ class Changes:
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def words(self) -> list[str]:
-        """The options of `scala finetune` that say the same."""
+        """Returns the changed sizes as options of `scala finetune`."""
         return [
             word for name, size in self.sizes().items() for word in (f"--{name.replace('_', '-')}", str(size))
         ]
@@ -62,12 +62,12 @@ class Changes:
 
 @dataclass(frozen=True)
 class Opened:
-    """A model as it was opened.
+    """An opened model.
 
     Args:
         net: the slimmable model.
-        record: what is known of it.
-        original: timm's own model on the weights of the source as they came, with the source's eps.
+        record: its record.
+        original: timm's model on the unchanged weights of the source, with the source's eps.
     """
 
     net: SlimmableViT
@@ -78,7 +78,7 @@ class Opened:
 def open_model(
     model: str, points: Sequence[Point] | None, changes: Changes | None = None, **how: Any
 ) -> tuple[SlimmableViT, Record]:
-    """Pretrained weights as a slimmable model: the same function at full width, sliceable at `points`.
+    """Opens pretrained weights as a slimmable model: the same function at full width, sliceable at `points`.
 
     Arguments and errors are those of `open_source`.
     """
@@ -98,28 +98,29 @@ def open_source(
     heads: int | None = None,
     watch: Watcher = QUIET,
 ) -> Opened:
-    """Pretrained weights as a slimmable model, beside timm's own model on them.
+    """Opens pretrained weights as a slimmable model, together with timm's model on the same weights.
 
     Args:
-        points: the widths; None gives a checkpoint of the Scala authors its own, others the default ones.
-        model: an alias (`deit_s`), a timm name, `hf-hub:org/repo`, a directory in timm's format, or a
-            weight file that names its architecture, or a directory of transformers.
+        model: an alias (`deit_s`), a timm name, `hf-hub:org/repo`, a directory in the format of timm or
+            transformers, or a weight file that names its architecture.
+        points: the points; None means the trained ones of a family by Scala's or SuperViT's authors, and the
+            default widths for any other model.
         weights: a file (.safetensors, or a pickle that holds tensors only) to read instead of downloading.
-        scratch: random weights.
-        average: take the moving average that a weight file of a training script holds beside the weights.
-        heads: of a file that does not tell, as those of the authors of SuperViT, LV-ViT and SiT; None is one
-            for 64 channels.
+        scratch: use random weights.
+        average: take the moving average that a training script saved beside the weights.
+        heads: number of heads, for files that do not show it, as those of the authors of SuperViT, LV-ViT
+            and SiT; None means one per 64 channels.
 
     Raises:
-        CheckpointError: unknown name, no network, unreadable or unfitting weights, unsupported model.
-        PointError: a width that does not divide the model's channels.
+        CheckpointError: for an unknown name, no network, unreadable or misfit weights, an unsupported model.
+        PointError: for a width that does not divide the model's channels.
     """
     changes = changes or Changes()
     source = find_source(model, weights, scratch, average, heads)
     for note in source.notes:
         watch.note(note)
     file = str(weights or model)
-    if is_theirs(source):
+    if is_scala(source):
         return open_family(source, file, points, changes, layout)
     if (weights or weight_file(model)) and source.weights and is_supervit(source.weights()):
         return open_sizes(source, file, points, changes, layout, heads)
@@ -129,14 +130,14 @@ def open_source(
     config = source.config.with_args(**changes.sizes(), **counted)
     points = points or parse_points(DEFAULT_RATIOS)
     refuse_uncut(config, points)
-    torch.manual_seed(0)  # random weights, or a new head, are the same on every call
+    torch.manual_seed(0)  # makes random weights and new heads reproducible
     state = source.weights() if source.weights and not scratch else None
     vit = create(config, state, changes.num_classes, pretrained=state is None and not scratch).eval()
     refuse_broken(vit, str(weights or model))
     came_with: Any = vit.pretrained_cfg
     features = about.get("features", False)
     if features and changes.num_classes is not None:
-        # what the head gives are features, also where these are as many as the classes
+        # the head outputs features: replace it even if there are as many of them as classes
         vit.reset_classifier(changes.num_classes)
     new_head = vit.num_classes != came_with.get("num_classes") or (features and bool(changes.num_classes))
     original, vit = vit, describe(vit, config.model_args).build_with(vit.state_dict())
@@ -149,20 +150,21 @@ def open_source(
     if source.eps is not None and not scratch:
         original = norms_with_eps(original, source.eps)
         vit = spec.build_with(with_eps(vit.state_dict(), spec, source.eps))
-    way_back = {} if scratch else way_back_of(model, about, state, new_head)
+    original_tensors = {} if scratch else original_tensors_of(model, about, state, new_head)
     rule = Rule(widths_of(points), spec.num_heads, layout=layout)
-    net = SlimmableViT(vit, spec, rule, way_back, points)
+    net = SlimmableViT(vit, spec, rule, original_tensors, points)
     return Opened(net, record, original)
 
 
-def way_back_of(
+def original_tensors_of(
     model: str, about: Mapping[str, Any], state: Mapping[str, Tensor] | None, new_head: bool
 ) -> dict[str, Tensor]:
-    """Returns what leads back to the channels a checkpoint had before; empty for any other model.
+    """Returns the tensors that map back to a checkpoint's original channels; {} for any other model.
 
     Args:
-        about: what it tells of itself.
-        state: its weights; the head of a model for features leads back too, which another will not.
+        about: the "scala" object of its config.json.
+        state: its weights. The head of a model for features is such a map too, and is kept here when a new
+            head replaces it.
     """
     if not about or "sliced_from" in about:
         return {}
@@ -173,7 +175,11 @@ def way_back_of(
 
 
 def refuse_trained(model: str, about: Mapping[str, Any]) -> None:
-    """Raises CheckpointError for a family of widths that has been trained."""
+    """Raises CheckpointError for a trained family.
+
+    Args:
+        about: the "scala" object of its config.json.
+    """
     if about.get("method") and "sliced_from" not in about:
         raise CheckpointError(
             f"{model} is a trained family of widths; converting it again would mix them up.",
@@ -183,7 +189,7 @@ def refuse_trained(model: str, about: Mapping[str, Any]) -> None:
 
 
 def refuse_uncut(config: Config, points: Sequence[Point]) -> None:
-    """Raises CheckpointError or PointError for a model that cannot be cut so, without its weights."""
+    """Raises CheckpointError or PointError if a model cannot be cut to these points; loads no weights."""
     spec = describe(skeleton_of(config))
     check_patches(spec)
     for point in points:
@@ -193,10 +199,10 @@ def refuse_uncut(config: Config, points: Sequence[Point]) -> None:
 def record_of(
     model: str, weights: Path | None, scratch: bool, source: Source, about: Mapping[str, Any], new_head: bool
 ) -> Record:
-    """Returns the record of a model that was just opened.
+    """Returns the record of a newly opened model.
 
     Args:
-        about: what the checkpoint or slice tells of itself, where it is one.
+        about: the "scala" object of a checkpoint or a slice; {} for any other model.
     """
     file = weights or weight_file(model)
     called = model
@@ -217,13 +223,13 @@ def record_of(
 def open_family(
     source: Source, file: str, points: Sequence[Point] | None, changes: Changes, layout: Layout
 ) -> Opened:
-    """A checkpoint of the Scala authors' release, which is a trained family of widths already."""
+    """Opens a checkpoint released by the Scala authors: an already trained family of widths."""
     if changes.given() or layout == "fused":
         raise CheckpointError(
             f"{file} is a family of widths by Scala's authors; it is converted as it is.",
             remedy="leave_as_it_is",
         )
-    net, original = open_theirs(source, file)
+    net, original = open_scala(source, file)
     refuse_broken(original, file)
     for point in points or ():
         find_point(point, net.points)
@@ -240,7 +246,7 @@ def open_sizes(
     layout: Layout,
     heads: int | None,
 ) -> Opened:
-    """A checkpoint of the SuperViT authors' release: a trained family of sizes and shares of tokens."""
+    """Opens a checkpoint released by the SuperViT authors: a trained family of sizes and shares of tokens."""
     if changes.given() or layout == "fused":
         raise CheckpointError(
             f"{file} is a family of sizes by SuperViT's authors; it is converted as it is.",
@@ -256,9 +262,10 @@ def open_sizes(
 
 @torch.inference_mode()
 def distance(net: SlimmableViT, original: VisionTransformer, exact: bool = True) -> float:
-    """The largest difference of logits between `net`, as timm builds its checkpoint, and the original.
+    """Returns the largest difference of logits between `net`, rebuilt by timm, and the original.
 
-    Raises CheckpointError where it is more than rounding, if they are to be exact.
+    Args:
+        exact: raise CheckpointError if the difference is more than rounding.
     """
     probe = random_images(net.spec, 2)
     expected = original(probe)
@@ -282,12 +289,11 @@ def open_slimmable(
     scratch: bool = False,
     watch: Watcher = QUIET,
 ) -> tuple[SlimmableViT, Record]:
-    """A slimmable checkpoint as it is, or with other widths; any other MODEL converted on the fly.
+    """Opens a slimmable checkpoint, or converts any other MODEL on the fly.
 
     Args:
-        ratios: "0.25,0.5,..."; None keeps a checkpoint's own, and gives a MODEL the default ones.
-        changes, weights: as `open_source`, of a MODEL only.
-        scratch: a MODEL gets random weights.
+        ratios: "0.25,0.5,..."; None means a checkpoint's own points, and the default widths for a MODEL.
+        changes, weights, scratch: as in `open_source`; not for a checkpoint.
     """
     if is_checkpoint(name):
         if weights or (changes and changes.given()):
@@ -302,7 +308,7 @@ def open_slimmable(
 
 
 def open_backbone(name: str, spec: Spec, watch: Watcher = QUIET) -> SlimmableViT:
-    """A checkpoint, or any other MODEL at the sizes of `spec`, without its classifier.
+    """Opens a checkpoint, or any other MODEL at the sizes of `spec`, without its classifier.
 
     Raises as `open_slimmable` and `for_task`.
     """
@@ -314,13 +320,13 @@ def open_backbone(name: str, spec: Spec, watch: Watcher = QUIET) -> SlimmableViT
 
 
 def is_checkpoint(name: str) -> bool:
-    """Whether a name stands for a slimmable checkpoint; an alias never does, a slice is an ordinary model."""
+    """Whether a name means a slimmable checkpoint; an alias or a slice does not."""
     about = about_of(name)
     return bool(about) and "sliced_from" not in about
 
 
 def about_of(name: str) -> dict[str, Any]:
-    """Returns the "scala" object of the checkpoint or slice of that name; empty for anything else."""
+    """Returns the "scala" object of the checkpoint or slice of this name; {} for anything else."""
     if name in ALIASES:
         return {}
     try:

@@ -1,4 +1,4 @@
-"""A ViT in stages: its forward cut at the residual stream, so that its layers can be worked on one by one."""
+"""Splits the forward of a ViT into stages along the residual stream, so that each can be run separately."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ HEAD_NORMS = ("norm", "fc_norm")
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage.
+    """One stage of the forward.
 
     Args:
         parts: names of its modules.
@@ -36,7 +36,7 @@ class Stage:
     norms: tuple[str, ...] = ()
 
     def layers(self, vit: VisionTransformer) -> dict[str, nn.Module]:
-        """Its linear layers and norms, by name."""
+        """Returns the stage's linear layers and norms, by name."""
         inside = tuple(f"{part}." for part in self.parts)
         return {
             name: module
@@ -46,7 +46,9 @@ class Stage:
 
 
 def stages(vit: VisionTransformer, every_token: bool = False) -> list[Stage]:
-    """Returns all stages after the embedding, in order: the halves of each block, then the head.
+    """Returns all stages after the embedding: norm_pre, the two branches of each block, then the head.
+
+    A token slimming module is a stage after its block.
 
     Args:
         every_token: whether the head reads the patch tokens as well, not only the pooled one.
@@ -78,29 +80,29 @@ def add_branch(parts: tuple[str, ...]) -> Callable[[Any, Tensor], Tensor]:
 
 
 def slim_behind(number: int) -> Callable[[Any, Tensor], Tensor]:
-    """Returns a function: tokens -> those that the token slimming module behind a block makes of them."""
+    """Returns a function that runs the token slimming module behind a block."""
     return lambda vit, tokens: vit.blocks[number].tsm(tokens)
 
 
 def embed(vit: VisionTransformer, images: Tensor) -> Tensor:
-    """(B, C, H, W) images -> (B, N, C) tokens before the first stage."""
+    """Returns the tokens before the first stage: (B, C, H, W) images -> (B, N, C)."""
     return vit.patch_drop(vit._pos_embed(vit.patch_embed(images)))
 
 
 def normed(vit: VisionTransformer, tokens: Tensor) -> Tensor:
-    """Applies the final norm to (B, N, C) tokens after the last block, be it before or after pooling."""
+    """Applies the model's final norm, which timm runs before or after pooling, to (B, N, C) tokens."""
     return vit.fc_norm(vit.norm(tokens))
 
 
 class Reached(Exception):
-    """Ends a forward at the layer whose input was wanted."""
+    """Stops a forward at the layer whose input is wanted."""
 
     def __init__(self, read: Tensor) -> None:
         self.read = read
 
 
 def read_by(layer: nn.Module, stage: Stage, vit: VisionTransformer, tokens: Tensor) -> Tensor:
-    """Returns the input of a layer for the tokens before its stage; stops the forward at that layer."""
+    """Returns a layer's input, by running its stage on `tokens` and stopping at the layer."""
 
     def stop(_: nn.Module, read: tuple[Tensor, ...]) -> None:
         raise Reached(read[0])
@@ -115,7 +117,7 @@ def read_by(layer: nn.Module, stage: Stage, vit: VisionTransformer, tokens: Tens
 
 @contextmanager
 def hooked(hooks: Iterable[Any]) -> Iterator[None]:
-    """Removes the hooks after the block."""
+    """Removes the hooks at the end of the block."""
     placed = list(hooks)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The residual stream of a ViT and the norms it is read through."""
+"""The residual stream of a ViT and the norms through which its layers read it."""
 
 import math
 import re
@@ -16,19 +16,19 @@ PARTS = ("weight", "bias")
 WRITERS = re.compile(
     r"(cls|dist|reg)_token|pos_embed|patch_embed\.proj\.(weight|bias)|blocks\.\d+\.(attn\.proj|mlp\.fc2)\..*"
 )
-"""All that is written to the stream of a DeiT or a plain ViT."""
+"""Parameters that write to the stream of a DeiT or a plain ViT."""
 NEGLIGIBLE = 1e-4
-"""Largest change of a logit that counts as none; putting channels in order is held to the same."""
+"""Largest change of a logit that counts as none, as for `order.TOLERANCE`."""
 Norms = dict[str, list[str]]
-"""name of a norm -> the linear layers that read the stream through it"""
+"""Name of a norm -> the linear layers that read the stream through it."""
 
 
 def norms_of(vit: VisionTransformer) -> Norms:
-    """The norms between the stream and its readers, first to last.
+    """Returns the norms through which layers read the stream, first to last; {} if it must not be rotated.
 
-    Empty where the stream has no free basis: where it passes a norm itself (norm_pre), or is read past one,
-    or through anything but LayerNorm, or by a layer without a bias to take a norm's up, or is pooled by
-    attention.
+    Rotation needs that the stream passes no norm itself (such as norm_pre), that it is read only through
+    LayerNorms with scale and bias, by linear layers with a bias, and that it is not pooled by attention or
+    maximum.
     """
     norms: Norms = {}
     for number in range(len(vit.blocks)):
@@ -50,13 +50,13 @@ def norms_of(vit: VisionTransformer) -> Norms:
 
 
 def mlp_readers(vit: nn.Module, block: str) -> list[str]:
-    """The names of the layers with which a block's MLP reads its input; a gated one has two."""
+    """Returns the names of the layers that read a block's MLP input; a gated MLP has two."""
     mlp = vit.get_submodule(f"{block}.mlp")
     return [f"{block}.mlp.{name}" for name in ("fc1", "fc1_g", "fc1_x") if hasattr(mlp, name)]
 
 
 def linear_heads(vit: nn.Module) -> list[str]:
-    """The names of the classifiers that read the stream; without classes there are none."""
+    """Returns the names of the model's linear classifiers."""
     return [name for name in ("head", "head_dist") if isinstance(getattr(vit, name, None), nn.Linear)]
 
 
@@ -65,10 +65,10 @@ def is_affine_layer_norm(module: nn.Module) -> bool:
 
 
 def make_norms_plain(state: dict[str, Tensor], table: Table, norms: Norms) -> None:
-    """Rewrites the state, in place, so that the stream can be rotated and the function stays.
+    """Rewrites the state, in place, so that rotating the stream does not change the function.
 
-    Scale and bias of the norms move into the layers that read them, those of LayerScale into the layers
-    before; and all that is written to the stream loses its mean over channels, which no reader sees.
+    Scale and bias of each norm are folded into the layers that read it, each LayerScale into the layer before
+    it. The mean over channels is removed from all that is written to the stream; no norm sees it.
     """
     gammas = [name for name in state if name.endswith(".gamma")]
     for name in gammas:
@@ -97,9 +97,9 @@ def make_norms_plain(state: dict[str, Tensor], table: Table, norms: Norms) -> No
 
 
 def centre_reading(state: dict[str, Tensor], norm: str, readers: list[str], mean: Tensor) -> None:
-    """Takes its mean over tokens from a plain norm's output and adds it to the readers' biases, in place.
+    """Moves the mean of a plain norm's output over tokens into its readers' biases, in place.
 
-    A channel that is cut then takes only its deviation away.
+    Cutting a channel then loses only its deviation from the mean.
 
     Args:
         mean: (C,) of the norm's output.
@@ -111,12 +111,12 @@ def centre_reading(state: dict[str, Tensor], norm: str, readers: list[str], mean
 
 @torch.no_grad()
 def with_eps(state: Mapping[str, Tensor], spec: Spec, eps: float) -> dict[str, Tensor]:
-    """The weights with which timm, with its own eps, computes what these do where every norm has `eps`.
+    """Returns weights that compute the same with timm's eps as the given ones with `eps` in every norm.
 
     x / sqrt(var(x) + eps) is s x / sqrt(var(s x) + own) for s = sqrt(own / eps), and the residual stream is
-    read through norms alone: so all that is written to it is multiplied by s. Where the difference is
-    NEGLIGIBLE the weights stay as they are: AdamW moves large weights no further than small ones, so that
-    weights multiplied by a thousand would hardly learn.
+    read only through norms: so all that is written to it is multiplied by s. If the difference is NEGLIGIBLE
+    the weights are returned unchanged: AdamW's steps do not grow with a weight, so weights a thousand times
+    as large would hardly learn.
     """
     theirs, probe = spec.build_with(state), random_images(spec, 2)
     ours = theirs(probe)
@@ -128,7 +128,7 @@ def with_eps(state: Mapping[str, Tensor], spec: Spec, eps: float) -> dict[str, T
 
 
 def norms_with_eps(vit: VisionTransformer, eps: float) -> VisionTransformer:
-    """The same model, changed in place, with `eps` in every norm."""
+    """Sets `eps` in every LayerNorm of a model, in place, and returns the model."""
     for module in vit.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = eps

@@ -1,8 +1,8 @@
-"""Checkpoints of the SuperViT authors (arXiv 2205.11397), in timm's terms.
+"""Converts checkpoints of the SuperViT authors (arXiv 2205.11397) to a family of sizes and shares of tokens.
 
-Theirs is a DeiT under timm's names, but for one position embedding a size, `pos_embed_list.0` and so on, each
-with a slot for the class token. What it was built with is read off the tensors. The number of heads leaves no
-trace in them, nor do the shares of tokens: these are the paper's.
+Such a checkpoint is a DeiT under timm's names, but has one position embedding for each size,
+`pos_embed_list.0` and so on, each including the class token. All sizes are read off the tensors, except the
+number of heads and the shares of tokens, which no tensor shows; the shares are the paper's.
 """
 
 import math
@@ -24,19 +24,21 @@ from scala_cli.slicing.rule import Rule
 LIST = "pos_embed_list."
 KEEPS = "0.5,0.7,1"
 HEAD_DIM = 64
-"""Of all models that they released."""
+"""Channels per head in all released models."""
 
 
 def is_supervit(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict has the parameter names of SuperViT."""
     return f"{LIST}0" in state
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the tensors tell of the model.
+    """Dimensions of a SuperViT.
 
     Args:
-        sizes: pixels a side for each position embedding, in the order of the list.
+        args: arguments of timm's VisionTransformer.
+        sizes: image side in pixels for each position embedding, in the order of the list.
     """
 
     args: dict[str, Any]
@@ -46,7 +48,7 @@ class Shape:
 def shape_of(state: Mapping[str, Tensor], heads: int | None, origin: str) -> Shape:
     """Reads the dimensions off the tensors.
 
-    Raises CheckpointError where they are not of such a model, or its heads are not known.
+    Raises CheckpointError if they are not a SuperViT's, or its number of heads is unknown.
     """
     try:
         channels, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
@@ -95,10 +97,10 @@ def shape_of(state: Mapping[str, Tensor], heads: int | None, origin: str) -> Sha
 
 
 def open_supervit(source: Source, heads: int | None, origin: str) -> tuple[SlimmableViT, VisionTransformer]:
-    """The family that computes what theirs does at every size and share of tokens, and its full model.
+    """Returns a family equal to the released model at every size and share of tokens, and its full model.
 
     Args:
-        heads: None for an embedding of 64 channels a head.
+        heads: number of heads; None means one per 64 channels.
         origin: the file, for messages.
 
     Raises CheckpointError as `shape_of`, and for the first key that does not fit.

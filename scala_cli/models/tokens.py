@@ -1,7 +1,7 @@
-"""What a ViT returns and every patch token beside it, all through its head.
+"""Computes the output of a ViT together with its patch tokens, all passed through its head.
 
-The head of a backbone without a classifier is the identity of the full model (models/features.py), so all of
-them lie in the full model's feature space, whatever the width.
+The head of a backbone without a classifier starts as the identity (models/features.py), so at every width
+all of them are in the full model's feature space.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,9 +23,9 @@ def answer_and_patches(vit: VisionTransformer, images: Tensor) -> Tensor:
         images: (B, channels, H, W), normalised.
 
     Returns:
-        (B, 1 + patches, C). `[:, 0]` is what the model itself returns: its class token, or what it pools (the
-        mean if it pools nothing). Register tokens are left out. Where tokens are slimmed, each patch has the
-        mean of those that it went into.
+        (B, 1 + patches, C). `[:, 0]` is the model's own output: of the class token or the pooled token (the
+        mean if the model does not pool). Register tokens are left out. If tokens are slimmed, each patch gets
+        the mean of the tokens that it was merged into.
     """
     with slimming(vit) as shares:
         tokens = vit.forward_features(images)
@@ -33,12 +33,12 @@ def answer_and_patches(vit: VisionTransformer, images: Tensor) -> Tensor:
 
 
 def read_every(model: VisionTransformer, tokens: Tensor, shares: Sequence[Tensor] = ()) -> Tensor:
-    """The same from (B, N, C) tokens after the last block and the norm that follows it.
+    """Returns the same as `answer_and_patches`, from (B, N, C) tokens after the last block and its norm.
 
-    Every module is called once, so that hooks see each of them once.
+    Every module is called once, so that hooks run once.
 
     Args:
-        shares: how tokens were slimmed, as `slimming` finds.
+        shares: weights of the token slimming modules, from `slimming`.
     """
     vit: Any = model
     patches = put_back(tokens[:, vit.num_prefix_tokens :], shares)
@@ -53,16 +53,16 @@ def read_every(model: VisionTransformer, tokens: Tensor, shares: Sequence[Tensor
 
 @contextmanager
 def slimming(vit: VisionTransformer) -> Iterator[list[Tensor]]:
-    """While active, collects how the model's token slimming modules distribute tokens, in order.
+    """Yields a list that collects the weights of the model's token slimming modules during a forward.
 
-    Each is (B, tokens that go on, tokens that come in), without gradient; none in a model without modules.
+    Each is (B, tokens going out, tokens coming in), without gradient. A model without modules has none.
     """
     found: list[Tensor] = []
     mine = get_ident()  # other threads may run the same model
 
     def note(module: TokenSlimming, read: tuple[Tensor, ...], wrote: Tensor) -> None:
         if get_ident() == mine:
-            with torch.no_grad():  # gradient checkpointing would miss what is saved for it
+            with torch.no_grad():  # the recomputation of gradient checkpointing runs without this hook
                 found.append(module.shares(read[0][:, module.prefix :]))
 
     hooks = [module.register_forward_hook(note) for module in modules_of(vit).values()]
@@ -74,11 +74,11 @@ def slimming(vit: VisionTransformer) -> Iterator[list[Tensor]]:
 
 
 def put_back(patches: Tensor, shares: Sequence[Tensor]) -> Tensor:
-    """Returns a token for each patch of the image: the mean of those it went into, weighted by its share.
+    """Returns a token for each patch of the image: the weighted mean of the tokens that it was merged into.
 
     Args:
-        patches: (B, N, C) after the last of the modules that `shares` is of.
-        shares: as `slimming` finds.
+        patches: (B, N, C) after the last of the modules in `shares`.
+        shares: weights of the token slimming modules, from `slimming`.
     """
     for share in reversed(shares):
         patches = (share / share.sum(1, keepdim=True)).mT @ patches

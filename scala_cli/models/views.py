@@ -1,4 +1,4 @@
-"""timm's own forward on tensors that are not the model's: how every width is run."""
+"""Runs timm's own forward on views of the full weights, as every width does."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,22 +27,22 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def fill(skeleton: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Gives a model these tensors in place of its parameters and buffers, by name.
+    """Replaces parameters and buffers of a model by these tensors, by name.
 
     They stay until the next call, because a backward pass may run a block again (gradient checkpointing).
-    Each is replaced in a single assignment, so a thread that runs the model at the same time always finds
-    one.
+    Each is replaced in a single assignment, so a thread that runs the model meanwhile never finds one
+    missing.
     """
     for name, tensor in state.items():
         layer, _, leaf = name.rpartition(".")
         module = skeleton.get_submodule(layer)
-        module.__dict__[leaf] = tensor  # takes precedence over a registered one, and is never missing
+        module.__dict__[leaf] = tensor  # takes precedence over a registered tensor
         module._parameters.pop(leaf, None)
         module._buffers.pop(leaf, None)
 
 
 def stamp(tensors: Iterable[Tensor]) -> Stamp | None:
-    """Returns a value that changes whenever one of these tensors does: its address and version counter.
+    """Returns the tensors' addresses and version counters, which change whenever a tensor does.
 
     None for tensors made in inference mode, which have no version counter.
     """

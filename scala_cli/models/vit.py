@@ -1,4 +1,4 @@
-"""timm's Vision Transformers: the only file that knows their internals."""
+"""Describes, builds and checks timm's Vision Transformers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -28,26 +28,23 @@ from scala_cli.slicing.rule import kept_count
 from scala_cli.slicing.tokens import TokenRule
 
 MODULES = ("deit", "vision_transformer", "vision_transformer_hybrid", "vitamin", "lvvit")
-"""The files, of timm and of this package, that build timm's class VisionTransformer; other architectures are
-other classes."""
+"""Modules of timm and this package whose architectures are of timm's class VisionTransformer."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Everything timm needs to build one ViT again, and the three widths that slicing narrows.
+    """Everything timm needs to rebuild a ViT, and the sizes that slicing narrows.
 
     Args:
         architecture: timm's name, without a tag.
         model_args: arguments for `timm.create_model`, JSON-able.
         pretrained_cfg: timm's input and label settings (mean, std, interpolation, label_names, ...).
         block: the class of its blocks.
-        features: whether its outputs are no classes but features, those of a full model without a classifier
-            (models/features.py).
-        tsm: how many patch tokens go on behind a block, by its number, where token slimming modules stand
-            (models/slimmed.py).
-        tokens: how its blocks reduce their tokens where `keep` is below 1.
+        features: whether it outputs features instead of classes (models/features.py).
+        tsm: block number -> how many patch tokens its token slimming module passes on (models/slimmed.py).
+        tokens: how its blocks reduce tokens if `keep` is below 1.
         keep: share of the tokens that each dropping block passes on.
-        resize: how a family brings images to the size of a point.
+        resize: how a family resizes images to the size of a point.
     """
 
     architecture: str
@@ -69,12 +66,12 @@ class Spec:
 
     @property
     def is_of_this_package(self) -> bool:
-        """Whether timm knows its architecture only once `scala_cli` has been imported."""
+        """Whether `scala_cli` must be imported before timm knows the architecture."""
         return bool(self.tsm) or self.keep < 1 or is_model_in_modules(self.architecture, ("lvvit",))
 
     @property
     def token_counts(self) -> str:
-        """The numbers of patch tokens from stage to stage: "196, 98, 49, 24"."""
+        """Number of patch tokens in each stage: "196, 98, 49, 24"."""
         return ", ".join(map(str, (self.patches, *self.tsm.values())))
 
     @property
@@ -94,7 +91,7 @@ class Spec:
 
     @property
     def size(self) -> int | None:
-        """Pixels a side; None of a model for images that are no squares."""
+        """Side of the image in pixels; None if images are not square."""
         _, height, width = self.input_size
         return height if height == width else None
 
@@ -107,31 +104,32 @@ class Spec:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """The patches of an image: (rows, columns)."""
+        """Rows and columns of patches in an image."""
         (_, height, width), patch = self.input_size, self.patch_size
         return height // patch[0], width // patch[1]
 
     @property
     def patches(self) -> int:
-        """The number of patches of an image."""
+        """Number of patches in an image."""
         return math.prod(self.grid)
 
     def at(self, ratio: Fraction) -> "Spec":
-        """The narrower ViT of a width, as timm builds it. Raises PointError where it does not divide."""
+        """Returns the Spec of a narrower ViT. Raises PointError if the ratio leaves no whole channels."""
         if ratio == 1:
             return self
         head_dim = kept_count(self.head_dim, ratio)
         dim, hidden = head_dim * self.num_heads, kept_count(self.hidden_dim, ratio)
         if self.tsm:
-            kept_count(self.embed_dim // 2, ratio)  # of the modules' own layer
+            kept_count(self.embed_dim // 2, ratio)  # checks the modules' hidden layer
         # timm computes int(dim * mlp_ratio): half a channel more keeps the product above the integer
         narrow = {"embed_dim": dim, "num_heads": self.num_heads, "mlp_ratio": (hidden + 0.5) / dim}
         return replace(self, model_args={**self.model_args, **narrow}, embed_dim=dim, hidden_dim=hidden)
 
     def at_point(self, point: Point) -> "Spec":
-        """The ViT of a point: narrower, for another size of images, with fewer tokens.
+        """Returns the Spec of a point: narrower, for another image size, with fewer tokens.
 
-        Raises PointError where the width does not divide, or the size is no multiple of the patch.
+        Raises PointError if the width leaves no whole channels, the size is no multiple of the patch size, or
+        the model cannot have another size or fewer tokens.
         """
         spec = replace(self.at(point.ratio), keep=point.keep)
         if self.tsm and (point.keep < 1 or point.size not in (None, self.size)):
@@ -159,20 +157,20 @@ class Spec:
         return replace(spec, model_args={**spec.model_args, "img_size": size}, pretrained_cfg=cfg)
 
     def of_fixed_size(self) -> "Spec":
-        """The same model, which does not resample its position embedding to the image."""
+        """Returns the Spec of a model for images of one size, without resampling the position embedding."""
         return replace(self, model_args={**self.model_args, "dynamic_img_size": False})
 
     def naming(self, classes: Sequence[str]) -> "Spec":
-        """The same model with a class of its head for each name."""
+        """Returns the Spec with a head for these classes."""
         cfg = {**self.pretrained_cfg, "num_classes": len(classes), "label_names": list(classes)}
         args = {**self.model_args, "num_classes": len(classes)}
         return replace(self, model_args=args, pretrained_cfg=cfg, features=False)
 
     def build(self, slim: bool = False) -> VisionTransformer:
-        """The model's skeleton, in evaluation mode: on the meta device, without weights.
+        """Returns the model's skeleton, on the meta device without weights, in evaluation mode.
 
         Args:
-            slim: with SlimBlocks in place of timm's plain Blocks.
+            slim: use SlimBlocks instead of timm's plain Blocks.
         """
         args: dict[str, Any] = {**self.model_args, "pretrained_cfg": dict(self.pretrained_cfg)}
         if (slim or self.tsm or self.keep < 1) and self.block is Block:
@@ -185,7 +183,7 @@ class Spec:
         return refuse_unless_plain(vit).eval()
 
     def build_with(self, state: Mapping[str, Tensor], origin: object = "the state") -> VisionTransformer:
-        """The model on the given tensors, not copied.
+        """Returns the model on the given tensors, without copying them.
 
         Raises CheckpointError, naming `origin` and the first key that does not fit.
         """
@@ -196,21 +194,21 @@ class Spec:
 
 
 def skeleton(architecture: str, **args: Any) -> nn.Module:
-    """timm's model on the meta device: every shape, no weights.
+    """Returns timm's model on the meta device: all shapes, no weights.
 
-    timm initialises weights there too unless told not to, which takes six times as long as all else.
+    It skips timm's initialisation, which takes six times as long as everything else even on that device.
     """
     if is_model_in_modules(architecture, (*MODULES, "registered")):
         args["weight_init"] = "skip"
     with torch.device("meta"):
         model = timm.create_model(architecture, **args)
     for name in ("weight_init", "block_fn"):
-        getattr(model, "_model_args", {}).pop(name, None)  # timm saves these with a model
+        getattr(model, "_model_args", {}).pop(name, None)  # timm would save these with a model
     return model
 
 
 def embedding_at(vit: Any, spec: Spec) -> Tensor:
-    """Returns the position embedding for the size of a spec, (1, N, C), resampled as timm does."""
+    """Returns the position embedding for the size of a spec, (1, N, C), resampled by timm."""
     return resample_abs_pos_embed(
         vit.pos_embed.detach(),
         [*spec.grid],
@@ -220,7 +218,7 @@ def embedding_at(vit: Any, spec: Spec) -> Tensor:
 
 
 def random_images(spec: Spec, count: int) -> Tensor:
-    """(count, C, H, W), the same on every call."""
+    """Returns random images (count, C, H, W), the same on every call."""
     return torch.randn(count, *spec.input_size, generator=torch.Generator().manual_seed(0))
 
 
@@ -241,7 +239,7 @@ def refuse_misfit(model: nn.Module, state: Mapping[str, Tensor], origin: object,
 
 
 def describe(model: nn.Module, args: Mapping[str, Any] | None = None) -> Spec:
-    """The Spec of a timm model; `args` are the arguments it was created with.
+    """Returns the Spec of a timm model; `args` are the arguments it was created with.
 
     Raises CheckpointError, with the reason, for a model that is not a plain VisionTransformer.
     """
@@ -261,7 +259,7 @@ def describe(model: nn.Module, args: Mapping[str, Any] | None = None) -> Spec:
     if cfg.get("num_classes") != vit.num_classes:
         cfg.pop("label_names", None)
     cfg["num_classes"] = vit.num_classes
-    cfg["architecture"] = getattr(vit, "base", cfg["architecture"])  # of one with token slimming modules
+    cfg["architecture"] = getattr(vit, "base", cfg["architecture"])  # set if it has token slimming modules
     cfg["input_size"] = [model_args["in_chans"], *model_args["img_size"]]
     block, tsm = vit.blocks[0], counts_of(vit)
     if tsm:
@@ -279,14 +277,14 @@ def describe(model: nn.Module, args: Mapping[str, Any] | None = None) -> Spec:
 
 
 def width_of(vit: Any) -> int:
-    """The channels of the residual stream; `embed_dim` is not what is left of a model that was pruned."""
+    """Returns the channels of the residual stream; `embed_dim` would be wrong for a pruned model."""
     return vit.patch_embed.proj.out_channels
 
 
 def refuse_unless_plain(model: nn.Module) -> VisionTransformer:
-    """The same model, if stock parts make it up; else CheckpointError with the first reason found.
+    """Returns the model if it has only plain timm parts; else raises CheckpointError with the first reason.
 
-    Types are compared exactly: a subclass may use its parameters in another way.
+    Types are compared exactly, as a subclass may use its parameters in another way.
     """
     vit: Any = model
     if type(model) in (VisionTransformer, VisionTransformerDistilled):
@@ -308,7 +306,7 @@ def refuse_unless_plain(model: nn.Module) -> VisionTransformer:
 
 
 def first_odd_part(vit: VisionTransformer) -> str:
-    """Returns the first part of a VisionTransformer that is not timm's own; empty for a plain one."""
+    """Returns the first part of a VisionTransformer that cannot be sliced; "" if there is none."""
     if type(vit.patch_embed) is not PatchEmbed:
         return f"its patch embedding is a {type(vit.patch_embed).__name__}"
     if type(vit.attn_pool) not in (type(None), AttentionPoolLatent):
@@ -324,7 +322,7 @@ def first_odd_part(vit: VisionTransformer) -> str:
 
 
 def first_odd_size(vit: Any) -> str:
-    """Returns the first layer whose width is not that of a plain ViT; empty if there is none."""
+    """Returns the first layer with another width than in a plain ViT; "" if there is none."""
     first = {name: parameter.shape for name, parameter in vit.blocks[0].named_parameters()}
     for number, block in enumerate(vit.blocks):
         for name, parameter in block.named_parameters():
@@ -342,10 +340,9 @@ def times(shape: Sequence[int]) -> str:
 
 
 def has_bare_stream(vit: VisionTransformer) -> bool:
-    """Whether the residual stream is what is written to it: no norm on its way, none after a branch.
+    """Whether the residual stream is the sum of what is written to it: no norm on it or after a branch.
 
-    Nor is it pooled by attention, which reads it past the last norm, nor by the largest value of a channel
-    over tokens, which another basis does not keep.
+    It must not be pooled by attention either, nor by maximum over tokens, which depends on the basis.
     """
     on_its_way = (vit.norm_pre, getattr(vit.patch_embed, "norm", nn.Identity()))
     return (
@@ -357,23 +354,23 @@ def has_bare_stream(vit: VisionTransformer) -> bool:
 
 
 def choose_attention(vit: nn.Module, device: torch.device, bfloat16: bool) -> None:
-    """Chooses which of timm's two implementations of attention a model uses; its narrower widths follow it.
+    """Sets fused or explicit attention in a model; its narrower widths use the same.
 
-    Fused attention, except in bfloat16 on a CPU, where the explicit one trains 1.9 times as fast (DeiT-Ti
-    widths, 65 tokens; docs/performance.md).
+    Fused, except in bfloat16 on a CPU, where explicit attention trains 1.9 times as fast (DeiT-Ti widths, 65
+    tokens; docs/performance.md).
     """
     use_fused(vit, not (device.type == "cpu" and bfloat16))
 
 
-def attend_alike(skeleton: Any, vit: Any) -> None:
-    """Gives a narrower model the full one's implementation of attention."""
+def copy_attention(skeleton: Any, vit: Any) -> None:
+    """Sets fused or explicit attention in a narrower model as in the full one."""
     fused = vit.blocks[0].attn.fused_attn
     if skeleton.blocks[0].attn.fused_attn != fused:
         use_fused(skeleton, fused)
 
 
 def use_fused(vit: nn.Module, fused: bool) -> None:
-    """Sets which implementation of attention every block, and the pooling, uses."""
+    """Sets fused or explicit attention in every block and in attention pooling."""
     for module in vit.modules():
         if isinstance(module, Attention | AttentionPoolLatent):
             module.fused_attn = fused  # type: ignore[misc]  # Final for TorchScript only

@@ -1,7 +1,7 @@
-"""Tensors that lead from the channels of a model in order back to those that it had before.
+"""Tensors that map the channels of a model put in order back to its original channels.
 
-They are no part of timm's model and lie in `extra.safetensors`. As they have rows in the slicing table, they
-are rewritten with the weights when channels are put in order, and cut with them.
+They are not part of timm's model and are saved in `extra.safetensors`. They have rows in the slicing table,
+so ordering channels changes them together with the weights, and slicing cuts them.
 """
 
 from collections.abc import Mapping
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 BASIS = "stream.basis"
-"""(C, C): tokens x (..., C) between two blocks were x @ basis before, up to their mean over channels."""
+"""(C, C): maps tokens x (..., C) between two blocks to x @ basis, up to their mean over channels."""
 WEIGHT, BIAS = "tokens.weight", "tokens.bias"
-"""(C, C) and (C,): normed tokens y (..., C) were y @ weight.T + bias before.
+"""(C, C) and (C,): map normed tokens y (..., C) to y @ weight.T + bias.
 
-A model that gives features has its head for this."""
+In a model for features its head is this map."""
 NAMES = (BASIS, WEIGHT, BIAS)
 
 
 def original_of(extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns those of the tensors of `extra.safetensors` that lead back to the former channels."""
+    """Returns the tensors of `extra.safetensors` that map back to the original channels."""
     return {name: extra[name] for name in NAMES if name in extra}
 
 
-def unchanged(name: str, channels: int) -> Tensor:
-    """Returns one of these tensors for a model whose channels are as they were."""
+def identity_tensor(name: str, channels: int) -> Tensor:
+    """Returns one of these tensors for a model whose channels were never reordered."""
     return torch.zeros(channels) if name == BIAS else torch.eye(channels)

@@ -1,7 +1,8 @@
-"""What a width or a size has of its own, in place of what all share.
+"""Norms and biases that a width has of its own, and position embeddings that a size has of its own.
 
-Norms and biases are few (0.3 % of a ViT-S's parameters), but the narrower a slice, the less the full width's
-suit it, for its activations have other means and deviations (as the switchable norms of arXiv 1812.08928).
+Norms and biases are few (0.3 % of a ViT-S's parameters). The narrower a slice, the less those of the full
+width suit it, as its activations have other means and deviations (compare the switchable norms of arXiv
+1812.08928).
 """
 
 from collections import ChainMap
@@ -14,7 +15,7 @@ from scala_cli.slicing.point import decimal
 
 
 def own_name(ratio: Fraction, name: str) -> str:
-    """Returns the name in `extra.safetensors`: "0.5:blocks.0.norm1.weight"."""
+    """Returns the name of a width's own vector in `extra.safetensors`: "0.5:blocks.0.norm1.weight"."""
     return f"{decimal(ratio)}:{name}"
 
 
@@ -41,6 +42,6 @@ def size_name(size: int) -> str:
 def at_size(
     weights: Mapping[str, Tensor], extra: Mapping[str, Tensor], size: int | None
 ) -> Mapping[str, Tensor]:
-    """Returns the full width's weights with the position embedding for a size, if that has its own."""
+    """Returns the full width's weights with the position embedding of a size, if `extra` has one."""
     embedding = None if size is None else extra.get(size_name(size))
     return weights if embedding is None else ChainMap({POSITIONS: embedding}, weights)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A point: one member of the family that a slimmable ViT holds."""
+"""Points: the members of a slimmable ViT's family, with a width, an image size and a share of tokens."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,22 +9,22 @@ from typing import Any
 
 from scala_cli.errors import PointError
 
-NUMBER = r"[\d.]{1,40}(?:/\d{1,40}|e[+-]?\d{1,2})?"  # bounded: the exact value of 1e999999 fills the memory
+NUMBER = r"[\d.]{1,40}(?:/\d{1,40}|e[+-]?\d{1,2})?"  # bounded, as 1e999999 as an exact Fraction fills memory
 LABEL = re.compile(rf"\s*(-?{NUMBER})(?:@(\d{{1,6}}))?(?:~({NUMBER}))?\s*", re.IGNORECASE)
 
 
 @total_ordering
 @dataclass(frozen=True)
 class Point:
-    """A width, the size of the image it takes, and how many of its tokens go on.
+    """A width, an image size and a share of tokens.
 
     Points are ordered by ratio, then size, then keep.
 
     Args:
-        ratio: share of the full model's channels, exact, so that 0.1 read from a command line, a file and a
-            float are one key.
-        size: pixels a side; None is the size of the family.
-        keep: share of the patch tokens that each token-dropping block keeps.
+        ratio: share of the full model's channels; exact, so that 0.1 from a command line, a file or a float
+            is the same key.
+        size: side of the image in pixels; None means the family's size.
+        keep: share of the tokens that each dropping block passes on.
     """
 
     ratio: Fraction
@@ -54,9 +54,9 @@ class Point:
 
     @classmethod
     def of(cls, point: "str | float | Fraction | Point") -> "Point":
-        """The point of "0.5", "1/3", "0.5@160", "0.5@160~0.7", of a float or a Fraction.
+        """Returns the point of "0.5", "1/3", "0.5@160", "0.5@160~0.7", a float or a Fraction.
 
-        Raises PointError for anything else. A float, as in JSON, becomes the simplest fraction close to it.
+        A float, as in JSON, becomes the simplest fraction close to it. Raises PointError for anything else.
         """
         if isinstance(point, Point):
             return point
@@ -74,26 +74,26 @@ class Point:
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> "Point":
-        """The point that the `columns` of a row name."""
+        """Returns the point of a row with the fields of `columns`."""
         size = row.get("size")
         label = str(cls.of(row["ratio"])) + ("" if size is None else f"@{size}")
         return cls.of(f"{label}~{cls.of(float(row.get('keep', 1)))}")
 
     def columns(self) -> dict[str, Any]:
-        """Returns the fields that name the point in rows and JSON: {"ratio"}, "size" and "keep" if set."""
+        """Returns the point's fields in rows and JSON: {"ratio"}, with "size" and "keep" if set."""
         sized = {} if self.size is None else {"size": self.size}
         kept = {} if self.keep == 1 else {"keep": float(self.keep)}
         return {"ratio": float(self.ratio), **sized, **kept}
 
     @property
     def label(self) -> str:
-        """Its name in metrics and files: "0.5", "0.5@160~0.7", "1/3" where decimals do not end."""
+        """The point's name in metrics and files: "0.5", "0.5@160~0.7", or "1/3" if decimals do not end."""
         size = "" if self.size is None else f"@{self.size}"
         return decimal(self.ratio) + size + ("" if self.keep == 1 else f"~{decimal(self.keep)}")
 
     @property
     def file_name(self) -> str:
-        """The label with no slash in it: "1_3"."""
+        """The label without slashes: "1_3"."""
         return self.label.replace("/", "_")
 
     def __str__(self) -> str:
@@ -101,13 +101,13 @@ class Point:
 
 
 def decimal(share: Fraction) -> str:
-    """A fraction as a person writes it: "0.25", or "1/3" where decimals do not end."""
+    """Formats a fraction: "0.25", or "1/3" if decimals do not end."""
     text = f"{float(share):.10g}"
     return text if Fraction(text) == share else str(share)
 
 
 def parse_points(text: str) -> tuple[Point, ...]:
-    """The points of "0.25,0.5,0.75,1", smallest first."""
+    """Returns the points of "0.25,0.5,0.75,1", smallest first. Raises PointError if there are none."""
     points = {Point.of(part) for part in parts_of(text)}
     if not points:
         raise PointError(
@@ -123,9 +123,10 @@ def parse_points(text: str) -> tuple[Point, ...]:
 def grid(
     points: Iterable[Point], sizes: Sequence[int] = (), keeps: Sequence[Fraction] = ()
 ) -> tuple[Point, ...]:
-    """Returns every point at every size and with every share of tokens, smallest first; none given, as it is.
+    """Returns every point at every size and with every share of tokens, smallest first.
 
-    Raises PointError for a point that has a size or a share of its own beside those given.
+    Without `sizes` or `keeps` points keep their own. Raises PointError for a point that has its own size
+    although `sizes` are given, or its own share although `keeps` are.
     """
     points = tuple(points)
     for point in points:
@@ -139,10 +140,10 @@ def grid(
 
 
 def sized(points: Iterable[Point], own: int | None) -> tuple[Point, ...]:
-    """Returns the points as a family has them: all with their size, none if all have the family's own.
+    """Returns a family's points, all with a size; without sizes if all have the family's own.
 
     Args:
-        own: the size of a point without one.
+        own: the family's own size, of points without one.
     """
     points = [replace(point, size=point.size or own) for point in points]
     plain = all(point.size == own for point in points)
@@ -150,7 +151,7 @@ def sized(points: Iterable[Point], own: int | None) -> tuple[Point, ...]:
 
 
 def parse_sizes(text: str) -> tuple[int, ...]:
-    """The sizes of "128,160,224", smallest first. Raises PointError for anything else."""
+    """Returns the sizes of "128,160,224", smallest first. Raises PointError for anything else."""
     try:
         return tuple(sorted({Point.of(f"1@{part}").size or 0 for part in parts_of(text)}))
     except PointError:
@@ -163,7 +164,7 @@ def parse_sizes(text: str) -> tuple[int, ...]:
 
 
 def parse_keeps(text: str) -> tuple[Fraction, ...]:
-    """The shares of "0.5,0.7,1". Raises PointError for anything else, and for 0, which keeps no token."""
+    """Returns the shares of "0.5,0.7,1". Raises PointError for anything else, and for 0."""
     try:
         return tuple(sorted({Point.of(f"1~{part}").keep for part in parts_of(text)}))
     except PointError:
@@ -176,12 +177,12 @@ def parse_keeps(text: str) -> tuple[Fraction, ...]:
 
 
 def parts_of(text: str) -> list[str]:
-    """The parts of a list with commas, without blanks."""
+    """Splits a comma-separated list, dropping blanks and empty parts."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def widths_of(points: Iterable[Point]) -> tuple[Fraction, ...]:
-    """Returns the widths of points of any kind, narrowest first."""
+    """Returns the widths of points, narrowest first."""
     return tuple(sorted({point.ratio for point in points}))
 
 
@@ -206,7 +207,7 @@ def find_point(
     not trained raises PointError, naming its nearest trained neighbours.
 
     Args:
-        own: the size of a point without one.
+        own: the family's own size, of points without one.
     """
     point, points = Point.of(wanted), sorted(trained)
     if any(each.size for each in points):
@@ -226,6 +227,6 @@ def find_point(
 
 
 def distance(one: Point, other: Point) -> tuple[float, float, float]:
-    """Returns the distance of two points: in width, then in size, then in the share of tokens."""
+    """Returns the distance of two points, compared by width, then size, then share of tokens."""
     sizes = abs((one.size or 0) - (other.size or 0))
     return float(abs(one.ratio - other.ratio)), float(sizes), float(abs(one.keep - other.keep))

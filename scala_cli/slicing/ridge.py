@@ -11,12 +11,12 @@ from torch import Tensor
 class Moments:
     """First and second moments of inputs x and targets t over tokens.
 
-    Products are computed in the precision of the inputs, about the means of the first batch, so a large mean
+    Products are computed in the inputs' precision, about the means of the first batch, so that a large mean
     costs no digits; sums are kept in float64.
 
     Args:
-        diagonal: each input has its own target, as in the affine part of a norm; only the diagonals of the
-            second moments are kept.
+        diagonal: each input has its own target, as in the affine part of a norm; then only the diagonals of
+            the second moments are kept.
     """
 
     def __init__(self, diagonal: bool = False) -> None:
@@ -45,20 +45,20 @@ class Moments:
 
     @property
     def mean_x(self) -> Tensor:
-        """(i,)"""
+        """Mean of the inputs, (i,)."""
         return self.sum_x / self.count + in_double(self.centre_x)
 
     @property
     def mean_t(self) -> Tensor:
-        """(o,)"""
+        """Mean of the targets, (o,)."""
         return self.sum_t / self.count + in_double(self.centre_t)
 
     def origins(self, bias: bool) -> tuple[Tensor, Tensor]:
-        """Returns the means of inputs and targets, or zeros if there is no bias to fit a shift."""
+        """Returns the means of inputs and targets; zeros if there is no bias to take up a shift."""
         return self.mean_x * bias, self.mean_t * bias
 
     def about(self, origin_x: Tensor, origin_t: Tensor) -> tuple[Tensor, Tensor]:
-        """E[(x - a)(x - a)^T] (i, i) and E[(t - b)(x - a)^T] (o, i); where diagonal (i,) and (i,)."""
+        """Returns E[(x - a)(x - a)^T] (i, i) and E[(t - b)(x - a)^T] (o, i); if diagonal, (i,) and (i,)."""
         x, t = self.sum_x / self.count, self.sum_t / self.count
         a, b = origin_x - in_double(self.centre_x), origin_t - in_double(self.centre_t)
         times = torch.mul if self.diagonal else torch.outer
@@ -72,9 +72,9 @@ class Normal:
     """The normal equations of a regression W x = t: W xx = tx.
 
     Args:
-        xx: E[x x^T] (i, i), or (i,) where each input has its own target.
+        xx: E[x x^T] (i, i), or (i,) if each input has its own target.
         tx: E[t x^T] (o, i), or (i,).
-        least: the smallest variance of an input that counts as one.
+        least: always added to the diagonal of xx, about the smallest variance that is not rounding.
     """
 
     xx: Tensor
@@ -83,7 +83,7 @@ class Normal:
 
     @classmethod
     def of(cls, moments: Moments, origins: tuple[Tensor, Tensor]) -> "Normal":
-        """Returns those of moments, with inputs and targets about their origins."""
+        """Returns the normal equations of moments, with inputs and targets about these origins."""
         xx, tx = moments.about(*origins)
         energy = xx if moments.diagonal else xx.diagonal()
         return cls(xx, tx, ROUNDING * (energy + moments.mean_x.square()).mean() + TINY)
@@ -115,7 +115,7 @@ class Normal:
 
 
 def solve(gram: Tensor, left: Tensor) -> Tensor:
-    """Returns (o, i) X with X gram = left, for a symmetric (i, i) gram, positive up to rounding."""
+    """Solves X gram = left for X (o, i); gram (i, i) is symmetric, and positive up to rounding."""
     root, failed = torch.linalg.cholesky_ex(gram)
     if failed:
         return torch.linalg.solve(gram, left, left=False)
@@ -127,11 +127,11 @@ def best_strength(
 ) -> tuple[float, Tensor]:
     """Returns the strength whose solution has the least error on held-out data, and that solution.
 
-    Earlier layers were fitted on the same images, so the inputs of a layer are better there than on others.
-    So the strength that does best on other images grows with depth, and no constant suits all layers.
+    Earlier layers were fitted on the same images, so the inputs of a layer are more accurate there than on
+    held-out images. So the best strength grows with depth, and no constant suits all layers.
 
     Args:
-        held: of data that is not in `seen`; without any, the middle strength is taken.
+        held: normal equations of held-out data; None takes the middle strength.
     """
     if held is None:
         strengths = strengths[len(strengths) // 2 :][:1]
@@ -147,14 +147,14 @@ def best_solution(seen: Normal, held: Normal | None, weight: Tensor, strengths: 
 
 @dataclass(frozen=True)
 class Part:
-    """What one width contributes to the fit of a layer that several widths share.
+    """One width's share in the fit of a layer that several widths share.
 
     Args:
         seen: moments of the width's inputs and targets.
-        held: of those held out.
-        rows: (o_r,) the outputs that the width keeps.
-        columns: (i_r,) the inputs that it keeps.
-        weight: how much the width counts.
+        held: moments of the held-out ones.
+        rows: (o_r,) indices of the outputs that the width keeps.
+        columns: (i_r,) indices of the inputs that it keeps.
+        weight: weight of the width in the fit.
     """
 
     seen: Moments
@@ -164,19 +164,19 @@ class Part:
     weight: float = 1.0
 
     def shift(self, weight: Tensor) -> Tensor:
-        """Returns (o_r,) the bias that makes the mean output that of the targets, for weights (o_r, i_r)."""
+        """Returns the bias (o_r,) with which weights (o_r, i_r) give the targets' mean as mean output."""
         return self.seen.mean_t - weight @ self.seen.mean_x
 
 
 def fit_shared(parts: Sequence[Part], weight: Tensor, strengths: Sequence[float], bias: bool) -> Tensor:
-    """Returns the weights (o, i) in float64 that suit all widths best, each with a bias of its own.
+    """Returns the weights (o, i), in float64, that fit all widths best, each width having its own bias.
 
-    A row is shared by the widths that keep it. Its normal equations are the sums of theirs, padded with zeros
-    to the inputs of the widest. All rows with the same widths are one regression.
+    A row is shared by the widths that keep it. Its normal equations are the sum of theirs, padded with zeros
+    to the inputs of the widest. All rows shared by the same widths are one regression.
 
     Args:
-        weight: (o, i), what the fit is regularised towards; rows and columns that no width keeps stay.
-        bias: whether the layer has one.
+        weight: (o, i) weights that the fit is regularised towards; what no width keeps stays unchanged.
+        bias: whether the layer has a bias.
     """
     fitted = in_double(weight).clone()
     equations = []
@@ -201,7 +201,7 @@ def fit_shared(parts: Sequence[Part], weight: Tensor, strengths: Sequence[float]
 
 
 def padded_sum(equations: Sequence[tuple[Part, Normal]], place: tuple[Tensor, Tensor]) -> Normal:
-    """Returns the sum of some widths' normal equations for these rows and columns."""
+    """Returns the weighted sum of some widths' normal equations, for these (rows, columns)."""
     rows, columns = place
     like = equations[0][1].xx
     xx, tx = like.new_zeros(len(columns), len(columns)), like.new_zeros(len(rows), len(columns))
@@ -216,7 +216,7 @@ def padded_sum(equations: Sequence[tuple[Part, Normal]], place: tuple[Tensor, Te
 
 
 ROUNDING = 1e-10
-"""Smallest variance that float32 resolves, relative to the mean square; less counts as constant."""
+"""Smallest variance that float32 resolves, relative to the mean square."""
 TINY = 1e-30
 """Prevents division by zero if all inputs are zero."""
 

@@ -1,4 +1,4 @@
-"""The slicing rule: width -> channels, applied to a state dict."""
+"""The slicing rule: which channels a width keeps, and how a state dict is cut to them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,17 +21,17 @@ End = Literal["first", "last"]
 
 @dataclass(frozen=True)
 class Rule:
-    """Which channels every parameter of one full-width ViT keeps at each of its widths.
+    """Which channels every parameter of a full-width ViT keeps at each width.
 
     Args:
         ratios: the widths, narrowest first.
-        num_heads: heads of the full model; every width keeps all of them, thinner.
-        isolated: whether the widths between take their channels from the other end (`kept_end`).
-        bounds: the smallest and the largest width the weights were trained with, where those are not the
+        num_heads: heads of the full model; every width keeps all of them, with fewer channels each.
+        isolated: whether the widths between smallest and largest keep the last channels (`kept_end`).
+        bounds: the smallest and the largest width that the weights were trained with, if they are not the
             first and the last of `ratios`.
         layout: how qkv is cut (`vit_table`).
-        attn_scale: `native` is timm's own head_dim_r^-0.5 at each width; `fixed` the paper's, the full
-            width's head_dim^-0.5 at every width (`fold_fixed_scale`).
+        attn_scale: `native` is timm's head_dim_r^-0.5 of each width; `fixed` is the full width's
+            head_dim^-0.5 at every width, as in the paper (`fold_fixed_scale`).
     """
 
     ratios: tuple[Fraction, ...]
@@ -43,7 +43,7 @@ class Rule:
 
     @property
     def span(self) -> tuple[Fraction, Fraction]:
-        """The smallest and the largest width the weights were trained with."""
+        """The smallest and the largest width that the weights were trained with."""
         return self.bounds or (min(self.ratios), max(self.ratios))
 
     @cached_property
@@ -57,17 +57,18 @@ class Rule:
         copy: bool = False,
         own: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> dict[str, Tensor]:
-        """The tensors of the ViT at a width, as views of the full ones wherever torch can.
+        """Returns the tensors of the ViT at a width, as views of the full ones wherever possible.
 
-        Differentiable: gradients reach exactly the kept channels. With `copy` each is a contiguous copy,
-        made as it is cut, so that a `state` which reads its tensors one by one is never whole in memory.
+        Differentiable: gradients reach exactly the kept channels.
 
         Args:
-            own: vectors that the width has of its own (`own.py`), by name; they take the place of cut ones.
+            copy: return contiguous copies. They are made one by one, so a `state` that reads its tensors on
+                access is never in memory as a whole.
+            own: norms and biases that the width has of its own (`own.py`), by name; they replace cut ones.
 
         Raises:
-            CheckpointError: a parameter that the table does not know.
-            PointError: an axis that does not divide.
+            CheckpointError: for a parameter without a row in the table.
+            PointError: if the width leaves no whole number of channels.
         """
         end = kept_end(ratio, self.span, self.isolated)
         sliced = {}
@@ -79,20 +80,21 @@ class Rule:
 
 
 def kept_channels(rule: Rule, name: str, dim: int, length: int, ratio: Fraction) -> Tensor:
-    """Returns the indices, ascending, that a width keeps of an axis of a parameter.
+    """Returns the indices, ascending, that a width keeps on an axis of a parameter.
 
     Args:
-        length: of the axis at full width.
+        dim: the axis.
+        length: length of the axis at full width.
     """
     end = kept_end(ratio, rule.span, rule.isolated)
     return slice_tensor(torch.arange(length), [axes_of(name, rule.table)[dim]], ratio, end)
 
 
 def kept_end(ratio: Fraction, span: tuple[Fraction, Fraction], isolated: bool) -> End:
-    """Isolated Activation (Scala, section 3.2): which end of every axis a width keeps.
+    """Returns which end of every axis a width keeps: Isolated Activation (Scala, section 3.2).
 
-    The smallest and the largest width keep the first channels, the widths between the last, so that
-    always training the smallest does not drag the others. Not isolated, all widths nest at the first.
+    If isolated, the smallest and the largest width keep the first channels and those between keep the last,
+    so that the smallest, trained in every step, disturbs them less. If not, all widths keep the first.
     """
     return "last" if isolated and ratio not in span else "first"
 
@@ -111,12 +113,12 @@ def kept_count(length: int, ratio: Fraction) -> int:
 
 
 def slice_tensor(tensor: Tensor, axes: Sequence[Axis | None], ratio: Fraction, end: End) -> Tensor:
-    """The kept part of one parameter; `axes` has one entry per dimension.
+    """Returns the kept part of a parameter; `axes` has one entry per dimension.
 
-    An axis of several runs is viewed as (blocks, run) and cut within the run; what is left of them is joined.
+    An axis of several blocks is viewed as (blocks, run), cut within each run, and flattened again.
     """
     narrowing = [(dim, axis) for dim, axis in enumerate(axes) if axis]
-    for dim, axis in sorted(narrowing, key=lambda pair: pair[1].blocks):  # last what has to be copied
+    for dim, axis in sorted(narrowing, key=lambda pair: pair[1].blocks):  # axes that need a copy come last
         run = tensor.shape[dim] // axis.blocks
         count = kept_count(run, ratio)
         start = run - count if end == "last" else 0
@@ -129,10 +131,10 @@ def slice_tensor(tensor: Tensor, axes: Sequence[Axis | None], ratio: Fraction, e
 
 
 def fold_fixed_scale(sliced: dict[str, Tensor], ratio: Fraction) -> dict[str, Tensor]:
-    """The sliced state whose attention logits carry the full width's scale, head_dim^-0.5.
+    """Returns the sliced state with the full width's attention scale, head_dim^-0.5.
 
-    timm scales by its own head_dim_r^-0.5, so q is multiplied by sqrt(head_dim_r / head_dim): its rows of
-    qkv, or, where q is normalised, the norm's affine. The full-width weights are never touched.
+    timm scales by head_dim_r^-0.5, so q is multiplied by sqrt(head_dim_r / head_dim): its rows of qkv, or the
+    scale and bias of its norm if it has one. The full-width weights are not changed.
     """
     factor = math.sqrt(ratio)
     folded = dict(sliced)

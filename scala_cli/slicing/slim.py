@@ -1,4 +1,4 @@
-"""Token slimming in numbers (SiT, arXiv 2111.12624): which blocks pass on how many tokens, and from where."""
+"""Token counts and initial weights of token slimming (SiT, arXiv 2111.12624)."""
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -10,18 +10,18 @@ from torch import Tensor
 from scala_cli.errors import PointError
 
 LEAK = 0.05
-"""What of the pooling at the start is spread over all tokens, so that each can still be learnt."""
+"""Share of the initial pooling weights spread evenly over all tokens, so that no weight starts at zero."""
 
 
 def slim_counts(stages: Sequence[int], keep: Fraction, patches: int, depth: int) -> dict[int, int]:
-    """Returns {block: patch tokens that it passes on}, for the last block of each stage but the last one.
+    """Returns {block: patch tokens that it passes on}, for the last block of every stage but the last.
 
-    After stage i of N patches int(N * keep^i) tokens go on, as in the paper.
+    After stage i, int(N * keep^i) of N patch tokens are left, as in the paper.
 
     Args:
-        stages: how many blocks each has.
+        stages: the number of blocks in each stage.
 
-    Raises PointError for stages that are not all of the blocks, and where no token would be left.
+    Raises PointError if the stages do not add up to all blocks, or no token would be left.
     """
     if not stages or min(stages) < 1 or sum(stages) != depth:
         raise PointError(
@@ -44,7 +44,11 @@ def slim_counts(stages: Sequence[int], keep: Fraction, patches: int, depth: int)
 
 
 def tokens_of_blocks(counts: Mapping[int, int], patches: int, depth: int) -> list[int]:
-    """Returns how many patch tokens each block passes on, for counts as `slim_counts` gives them."""
+    """Returns how many patch tokens each block passes on.
+
+    Args:
+        counts: from `slim_counts`.
+    """
     passed, tokens = patches, []
     for number in range(depth):
         passed = counts.get(number, passed)
@@ -53,7 +57,7 @@ def tokens_of_blocks(counts: Mapping[int, int], patches: int, depth: int) -> lis
 
 
 def parse_stages(text: str) -> tuple[int, ...]:
-    """The stages of "3,3,3,3". Raises PointError for anything else."""
+    """Returns the stages of "3,3,3,3". Raises PointError for anything else."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -63,18 +67,19 @@ def parse_stages(text: str) -> tuple[int, ...]:
 
 
 def default_stages(depth: int) -> tuple[int, ...]:
-    """Returns four stages, one block longer at first if they cannot be equal; fewer of few blocks."""
+    """Returns four stages, the first ones a block longer if they cannot be equal; fewer for few blocks."""
     count = min(4, depth)
     return tuple(depth // count + (stage < depth % count) for stage in range(count))
 
 
 def pooling(tokens: int, grid: tuple[int, int] | None, given: int) -> Tensor:
-    """Returns (tokens, given): means of neighbours, each row of weights adding up to one.
+    """Returns the weights (tokens, given) of means of neighbouring tokens; each row adds up to one.
 
     Args:
-        grid: rows and columns, where the given tokens are patches row by row. They are taken in Z-order
-            (Morton), in which neighbours are neighbours in the image, and come out in it. None: they are in
-            that order already.
+        tokens: number of tokens going out; they are in Z-order (Morton), in which neighbours are neighbours
+            in the image.
+        grid: rows and columns, if the tokens coming in are patches row by row; None if they are in Z-order.
+        given: number of tokens coming in.
     """
     weights = torch.nn.functional.adaptive_avg_pool1d(torch.eye(given)[None], tokens)[0].T
     if grid is None:
@@ -84,10 +89,10 @@ def pooling(tokens: int, grid: tuple[int, int] | None, given: int) -> Tensor:
 
 
 def interleaved(row: int, column: int) -> int:
-    """Returns the number whose bits are those of the column and the row in turn."""
+    """Returns the Z-order index of a patch: the bits of column and row, interleaved."""
     return sum(((column >> bit & 1) | (row >> bit & 1) << 1) << 2 * bit for bit in range(16))
 
 
 def logits_of(weights: Tensor) -> Tensor:
-    """Returns what softmax turns into these weights, but for LEAK."""
+    """Returns logits whose softmax is these weights, with LEAK spread evenly."""
     return ((1 - LEAK) * weights + LEAK / weights.shape[-1]).log()

@@ -1,4 +1,4 @@
-"""The geometry as data: for every parameter of a ViT, the channel group that each axis belongs to."""
+"""The slicing table: for every parameter of a ViT, the channel group of each axis."""
 
 import re
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ class Axis:
     """An axis that narrows with the width.
 
     Args:
-        group: the channels it carries: the residual stream (embed), the channels within the attention
-            heads (head), the hidden layer of a block's MLP (hidden), or of a token slimming module (slim).
-        blocks: the axis is this many equal runs, all cut alike.
+        group: the channels it carries: those of the residual stream (embed), of the attention heads (head),
+            of an MLP's hidden layer (hidden), or of a token slimming module's hidden layer (slim).
+        blocks: number of equal runs that the axis consists of; each is cut.
     """
 
     group: Group
@@ -29,11 +29,11 @@ Table = dict[str, tuple[Axis | None, ...]]
 
 
 def vit_table(num_heads: int, layout: Layout) -> Table:
-    """Parameter name (block number as `*`) -> its axes; None is an axis that never narrows.
+    """Returns {parameter name (block number as `*`): its axes}; None is an axis that never narrows.
 
-    Layout `aligned` cuts q, k, v and every head separately, so that a channel plays the same role at
-    every width: qkv's rows are 3 x heads runs of head_dim. Layout `fused` cuts the (3C, C) weight as one
-    run, as the released Scala code does.
+    Layout `aligned` cuts q, k, v and every head separately, so that a channel has the same role at every
+    width: qkv's rows are 3 x heads runs of head_dim. Layout `fused` cuts the (3C, C) weight as one run, as
+    the released Scala code does.
     """
     embed, hidden = Axis("embed"), Axis("hidden")
     qkv = Axis("head", 3 * num_heads if layout == "aligned" else 1)
@@ -91,9 +91,9 @@ def vit_table(num_heads: int, layout: Layout) -> Table:
 
 
 def axes_of(name: str, table: Table) -> tuple[Axis | None, ...]:
-    """The axes of the parameter `name`, also of one that a width or a size has of its own ("@160:pos_embed").
+    """Returns the axes of a parameter, also of a width's or size's own, such as "@160:pos_embed".
 
-    Raises CheckpointError where the table has no row for it.
+    Raises CheckpointError if the table has no row for it.
     """
     try:
         return table[re.sub(r"^(blocks|patch_embed\.proj\.before)\.\d+", r"\1.*", name.rpartition(":")[2])]

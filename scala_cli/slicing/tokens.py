@@ -1,4 +1,4 @@
-"""Reduces tokens: how many are left after each block, by dropping the worst or by merging."""
+"""Reduces tokens: how many each block passes on, by dropping or by merging."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,22 +17,22 @@ Reduction = Literal["drop", "merge"]
 
 @dataclass(frozen=True)
 class TokenRule:
-    """How many patch tokens go on after each block of a ViT. Prefix tokens, as the class token, always do.
+    """How many patch tokens each block of a ViT passes on; prefix tokens, like the class token, always stay.
 
-    `drop` (SuperViT, arXiv 2205.11397): at each of `blocks`, between attention and MLP, ceil(keep * N) of the
-    patch tokens go on, where N counts all tokens that come in. `merge` (ToMe, arXiv 2210.09461): as many
-    tokens are left after the last block, but in every block equally many are merged into others.
+    `drop` (SuperViT, arXiv 2205.11397): each of `blocks` keeps ceil(keep * N) patch tokens between attention
+    and MLP, where N counts all tokens coming in. `merge` (ToMe, arXiv 2210.09461): the number of tokens after
+    the last block is the same, but every block merges equally many.
 
     Args:
-        blocks: numbers of the dropping blocks, from 1. Empty: those with which the second, the third and the
-            fourth quarter of the depth begin, 4, 7 and 10 of 12.
+        blocks: numbers of the dropping blocks, from 1. Empty means the first block of the second, third and
+            fourth quarter: 4, 7 and 10 of 12.
     """
 
     kind: Reduction = "drop"
     blocks: tuple[int, ...] = ()
 
     def places(self, depth: int) -> tuple[int, ...]:
-        """Returns the numbers of the dropping blocks, ascending. Raises PointError beyond the depth."""
+        """Returns the dropping blocks' numbers, ascending. Raises PointError for one beyond the depth."""
         places = tuple(sorted({*(self.blocks or (depth * quarter // 4 + 1 for quarter in (1, 2, 3)))}))
         if not 1 <= places[0] <= places[-1] <= depth:
             odd = next(number for number in places if not 1 <= number <= depth)
@@ -45,13 +45,13 @@ class TokenRule:
         return places
 
     def counts(self, patches: int, prefix: int, depth: int, keep: Fraction) -> dict[int, int]:
-        """Returns for each reducing block, from 1, how many patch tokens it passes on.
+        """Returns {number of a reducing block, from 1: how many patch tokens it passes on}.
 
         Args:
-            patches, prefix: numbers of tokens before the first block.
+            patches, prefix: numbers of patch and prefix tokens before the first block.
             keep: share of the tokens that each dropping block passes on.
 
-        Raises PointError for blocks beyond the depth, and where a block would have to merge more than half.
+        Raises PointError for a block beyond the depth, or one that would have to merge more than half.
         """
         counts, left = {}, patches
         for number in self.places(depth):
@@ -74,7 +74,7 @@ class TokenRule:
 
 
 def take(tokens: Tensor, indices: Tensor) -> Tensor:
-    """(B, N, C), (B, k) -> (B, k, C)"""
+    """Selects k tokens of each image: (B, N, C) tokens, (B, k) indices -> (B, k, C)."""
     return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
@@ -90,12 +90,12 @@ def best(tokens: Tensor, scores: Tensor, prefix: int, count: int) -> Tensor:
 
 
 class Merged(NamedTuple):
-    """Tokens of which some stand for several patches.
+    """Tokens, some of which represent several merged patches.
 
     Args:
         tokens: (B, prefix + k, C)
-        sizes: (B, k) how many patches each patch token stands for.
-        places: (B, patches) which of the k tokens stands for each patch.
+        sizes: (B, k) how many patches each patch token represents.
+        places: (B, patches) which of the k tokens represents each patch.
     """
 
     tokens: Tensor
@@ -104,28 +104,28 @@ class Merged(NamedTuple):
 
     @classmethod
     def none(cls, tokens: Tensor, prefix: int) -> "Merged":
-        """Returns tokens of which each stands for one patch."""
+        """Returns unmerged tokens, each of one patch."""
         sizes = torch.ones_like(tokens[:, prefix:, 0])
         places = torch.arange(sizes.shape[1], device=tokens.device)
         return cls(tokens, sizes, places.expand(tokens.shape[0], -1))
 
     def bias(self) -> Tensor:
-        """Returns what is added to the attention logits, the logarithm of sizes: (B, 1, 1, prefix + k)."""
+        """Returns the logarithm of sizes, to be added to the attention logits: (B, 1, 1, prefix + k)."""
         prefix = self.tokens.shape[1] - self.sizes.shape[1]
         return F.pad(self.sizes.log(), (prefix, 0))[:, None, None]
 
     def put_back(self) -> Tensor:
-        """Returns a token for every patch, the one that stands for it: (B, prefix + patches, C)."""
+        """Returns a token for every patch, the one that represents it: (B, prefix + patches, C)."""
         prefix = self.tokens.shape[1] - self.sizes.shape[1]
         return torch.cat([self.tokens[:, :prefix], take(self.tokens[:, prefix:], self.places)], 1)
 
 
 def merge(merged: Merged, keys: Tensor, count: int) -> Merged:
-    """Merges patch tokens that are alike until `count` are left (ToMe, section 3: bipartite soft matching).
+    """Merges similar patch tokens until `count` are left (ToMe, section 3: bipartite soft matching).
 
-    Every second token (set A) goes to the most similar of the others (set B) by the cosine of their keys; of
-    these pairs the most similar are merged, into the mean weighted by sizes. Tokens keep their order, so
-    that neighbours stay in different sets.
+    Every second token (set A) is paired with the most similar of the others (set B) by the cosine of their
+    keys. The most similar pairs are merged, into the mean weighted by sizes. Tokens keep their order, so that
+    neighbours stay in different sets.
 
     Args:
         keys: (B, k, D) of the patch tokens.
@@ -139,10 +139,10 @@ def merge(merged: Merged, keys: Tensor, count: int) -> Merged:
     keys = F.normalize(keys, dim=-1)
     likeness, partner = (keys[:, 1::2] @ keys[:, 0::2].mT).max(-1)  # of A with B, (B, |A|)
     left = likeness.topk(k - count, dim=1).indices
-    gone, into = 2 * left + 1, 2 * partner.gather(1, left)  # numbers among all k
+    gone, into = 2 * left + 1, 2 * partner.gather(1, left)  # indices among all k
     stays = torch.ones_like(sizes, dtype=torch.long).scatter(1, gone, 0)
     now = stays.cumsum(1) - 1
-    now = now.scatter(1, gone, now.gather(1, into))  # (B, k) where each token is from now on
+    now = now.scatter(1, gone, now.gather(1, into))  # (B, k) new index of each token
     total = sizes.new_zeros(images, count).scatter_add(1, now, sizes)
     patches = tokens[:, prefix:] * sizes[..., None]
     summed = tokens.new_zeros(images, count, tokens.shape[-1])
@@ -151,7 +151,7 @@ def merge(merged: Merged, keys: Tensor, count: int) -> Merged:
 
 
 def parse_blocks(text: str) -> tuple[int, ...]:
-    """The numbers of "4,7,10". Raises PointError for anything else."""
+    """Returns the numbers of "4,7,10". Raises PointError for anything else."""
     parts = parts_of(text)
     if not parts or not all(part.isdecimal() and len(part) < 5 for part in parts):
         raise PointError(

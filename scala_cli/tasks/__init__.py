@@ -1,4 +1,4 @@
-"""What a family is for, by the name that its checkpoint records."""
+"""The tasks that a family can be for, by the names in checkpoints."""
 
 from scala_cli.errors import CheckpointError
 from scala_cli.tasks.base import Task
@@ -9,7 +9,7 @@ TASKS: dict[str, Task] = {"classification": Classification(), "features": Featur
 
 
 def task_named(name: str) -> Task:
-    """Returns the task of that name. Raises CheckpointError if this version has none."""
+    """Returns the task of this name. Raises CheckpointError if this version has none."""
     if name not in TASKS:
         raise CheckpointError(
             f"the checkpoint is for the task {name!r}, which this version does not have.",

@@ -1,4 +1,4 @@
-"""The interface of a task: the loss, the metrics and the images of a kind of model."""
+"""The interface of a task: its loss, metrics and images."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -17,49 +17,49 @@ class Meter(Protocol):
     """Accumulates the metrics of one point."""
 
     def update(self, output: Tensor, targets: Tensor) -> None:
-        """Adds a batch: the model's outputs, and the targets: labels, or another model's outputs."""
+        """Adds a batch of the model's outputs and their targets, labels or another model's outputs."""
 
     def result(self, world: World) -> dict[str, Any]:
-        """Returns the task's columns over the images of all processes, and their number, "images"."""
+        """Returns the task's metrics over the images of all processes, and "images", their number."""
         ...
 
 
 class Task(Protocol):
-    """One kind of work that a model does."""
+    """What a model is for."""
 
     @property
     def rate(self) -> float:
-        """The peak learning rate unless settings give one."""
+        """The default peak learning rate."""
         ...
 
     @property
     def opt(self) -> str:
-        """The optimizer, by timm's name, unless settings give one."""
+        """The default optimizer, by timm's name."""
         ...
 
     @property
     def labelled(self) -> bool:
-        """Whether the targets are the classes of the images; if not, they are another model's outputs."""
+        """Whether the targets are class labels; if not, they are another model's outputs."""
         ...
 
     @property
     def every_token(self) -> bool:
-        """Whether every token after the last block is read, not only what the model pools."""
+        """Whether every token after the last block is used, not only the pooled one."""
         ...
 
     @property
     def digits(self) -> int:
-        """The decimals of the metrics that are printed."""
+        """Number of decimals with which metrics are shown."""
         ...
 
     @property
     def columns(self) -> Mapping[str, str]:
-        """Each metric's name in rows and JSON with its title; points are compared by the first."""
+        """The name of each metric in rows and JSON -> its title; points are compared by the first."""
         ...
 
     @property
     def hub(self) -> Mapping[str, str]:
-        """The model card's names of the task ("task_type") and of the first metric ("metric_type")."""
+        """The task ("task_type") and the first metric ("metric_type") as named in model cards."""
         ...
 
     def open(
@@ -69,37 +69,37 @@ class Task(Protocol):
         watch: Watcher = QUIET,
         world: World = ALONE,
     ) -> tuple[Split, Split]:
-        """The training and the validation images.
+        """Returns the training and the validation images.
 
         Args:
-            names: a model's class names. If the data has the same ones, it is numbered in their order.
+            names: a model's class names. If the data has the same ones, they are numbered in this order.
 
         Raises DataError, also if the processes see different images or classes.
         """
         ...
 
     def judged(self, spec: Spec, data: str, data_dir: str | None) -> Split:
-        """The images on which a trained model is judged. Raises DataError, also where they do not fit it."""
+        """Returns the images to evaluate a model on. Raises DataError, also if they do not fit the model."""
         ...
 
     def forward(self, vit: VisionTransformer, images: Tensor) -> Tensor:
-        """Returns what a model of timm makes of images (B, C, H, W), as this task wants it."""
+        """Returns a timm model's output for images (B, C, H, W), in the form that this task needs."""
         ...
 
     def read(self, vit: VisionTransformer, tokens: Tensor, shares: Sequence[Tensor] = ()) -> Tensor:
-        """Returns the same from the tokens (B, N, C) after the last block and the norm that follows it.
+        """Returns the same as `forward`, from the tokens (B, N, C) after the last block and its norm.
 
         Args:
-            shares: how tokens were slimmed, as `models.tokens.slimming` finds.
+            shares: weights of the token slimming modules, from `models.tokens.slimming`.
         """
         ...
 
     def statistics(self, outputs: Iterable[Tensor], settings: MethodSettings) -> dict[str, Tensor]:
-        """Returns what `standardised` needs to know of the teacher's outputs; measured once, then kept."""
+        """Returns statistics of the teacher's outputs for `standardised`; computed once and saved."""
         ...
 
     def standardised(self, output: Tensor, statistics: Mapping[str, Tensor]) -> Tensor:
-        """Returns an output, the student's or the teacher's, in the units in which the loss compares them."""
+        """Returns an output of the student or the teacher in the units in which the loss compares them."""
         ...
 
     def loss(
@@ -110,16 +110,17 @@ class Task(Protocol):
         settings: MethodSettings,
         hidden: Tensor | None = None,
     ) -> Tensor:
-        """Returns the loss against the targets and against a teacher's output; None leaves either out.
+        """Returns the loss against the targets and a teacher's output; either may be None.
 
         Args:
-            hidden: (B, patches) which patches the output was computed without, as `masks` asked for; their
-                loss is returned.
+            lesson: the teacher's output.
+            hidden: (B, patches) which patches were hidden from the student, if `masks`; then only their loss
+                is returned.
         """
         ...
 
     def masks(self, settings: MethodSettings) -> bool:
-        """Whether every point is to learn from images with hidden patches as well, in a second pass."""
+        """Whether every point also learns from images with hidden patches, in a second pass."""
         ...
 
     def meter(self) -> Meter:
@@ -132,5 +133,5 @@ class Task(Protocol):
 
 
 def main_column(task: Task) -> str:
-    """The metric by which points are compared."""
+    """Returns the metric by which points are compared."""
     return next(iter(task.columns))

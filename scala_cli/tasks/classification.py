@@ -1,4 +1,4 @@
-"""Classification: one class for every image."""
+"""The classification task: one class for every image."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
@@ -19,7 +19,7 @@ from scala_cli.world import ALONE, World
 
 
 class Accuracy:
-    """Top-1 and top-5 in percent; with fewer than five classes top-5 is 100."""
+    """Top-1 and top-5 accuracy in percent; with fewer than five classes top-5 is 100."""
 
     def __init__(self) -> None:
         self.meters = {"top1": AverageMeter(), "top5": AverageMeter()}
@@ -31,7 +31,7 @@ class Accuracy:
             meter.update(share.item(), len(targets))
 
     def result(self, world: World) -> dict[str, Any]:
-        """{"top1", "top5", "images"}"""
+        """Returns {"top1", "top5", "images"}."""
         values, count = {}, 0.0
         for name, meter in self.meters.items():
             total, count = world.total(meter.sum, meter.count)
@@ -40,7 +40,7 @@ class Accuracy:
 
 
 class Classification:
-    """Labels and a teacher's predictions; judged by top-1."""
+    """Learns from labels and a teacher's predictions; points are compared by top-1."""
 
     labelled, every_token, digits = True, False, 2
     rate, opt = 1e-3, "adamw"
@@ -54,10 +54,12 @@ class Classification:
         watch: Watcher = QUIET,
         world: World = ALONE,
     ) -> tuple[Split, Split]:
-        """Returns the training and the validation images; the latter are held out of the former on request.
+        """Returns the training and the validation images.
+
+        With `settings.run.holdout` the validation images are held out of the training images.
 
         Args:
-            names: a model's class names. If the data has the same ones, it is numbered in their order.
+            names: a model's class names. If the data has the same ones, they are numbered in this order.
 
         Raises DataError for a single class, or if the processes see different images or classes.
         """
@@ -86,7 +88,7 @@ class Classification:
     def judged(self, spec: Spec, data: str, data_dir: str | None) -> Split:
         """Returns the validation images, their classes numbered as in the model's head.
 
-        Raises DataError, also where the data's classes are not the model's.
+        Raises DataError, also if the classes of data and model differ.
         """
         split = open_split(data, False, data_dir).numbered_as(spec.label_names)
         misfit = class_misfit(split.classes, spec.num_classes, spec.label_names)
@@ -99,15 +101,15 @@ class Classification:
         return vit(images)
 
     def read(self, vit: VisionTransformer, tokens: Tensor, shares: Sequence[Tensor] = ()) -> Tensor:
-        """Returns the same from the tokens after the last norm."""
+        """Returns the logits from the tokens after the last norm."""
         return vit.forward_head(tokens)
 
     def statistics(self, outputs: Iterable[Tensor], settings: MethodSettings) -> dict[str, Tensor]:
-        """Returns nothing: logits are compared as they are."""
+        """Returns {}: logits are compared unscaled."""
         return {}
 
     def standardised(self, output: Tensor, statistics: Mapping[str, Tensor]) -> Tensor:
-        """Returns the logits themselves."""
+        """Returns the logits unchanged."""
         return output
 
     def loss(
@@ -118,10 +120,10 @@ class Classification:
         settings: MethodSettings,
         hidden: Tensor | None = None,
     ) -> Tensor:
-        """Cross-entropy with the labels plus the divergence from the teacher's prediction (Scala, eq. 4).
+        """Returns the cross-entropy with the labels plus the divergence from the teacher (Scala, eq. 4).
 
         Args:
-            output, lesson: (B, classes) logits.
+            output, lesson: (B, classes) logits of the student and the teacher.
             targets: (B,) class numbers or (B, classes) probabilities.
             hidden: not used.
         """
@@ -133,12 +135,12 @@ class Classification:
         return loss
 
     def masks(self, settings: MethodSettings) -> bool:
-        """No: classes are told from whole images."""
+        """Returns False: patches are hidden only to learn features."""
         return False
 
     def meter(self) -> Accuracy:
         return Accuracy()
 
     def score(self, row: Mapping[str, Any]) -> float:
-        """Returns the mean top-1 over the widths."""
+        """Returns the mean top-1 over the points."""
         return fmean(point["top1"] for point in row["points"])

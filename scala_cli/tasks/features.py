@@ -1,4 +1,4 @@
-"""Features: a backbone without a classifier, whose slices answer in its own feature space; no labels."""
+"""The features task: a backbone without a classifier, whose slices keep its feature space; no labels."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -23,11 +23,11 @@ from scala_cli.watch import QUIET, Watcher
 from scala_cli.world import ALONE, World
 
 SHARE, MOST = 0.1, 1000
-"""Share of the images, and most of them, that judge unless somebody says otherwise."""
+"""Default share of the images that are held out for validation, and their largest number."""
 
 
 class Features:
-    """A frozen model's features are the targets; judged by R² against them."""
+    """Learns a frozen model's features; points are compared by R² with them."""
 
     labelled, every_token, digits = False, True, 4
     rate, opt = 2e-3, "muon"
@@ -49,7 +49,7 @@ class Features:
     ) -> tuple[Split, Split]:
         """Returns the training and the validation images, from any folder of images; labels are not used.
 
-        Where there is no validation part, or on request, some of the training images judge.
+        Without a validation part, or with `settings.run.holdout`, some of the images are held out for it.
 
         Args:
             names: not used.
@@ -84,7 +84,7 @@ class Features:
         return training, validation
 
     def judged(self, spec: Spec, data: str, data_dir: str | None) -> Split:
-        """Returns the validation images, or all where there is no validation part. Raises DataError."""
+        """Returns the validation images, or all images without a validation part. Raises DataError."""
         found = open_validation_images(data, data_dir)
         if found is not None:
             return without_labels(found)
@@ -97,13 +97,13 @@ class Features:
         return answer_and_patches(vit, images)
 
     def read(self, vit: VisionTransformer, tokens: Tensor, shares: Sequence[Tensor] = ()) -> Tensor:
-        """Returns the same from the tokens after the last norm."""
+        """Returns the same as `forward`, from the tokens after the last norm."""
         return read_every(vit, tokens, shares)
 
     def statistics(self, outputs: Iterable[Tensor], settings: MethodSettings) -> dict[str, Tensor]:
-        """Measures in which units features are compared: {"answer", "patches"}, of `Spread.unit`.
+        """Returns the units in which features are compared: {"answer", "patches"}, from `Spread.unit`.
 
-        Raises DataError where all images have the same features.
+        Raises DataError if all images have the same features.
         """
         units = {}
         for name, spread in zip(("answer", "patches"), spreads(outputs), strict=True):
@@ -117,7 +117,7 @@ class Features:
         return units
 
     def standardised(self, output: Tensor, statistics: Mapping[str, Tensor]) -> Tensor:
-        """Returns (B, 1 + patches, C) in the measured units; as they are where none were measured."""
+        """Returns features (B, 1 + patches, C) in the measured units; unchanged without `statistics`."""
         if not statistics:
             return output
         answer, patches = in_units(output[:, :1], statistics["answer"]), statistics["patches"]
@@ -131,15 +131,15 @@ class Features:
         settings: MethodSettings,
         hidden: Tensor | None = None,
     ) -> Tensor:
-        """Mean squared error of the class token, plus that of the patch tokens, each times its weight.
+        """Returns the weighted sum of the mean squared errors of class token and patch tokens.
 
-        Where patches were hidden from the student it is that of those patches alone, times its weight; the
-        teacher saw them. These are the three terms of Proteus (ICLR 2025).
+        With `hidden`, only the weighted error of the hidden patches, which the teacher saw. These are the
+        three terms of Proteus (ICLR 2025).
 
         Args:
-            output, lesson: (B, 1 + patches, C) of the student and of a teacher, in the same units.
+            output, lesson: (B, 1 + patches, C) of the student and the teacher, in the same units.
             targets: not used.
-            hidden: (B, patches) which patches the student did not see.
+            hidden: (B, patches) which patches were hidden from the student.
 
         Raises TrainingError without a teacher.
         """
@@ -162,18 +162,18 @@ class Features:
         return Likeness()
 
     def score(self, row: Mapping[str, Any]) -> float:
-        """Returns the mean R² of the patches over the widths."""
+        """Returns the mean R² of the patches over the points."""
         return fmean(point["r2"] for point in row["points"])
 
 
 def without_labels(split: Split) -> Split:
-    """Returns the same images without labels, and a note if there are any."""
+    """Returns the images without their labels, with a note if there are any."""
     named = split.classes or holds_classes(split.samples)
     notes = (*split.notes, "labels are not used: features need none.") if named else split.notes
     return Split(Unlabelled(split.samples), (), notes)
 
 
 def holds_classes(samples: object) -> bool:
-    """Whether images lie as those with classes do: in several folders side by side, and nowhere else."""
+    """Whether images look sorted by class: all in several folders with the same parent."""
     folders = getattr(samples, "directories", ())
     return len(folders) > 1 and len({Path(folder).parent for folder in folders}) == 1

@@ -1,4 +1,4 @@
-"""How like a reference model's features a model's are, summed up batch by batch."""
+"""Metrics that compare a model's features with a reference model's, accumulated batch by batch."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ from scala_cli.world import World
 
 
 class Sums:
-    """The sums that make R² and the mean cosine of one kind of token. Everything is added up in float64."""
+    """Sums for R² and the mean cosine of one kind of token, in float64."""
 
     def __init__(self) -> None:
         self.count, self.error, self.square, self.cosine = 0, 0.0, 0.0, 0.0
         self.sum: Any = 0.0
 
     def add(self, tokens: Tensor, wanted: Tensor) -> None:
-        """Counts (B, N, C) tokens in, and the reference's."""
+        """Adds tokens (B, N, C) of the model and of the reference."""
         given, true = (in_double(each).flatten(0, 1) for each in (tokens, wanted))
         self.count += len(true)
         self.error += (given - true).square().sum().item()
@@ -32,11 +32,11 @@ class Sums:
         """Returns the number of tokens of all processes, R² and the mean cosine.
 
         R² = 1 - (squared errors) / (squared deviations of the reference from its mean), over all channels;
-        None where the reference does not vary.
+        None if the reference does not vary.
         """
         mine = self.sum.tolist() if self.count else []
         lengths, read = world.total(len(mine), len(mine) > 0)
-        mine = mine or [0.0] * int(lengths / max(read, 1))  # of a process that could read no image
+        mine = mine or [0.0] * int(lengths / max(read, 1))  # if this process could read no image
         count, error, square, cosine, *sums = world.total(
             self.count, self.error, self.square, self.cosine, *mine
         )
@@ -46,23 +46,23 @@ class Sums:
 
 
 class Likeness:
-    """R² and cosine of the patch tokens, and of the class token or of what the model pools instead.
+    """R² and cosine of the patch tokens, and of the class token (or pooled token).
 
-    The R² of the latter is None where the reference gives the same for all images.
+    The R² of the class token is None if the reference's is the same for all images.
     """
 
     def __init__(self) -> None:
         self.answer, self.patches = Sums(), Sums()
 
     def update(self, output: Tensor, targets: Tensor) -> None:
-        """Adds (B, 1 + patches, C) features, and those of the reference."""
+        """Adds features (B, 1 + patches, C) of the model and of the reference."""
         self.answer.add(output[:, :1], targets[:, :1])
         self.patches.add(output[:, 1:], targets[:, 1:])
 
     def result(self, world: World) -> dict[str, Any]:
-        """{"r2", "cosine", "class_r2", "class_cosine", "images"}
+        """Returns {"r2", "cosine", "class_r2", "class_cosine", "images"}.
 
-        Raises DataError where all patches of all images are the same to the reference.
+        Raises DataError if the reference's features are the same for all patches of all images.
         """
         _, r2, cosine = self.patches.result(world)
         images, class_r2, class_cosine = self.answer.result(world)
@@ -71,6 +71,6 @@ class Likeness:
                 f"the reference gives the same features for all patches of all {images} images.",
                 "Give images that differ.",
             )
-        told = {"r2": r2, "cosine": cosine, "class_r2": class_r2, "class_cosine": class_cosine}
-        rounded = {name: None if value is None else round(value, 6) for name, value in told.items()}
+        values = {"r2": r2, "cosine": cosine, "class_r2": class_r2, "class_cosine": class_cosine}
+        rounded = {name: None if value is None else round(value, 6) for name, value in values.items()}
         return {**rounded, "images": images}

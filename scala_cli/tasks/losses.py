@@ -1,22 +1,22 @@
-"""The losses every method is made of."""
+"""The losses that training methods combine."""
 
 from torch import Tensor
 from torch.nn import functional as F
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy.
+    """Returns the mean cross-entropy.
 
     Args:
         logits: (B, classes)
-        targets: (B,) class numbers, or (B, classes) probabilities from mixup, which are smooth already.
+        targets: (B,) class numbers, or (B, classes) probabilities from mixup, which are smoothed already.
         smoothing: label smoothing, for class numbers.
     """
     return F.cross_entropy(logits, targets, label_smoothing=0.0 if targets.ndim == 2 else smoothing)
 
 
 def distillation(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL divergence of the student's prediction from the teacher's at temperature 1, mean over images.
+    """Returns the KL divergence of the student from the teacher at temperature 1, mean over images.
 
     Args:
         student, teacher: (B, classes) logits; no gradient flows into the teacher's.
@@ -27,11 +27,11 @@ def distillation(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def mean_square(student: Tensor, teacher: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Mean squared difference over all elements; no gradient flows into the teacher's.
+    """Returns the mean squared difference over all elements; no gradient flows into the teacher's.
 
     Args:
         student, teacher: (..., C)
-        counted: (...) which vectors count; all if left out.
+        counted: (...) which vectors count; by default all.
     """
     if counted is None:
         return F.mse_loss(student, teacher.detach())

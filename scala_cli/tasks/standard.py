@@ -1,8 +1,8 @@
-"""Units in which vectors of features are compared, measured on some of them.
+"""Units in which feature vectors are compared, measured on some of them.
 
 PHI-S (arXiv 2410.01680) rotates features so that every channel has the same variance, and divides all by one
-scale. A mean squared error does not see the rotation, so what is left of it is the scale: an error of 1 is
-that of the mean. `whiten` goes on from there: directions of small variance are raised.
+scale. A mean squared error does not depend on the rotation, so only the scale matters: predicting the mean
+has error 1. `whiten` also raises directions of small variance.
 """
 
 from collections.abc import Iterable
@@ -13,27 +13,27 @@ from torch import Tensor
 from scala_cli.slicing.ridge import Moments, in_double
 
 LEAST = 0.01
-"""Directions of less variance than this share of the mean are raised as if they had it."""
+"""Directions with less variance than this share of the mean variance are scaled as if they had it."""
 NOTHING = 1e-10
-"""A variance below this share of the mean square is rounding."""
+"""A variance below this share of the mean square counts as rounding."""
 
 
 class Spread:
-    """Mean and covariance of vectors, counted batch by batch."""
+    """Mean and covariance of vectors, accumulated batch by batch."""
 
     def __init__(self) -> None:
         self.moments = Moments()
 
     def add(self, vectors: Tensor) -> None:
-        """Counts (..., C) in."""
+        """Adds vectors (..., C)."""
         vectors = in_double(vectors.detach())
-        self.moments.add(vectors, vectors[..., :0])  # of which nothing is to be told
+        self.moments.add(vectors, vectors[..., :0])  # no targets
 
     def unit(self, whiten: float) -> Tensor | None:
-        """Returns the (C, C) map into the directions' own units; (1, 1) where that is one scale.
+        """Returns the (C, C) map into the units in which vectors are compared; (1, 1) if it is one scale.
 
-        Direction i, of variance v_i, is multiplied by v_i^(-whiten / 2); then all by what makes the mean
-        variance 1.
+        Principal direction i, of variance v_i, is multiplied by v_i^(-whiten / 2); then all are scaled to a
+        mean variance of 1.
 
         Returns:
             None if all vectors are the same.
@@ -51,12 +51,12 @@ class Spread:
 
 
 def in_units(vectors: Tensor, unit: Tensor) -> Tensor:
-    """Returns (..., C) vectors in the units of `Spread.unit`."""
+    """Returns vectors (..., C) in the units of `Spread.unit`."""
     return vectors * unit.squeeze() if unit.numel() == 1 else vectors @ unit.T
 
 
 def spreads(outputs: Iterable[Tensor]) -> tuple[Spread, Spread]:
-    """Returns the spread of the first tokens of (B, N, C) outputs, and that of all others."""
+    """Returns the spread of the first tokens of outputs (B, N, C), and that of all other tokens."""
     first, others = Spread(), Spread()
     for output in outputs:
         first.add(output[:, :1])

@@ -1,4 +1,4 @@
-"""Methods and their parts side by side: the same start, images and seeds, one table."""
+"""Compares methods and their parts: same start, images and seeds, results in one table."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from scala_cli.slicing.point import Point
 from scala_cli.swap import remove, target_of
 from scala_cli.tasks import TASKS, task_named
 from scala_cli.tasks.base import main_column
-from scala_cli.training.finetune import finetune, go_on
+from scala_cli.training.finetune import finetune, resume_run
 from scala_cli.training.price import Macs, training_macs
 from scala_cli.training.run import METRICS, Run
 from scala_cli.training.start import is_taught, unlearnt
@@ -39,7 +39,7 @@ Start = tuple[SlimmableViT, Record]
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train, under the name it has in the table."""
+    """One way to train, with its name in the table."""
 
     name: str
     recipe: Recipe
@@ -53,18 +53,18 @@ class Arm:
         return method_named(self.method.method)
 
     def of(self, start: Start) -> Start:
-        """The start as this arm cuts it."""
+        """Returns the start with this arm's slicing rule."""
         net, record = start
         rule = replace(net.rule, layout=self.recipe.layout, attn_scale=self.recipe.attn_scale)
         return net.like(rule=rule), record
 
     def without(self, part: str) -> "Arm":
-        """The arm less one of its parts. Raises TrainingError for a part it does not have."""
+        """Returns the arm without one of its parts. Raises TrainingError for a part it does not have."""
         if part not in OFF:
             raise TrainingError(f"there is no part {part!r}.", f"Parts are {', '.join(OFF)}.")
         method = replace(self.method, **{part: OFF[part]})
         if part == "order" and method.isolation is None:
-            method = replace(method, isolation=False)  # as with it: one part at a time
+            method = replace(method, isolation=False)  # as with ordering, so that only one part differs
         if self.kind.effective(method) == self.kind.effective(self.method):
             raise TrainingError(
                 f"{part} has no part in {self.name}: leaving it out changes nothing.", remedy="whole_method"
@@ -73,7 +73,7 @@ class Arm:
 
 
 def recipes() -> dict[str, Recipe]:
-    """Returns what can be compared: every method with its defaults, and its named variants."""
+    """Returns what can be compared: every method with default settings, and its named variants."""
     found: dict[str, Recipe] = {}
     for name in METHODS:
         found |= {name: Recipe(MethodSettings(method=name)), **method_named(name).recipes}
@@ -81,9 +81,9 @@ def recipes() -> dict[str, Recipe]:
 
 
 def arms_of(methods: Sequence[str], without: Sequence[str]) -> list[Arm]:
-    """Returns every method, and every method without each of the parts.
+    """Returns an arm for every method, and one for every method without each of the parts.
 
-    Raises TrainingError for an unknown name, and for a part whose absence would change nothing.
+    Raises TrainingError for an unknown name, or a part whose absence would change nothing.
     """
     known = recipes()
     unknown = [name for name in methods if name not in known]
@@ -106,18 +106,18 @@ def compare(
     folder: Path,
     watch: Watcher,
 ) -> list[dict[str, Any]]:
-    """Trains every arm with every seed and returns one row an arm, as in compare.json.
+    """Trains every arm with every seed and returns one row for each arm, as in compare.json.
 
-    A comparison that was interrupted goes on where it stopped; what is finished is not trained again. Judged
-    is the last epoch, never the best, which would be chosen on the very images it is reported for.
+    An interrupted comparison resumes where it stopped. It reports the last epoch, not the best, which would
+    be chosen on the same images that it is reported for.
 
     Args:
-        model: what a user calls the start.
-        equal: whether every arm sees the same images, or spends the same multiply-accumulates in training as
-            the first; the first's are those of `settings`.
+        model: the user's name of the start.
+        equal: "images" trains every arm on as many images as `settings` says; "macs" scales the epochs so
+            that every arm spends as many multiply-accumulates in training as the first.
 
     Raises:
-        TrainingError: where `folder` holds another comparison, or the start is none. Others as `finetune`.
+        TrainingError: if `folder` holds another comparison, or the start is unsuitable. Others as `finetune`.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise TrainingError("compare runs in one process.", remedy="one_process")
@@ -162,7 +162,7 @@ def compare(
 
 
 def refuse_unfit(net: SlimmableViT, record: Record, arms: Sequence[Arm], settings: Settings) -> None:
-    """Raises TrainingError unless every arm can start here, where the classes are known, and differs."""
+    """Raises TrainingError unless every arm can train from this start, and it has learnt the classes."""
     for idle in filter(None, (arm.kind.idle(arm.method, net.points) for arm in arms)):
         raise TrainingError(
             f"{idle}.",
@@ -197,16 +197,16 @@ def train(
     place: Path,
     watch: Watcher,
 ) -> list[dict[str, Any]]:
-    """Trains one arm with one seed, in one run or one for each point. Returns every epoch.
+    """Trains one arm with one seed, in one run or in one for each point, and returns the rows of all epochs.
 
-    Of each run the last epoch alone has its "points".
+    Only the last epoch of each run keeps its "points".
     """
     alone = arm.kind.one_point
     rows = []
     for widths in [(point,) for point in points] if alone else [points]:
         run = Run(place / widths[0].file_name if alone else place)
         if run.holds_state():
-            go_on(run, watch)
+            resume_run(run, watch)
         else:
             net, record = arm.of(open_start())
             finetune(net.with_points(widths), record, settings, run, watch, force=True)
@@ -219,13 +219,13 @@ def train(
 def summary(
     runs: Sequence[Sequence[dict[str, Any]]], macs: Mapping[Point, int], column: str, digits: int = 2
 ) -> dict[str, Any]:
-    """Mean and standard deviation of a metric over the seeds, for each point, and the minutes of a seed.
+    """Returns mean and standard deviation of a metric over the seeds, for each point, and minutes per seed.
 
     Args:
-        runs: the epochs of every seed.
-        macs: of one image at each point.
+        runs: the rows of all epochs, for every seed.
+        macs: multiply-accumulates of one image at each point.
         column: the metric.
-        digits: its decimals.
+        digits: its number of decimals.
     """
     seeds = [{Point.of_row(each): each[column] for row in rows for each in row["points"]} for rows in runs]
     points = [
@@ -246,9 +246,9 @@ def summary(
 
 @contextmanager
 def claimed(folder: Path, what: dict[str, Any]) -> Iterator[None]:
-    """Holds a folder for a comparison, a new one or the same one that goes on.
+    """Locks a folder for a new comparison, or to resume the same one.
 
-    Raises TrainingError where it holds something else, and where another process trains in it.
+    Raises TrainingError if it holds something else, or another process trains in it.
     """
     try:
         held = json.loads((folder / RESULT).read_text(encoding="utf-8"))["of"]
@@ -269,7 +269,7 @@ def claimed(folder: Path, what: dict[str, Any]) -> Iterator[None]:
 
 
 def write(folder: Path, what: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    """The rows so far, as JSON and as CSV."""
+    """Writes the rows so far, as JSON and as CSV."""
     with whole_file(folder / RESULT) as file:
         file.write_text(json.dumps({"of": what, "arms": rows}, indent=2) + "\n", encoding="utf-8")
     with whole_file(folder / TABLE) as file:
@@ -277,7 +277,7 @@ def write(folder: Path, what: dict[str, Any], rows: Sequence[dict[str, Any]]) ->
 
 
 def columns(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the table: a column for each width, mean and spread over the seeds."""
+    """Returns a row of the table, with mean ± standard deviation over the seeds for each point."""
     digits = next(task.digits for task in TASKS.values() if main_column(task) in row["points"][0])
     means = {
         Point.of_row(point).label: f"{fmean(point['seeds']):.{digits}f}"

@@ -1,4 +1,4 @@
-"""A second teacher: any model of timm, whose classes a distillation head learns (DeiT, arXiv 2012.12877)."""
+"""A second teacher: any timm classifier, from which a distillation head learns (DeiT, arXiv 2012.12877)."""
 
 from typing import Any
 
@@ -13,15 +13,15 @@ from scala_cli.models.vit import Spec
 
 
 class Expert(nn.Module):
-    """A frozen classifier. It gets the images as the student does, and normalises them anew if it has to.
+    """A frozen classifier. It takes the student's images and converts their normalisation to its own.
 
     Args:
         name: a timm name, or a directory in timm's format.
-        spec: of the student.
+        spec: the student's Spec.
 
     Raises:
-        CheckpointError: where there is no such model, or it has no weights.
-        TrainingError: where its classes are not the student's, or it takes other images.
+        CheckpointError: if there is no such model, or it has no weights.
+        TrainingError: if its classes differ from the student's, or it cannot take the student's images.
     """
 
     scale: Tensor
@@ -56,7 +56,7 @@ class Expert(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W), normalised for the student -> (B,) class numbers"""
+        """Predicts class numbers: (B, C, H, W), normalised for the student -> (B,)."""
         return self.model(images * self.scale + self.shift).argmax(-1)
 
     def train(self, mode: bool = True) -> "Expert":
@@ -65,7 +65,7 @@ class Expert(nn.Module):
 
 
 def opened(name: str) -> Any:
-    """Returns a model of timm with its weights. Raises CheckpointError."""
+    """Returns a timm model with its weights. Raises CheckpointError."""
     config, directory = config_of(name), directory_of(name)
     if directory is None:
         with quiet_hub(), naming_failure(f"no weights of {name}", kind=CheckpointError):

@@ -1,4 +1,4 @@
-"""One-shot training: a pretrained ViT becomes a family of every width."""
+"""One-shot training: makes a family of all widths from a pretrained ViT."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -17,13 +17,20 @@ from scala_cli.slicing.point import Point
 from scala_cli.tasks import task_named
 from scala_cli.training.loop import Trainer
 from scala_cli.training.run import Row, Run
-from scala_cli.training.start import is_taught, prepare, refuse_foreign, trained_by, unlearnt, with_new_head
+from scala_cli.training.start import (
+    is_taught,
+    prepare,
+    record_of_training,
+    refuse_foreign,
+    unlearnt,
+    with_new_head,
+)
 from scala_cli.watch import Watcher
 from scala_cli.world import World
 
 FULL = Point.of(1)
 LEARNING = 1 / 3
-"""The share of the epochs that the full width first trains alone, to learn a new head."""
+"""Share of the epochs for which the full width first trains alone, to learn a new head."""
 
 
 def finetune(
@@ -31,13 +38,13 @@ def finetune(
 ) -> Row:
     """Trains every width of `start` at once and returns the row of the best epoch.
 
-    Where the task is to keep a backbone's features, its frozen full width teaches and no labels are used.
-    Otherwise, if the model's classes differ from the data's, it gets a new head and the full width learns
-    them first, alone, in a run of its own. The frozen model teaches if it has been trained for these classes.
+    For features, the frozen full width teaches and no labels are used. For classification, a model whose
+    classes differ from the data's gets a new head, and if it is to be taught, the full width first learns the
+    classes alone, in a separate run, and then teaches.
 
     Raises:
-        ScalaError: the subclasses for data, points, checkpoints and training; nothing is written before
-            all input has been checked.
+        ScalaError: its subclasses for data, points, checkpoints and training; nothing is written before all
+            input has been checked.
     """
     device = choose_device(settings.device)
     note_emulation(device, settings.device, watch)
@@ -68,7 +75,7 @@ def finetune(
     begun = start
     start, record = prepare(begun, record, settings, splits[0], watch)
     start = method.prepared(start, settings.run.seed)
-    # fitting the widths, and modules that are added, change the full one, so the model from before teaches
+    # fitting the widths or adding modules changes the full width; then the unchanged model teaches
     changed = method.adds_modules or start.vectors.keys() != begun.vectors.keys()
     teacher = begun if changed else start
     trainer = Trainer(start, task, teacher if taught else None, settings, splits)
@@ -78,21 +85,21 @@ def finetune(
         return begin(trainer, start, record, run, watch)
 
 
-def go_on(run: Run, watch: Watcher, changes: Mapping[str, Any] | None = None) -> Row:
-    """Trains from the last saved step of a run, with the settings it was begun with.
+def resume_run(run: Run, watch: Watcher, changes: Mapping[str, Any] | None = None) -> Row:
+    """Resumes a run from its last saved step, with its own settings.
 
     Args:
-        changes: other values of `settings.ON_RESUME`, by name.
+        changes: new values for settings in `settings.ON_RESUME`, by name.
 
     Raises TrainingError if the directory holds no run or another process trains it, DataError if the images
     or classes have changed.
     """
     with run.held():
-        return go_on_from(run.read_state(), run, watch, changes)
+        return resume_from(run.read_state(), run, watch, changes)
 
 
-def go_on_from(state: dict[str, Any], run: Run, watch: Watcher, changes: Mapping[str, Any] | None) -> Row:
-    """Trains from a saved state, like `go_on`, in a run that this process has locked."""
+def resume_from(state: dict[str, Any], run: Run, watch: Watcher, changes: Mapping[str, Any] | None) -> Row:
+    """Resumes from a saved state, in a run that this process has locked (see `resume_run`)."""
     settings = Settings.of(state["settings"], changes)
     device = choose_device(settings.device)
     world = World.join(device)
@@ -106,7 +113,7 @@ def go_on_from(state: dict[str, Any], run: Run, watch: Watcher, changes: Mapping
         settings = replace(settings, optimizer=replace(settings.optimizer, batch_size=share))
     if state.get("learning"):
         run.write_state({**state, "settings": asdict(settings), "processes": world.size})
-        go_on(run.teacher, watch, changes)
+        resume_run(run.teacher, watch, changes)
         world.wait()
         points = [Point.of(ratio) for ratio in state["points"]]
         _, record = load_with_record(run.teacher.path / "start")
@@ -122,15 +129,15 @@ def go_on_from(state: dict[str, Any], run: Run, watch: Watcher, changes: Mapping
     trainer.restore(state)
     if len(trainer.rows) < trainer.epochs:
         watch.note(f"going on after step {trainer.step.number} of {trainer.steps}.")
-    return trainer.train(run, trained_by(record, start, settings, state["taught"]), watch)
+    return trainer.train(run, record_of_training(record, start, settings, state["taught"]), watch)
 
 
 def begin(trainer: Trainer, start: SlimmableViT, record: Record, run: Run, watch: Watcher) -> Row:
-    """Trains in a directory that has been claimed."""
+    """Starts training in a run directory that is locked."""
     taught = trainer.step.frozen is not None
     trainer.measure(watch)
     run.begin(start, record, trainer.state())
-    return trainer.train(run, trained_by(record, start, trainer.settings, taught), watch)
+    return trainer.train(run, record_of_training(record, start, trainer.settings, taught), watch)
 
 
 def learn_classes_first(
@@ -142,7 +149,7 @@ def learn_classes_first(
     watch: Watcher,
     force: bool,
 ) -> Row:
-    """Trains the full width alone, in `run.teacher`, on classes that are new to it; then every width."""
+    """Trains the full width alone on new classes, in `run.teacher`; then every width."""
     learning = replace(
         settings,
         method=replace(settings.method, method=ONE_POINT, order="none"),
@@ -156,7 +163,7 @@ def learn_classes_first(
             run.teacher.begin(alone, record, trainer.state())
             state = {**trainer.terms(), "settings": asdict(settings), "learning": True, "points": points}
             run.write_state(state)
-            trainer.train(run.teacher, trained_by(record, alone, learning, taught=False), watch)
+            trainer.train(run.teacher, record_of_training(record, alone, learning, taught=False), watch)
         trainer.world.wait()
         return widen(run, settings, start.points, splits, watch)
 
@@ -164,7 +171,7 @@ def learn_classes_first(
 def widen(
     run: Run, settings: Settings, points: Sequence[Point], splits: tuple[Split, Split], watch: Watcher
 ) -> Row:
-    """Trains every width, taught by the full one that has learnt its classes in `run.teacher`."""
+    """Trains every width, taught by the full width that learnt the classes in `run.teacher`."""
     net, _ = load_with_record(run.teacher.path / "last")
     _, record = load_with_record(run.teacher.path / "start")
     record = replace(record, new_head=False)

@@ -1,4 +1,4 @@
-"""How the widths pull at the weights they share: gradient norms and cosines."""
+"""Logs gradient norms of the widths and the cosines between them, on the weights that they share."""
 
 import json
 from collections.abc import Iterable
@@ -12,13 +12,13 @@ from scala_cli.files import whole_file
 
 
 class GradientLog:
-    """Takes the gradients of each pass of a step apart, and writes one line of JSON a step.
+    """Separates the gradients of the passes of a step, and writes one line of JSON per step.
 
-    {"step", "norm": {width: norm}, "cosine": {"width,width": cosine}}; a narrow pass has zeros where its
-    width has no channels, so the cosine is that of what both do to the whole model.
+    {"step", "norm": {width: norm}, "cosine": {"width,width": cosine}}. The gradient of a narrow width is zero
+    for the channels that it lacks, so cosines compare gradients of the whole model.
 
     Args:
-        file: what it holds of the steps before `first` is kept, up to a line that was not written whole.
+        file: the log; its complete lines of steps before `first` are kept.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], file: Path, first: int = 0) -> None:
@@ -26,22 +26,22 @@ class GradientLog:
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
         whole = takewhile(lambda line: line.endswith("\n"), lines)
         kept = [line for line in whole if json.loads(line)["step"] < first]
-        with whole_file(file) as target:  # without what a run that is resumed had logged of its next epoch
+        with whole_file(file) as target:  # drops steps logged after the state that a run resumes from
             target.write_text("".join(kept), encoding="utf-8")
         self.so_far: Tensor | None = None
         self.passes: dict[str, Tensor] = {}
 
     def add(self, name: str) -> None:
-        """After the backward of a pass: its gradient is what was added to the sum."""
+        """Adds the gradient of a pass, after its backward: the change of the accumulated gradient."""
         total = torch.cat(
             [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in self.parameters]
         )
         own = total if self.so_far is None else total - self.so_far
-        self.passes[name] = own + self.passes.get(name, 0)  # a batch may come in parts
+        self.passes[name] = own + self.passes.get(name, 0)  # a batch may be processed in parts
         self.so_far = total
 
     def write(self, step: int) -> None:
-        """After the last pass of a step."""
+        """Writes the line of a step, after its last pass."""
         norms = {name: gradient.norm().item() for name, gradient in self.passes.items()}
         cosines = {
             f"{one},{other}": torch.cosine_similarity(self.passes[one], self.passes[other], dim=0).item()

@@ -1,4 +1,4 @@
-"""The training loop, one for all methods. It computes and saves; it prints nothing."""
+"""The training loop of all methods. It computes and saves; it prints nothing."""
 
 import math
 import time
@@ -33,22 +33,22 @@ SECONDS_BETWEEN_SAVES = 180.0
 
 @dataclass
 class Epoch:
-    """What has been counted of an epoch so far."""
+    """Totals of an epoch so far."""
 
     images: int = 0
     seconds: float = 0.0
     losses: dict[str, tuple[int, float]] = field(default_factory=dict)
-    """name of a pass -> how often, and the sum"""
+    """Name of a pass -> number of losses, and their sum."""
 
     def count(self, images: int, losses: Mapping[str, float], seconds: float) -> None:
-        """Counts one step in."""
+        """Adds one step."""
         self.images, self.seconds = self.images + images, self.seconds + seconds
         for name, loss in losses.items():
             often, total = self.losses.get(name, (0, 0.0))
             self.losses[name] = often + 1, total + loss
 
     def row(self) -> Row:
-        """The epoch's means."""
+        """Returns the epoch's means."""
         return {
             "images_per_sec": round(self.images / self.seconds, 2),
             "minutes": round(self.seconds / 60, 3),
@@ -57,18 +57,18 @@ class Epoch:
 
 
 class Trainer:
-    """One run's model, data and optimizer, ready to train.
+    """A run's model, data and optimizer, ready to train.
 
-    Building it checks all the settings against the model, the data and this machine; nothing is written.
+    Creating it checks all settings against the model, the data and this machine; nothing is written.
 
     Args:
         start: the model to start from.
-        task: what it is for.
+        task: what the model is for.
         teacher: the model whose full width teaches, or None.
         splits: training and validation images.
 
     Raises:
-        TrainingError: settings that timm refuses. Other kinds of ScalaError for device, data and widths.
+        TrainingError: for settings that timm rejects. Other kinds of ScalaError for device, data and widths.
     """
 
     def __init__(
@@ -120,20 +120,20 @@ class Trainer:
         self.epoch = Epoch()
 
     def measure(self, watch: Watcher) -> None:
-        """Measures what the loss needs to know of the teacher's outputs, on some training images, once.
+        """Computes statistics of the teacher's outputs that the loss needs, on some training images.
 
-        Raises DataError where no image can be read, or all are the same.
+        Raises DataError if no image can be read, or all are the same.
         """
         if not self.task.labelled:
             split, read = self.training.split, self.settings.read
             self.step.measure(calibration_images(split, self.step.net.spec, read, watch))
 
     def state(self) -> dict[str, Any]:
-        """Returns what `restore` needs to continue after the last step."""
+        """Returns the state from which `restore` resumes after the last step."""
         return {**self.terms(), "rows": self.rows, "epoch": asdict(self.epoch), **self.step.state()}
 
     def terms(self) -> dict[str, Any]:
-        """Returns what is fixed when a run begins."""
+        """Returns the part of the state that stays the same throughout a run."""
         return {
             "settings": asdict(self.settings),
             "taught": self.step.frozen is not None,
@@ -153,7 +153,7 @@ class Trainer:
 
     @property
     def images_per_step(self) -> int:
-        """The images of a step, of all processes together."""
+        """Number of images in a step, over all processes."""
         return self.training.batch_size * self.world.size
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -161,34 +161,35 @@ class Trainer:
         self.step.restore(state)
 
     def train(self, run: Run, record: Record, watch: Watcher) -> Row:
-        """Trains what is left, saves every epoch and between, and returns the row of the best.
+        """Trains the remaining epochs, saves after and during each, and returns the row of the best.
 
         Args:
-            record: what to save beside the weights; its metrics are filled in.
+            record: the record to save with the weights; its metrics are filled in.
 
         Raises:
-            TrainingError: where a loss or a gradient is not finite; what was saved before stays.
-            ScalaError: where the device has not enough memory for a step; DataError: an image that cannot be
-                read, a process that reads and died; after saving.
-            Stopped: where the watcher asks for it, after saving; LostProcess likewise.
+            TrainingError: if a loss or a gradient is not finite; earlier saves are kept.
+            ScalaError: if the device lacks memory for a step; DataError if an image cannot be read or a
+                worker died. The state is saved first.
+            Stopped: if the watcher asks to stop; LostProcess if another process is lost. The state is saved
+                first.
         """
         if self.settings.run.log_grads and self.world.rank == 0:
             parameters = self.step.net.vit.parameters()
             self.step.gradients = GradientLog(parameters, run.path / GRADIENTS, self.step.number)
         first = self.step.number
-        with watch.between_steps():  # what is saved in the end is saved whole, too
+        with watch.between_steps():  # includes the final save, so that it is not interrupted
             try:
                 with naming_a_dead_reader():
                     self.train_epochs(run, record, watch)
-            except (Stopped, LostProcess):  # between two steps, or before the weights of one have moved
+            except (Stopped, LostProcess):  # raised between steps, or before a step changes the weights
                 run.write_state(self.state())
                 raise
             except TrainingError:
-                raise  # it would come again
+                raise  # it would occur again after resuming
             except ScalaError as error:
                 error.resumable = True
-                learnt = self.step.number > first and self.epoch.images  # since then
-                if learnt and not self.step.moving:
+                is_new = self.step.number > first and self.epoch.images  # steps that are not saved yet
+                if is_new and not self.step.moving:
                     run.write_state(self.state())
                 raise
         for loader in (self.training, self.validation):
@@ -196,11 +197,11 @@ class Trainer:
         return max(self.rows, key=self.task.score)
 
     def train_epochs(self, run: Run, record: Record, watch: Watcher) -> None:
-        """Trains, evaluates and saves what is left of the epochs."""
+        """Trains, evaluates and saves the remaining epochs."""
         while len(self.rows) < self.epochs:
             row = self.train_epoch(run, watch)
             points = evaluate(
-                self.step.judged,
+                self.step.evaluated,
                 self.task,
                 self.validation,
                 self.step.net.points,
@@ -211,13 +212,13 @@ class Trainer:
             )
             self.rows.append({**row, "points": points})
             self.epoch = Epoch()
-            run.save_epoch(self.step.judged, record, self.task, self.rows, self.state())
+            run.save_epoch(self.step.evaluated, record, self.task, self.rows, self.state())
             watch.epoch(self.rows[-1])
 
     def train_epoch(self, run: Run, watch: Watcher) -> Row:
-        """Passes over what is left of the training images of this epoch, and of the run, once.
+        """Trains on the remaining images of this epoch, at most to the last step of the run.
 
-        All that is random depends on the seed and the number of the step, the epoch and the image alone.
+        All randomness depends only on the seed and the numbers of the step, the epoch and the image.
         """
         number, so_far = len(self.rows), self.epoch
         first, last = (
@@ -228,7 +229,7 @@ class Trainer:
         watch.phase(of, (last - self.step.number) * self.images_per_step)
         self.step.net.train()
         self.scheduler.step_update(max(self.step.number - 1, 0))
-        lr = self.lr  # of the last step so far, should none be left of this epoch
+        lr = self.lr  # the last step's, reported if no step of this epoch is left
         self.scheduler.step_update(self.step.number)
         began = saved = time.perf_counter()
         for images, targets in islice(self.training.of_epoch(number, first), last - self.step.number):
@@ -248,11 +249,11 @@ class Trainer:
 
     @property
     def lr(self) -> float:
-        """The rate of the next step before it is scaled for a layer or a weight."""
+        """The learning rate of the next step, before scaling for a layer or a weight."""
         group = self.step.optimizer.param_groups[0]
         return group["lr"] / group.get("lr_scale", 1)
 
     def is_due(self, seconds: float) -> bool:
-        """Whether to save now, so many seconds after the last time."""
+        """Whether to save now, `seconds` after the last save."""
         every = self.settings.optimizer.save_every_steps
         return self.step.number % every == 0 if every else seconds > SECONDS_BETWEEN_SAVES

@@ -1,4 +1,4 @@
-"""What training costs: multiply-accumulates of an image, minutes of a run."""
+"""Cost of training: multiply-accumulates per image, minutes of a run."""
 
 import json
 from collections.abc import Mapping
@@ -21,10 +21,10 @@ STEPS = 1000
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulates of one forward of one image.
+    """Multiply-accumulates of the forward of one image.
 
     Args:
-        points: of each trained point.
+        points: at each trained point.
         full: of the full-width model, which teaches even if it is not one of the points.
     """
 
@@ -38,14 +38,14 @@ class Macs:
 
 
 def training_macs(macs: Macs, method: MethodSettings, task: str, pretrained: bool) -> float:
-    """Returns the multiply-accumulates per training image: a backward pass counts as two forwards.
+    """Returns the multiply-accumulates per training image; a backward pass counts as two forwards.
 
-    The drawn points are averaged over 1,000 steps. A method that trains one point per run is counted with one
-    run for each.
+    The drawn points are averaged over STEPS steps. For a method that trains one point per run, the runs of
+    all points are added up.
 
     Args:
         task: a name of tasks.TASKS.
-        pretrained: whether the start can teach.
+        pretrained: whether the start is trained, so that it can teach.
     """
     kind, purpose = method_named(method.method), task_named(task)
     teaches = not purpose.labelled or ("teacher" in kind.parts and method.teacher != "none")
@@ -61,7 +61,7 @@ def training_macs(macs: Macs, method: MethodSettings, task: str, pretrained: boo
 
 
 def price_of_run(net: SlimmableViT, record: Record, checkpoint: Path) -> dict[str, float] | None:
-    """Returns the cost of the run that wrote a checkpoint; None unless a run of all widths lies beside it.
+    """Returns the cost of the run that wrote a checkpoint; None if it is not in a run of all widths.
 
     Returns:
         {"minutes", "separate"}: minutes of training, including a new head; and the multiply-accumulates per
@@ -74,7 +74,7 @@ def price_of_run(net: SlimmableViT, record: Record, checkpoint: Path) -> dict[st
     try:
         rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
         minutes = sum(row["minutes"] for row in rows)
-    except (ValueError, KeyError, TypeError):  # another tool wrote it
+    except (ValueError, KeyError, TypeError):  # not a metrics file of this package
         return None
     counted, taught = Macs.of(net), bool(record.provenance.get("teacher"))
     joint, apart = (

@@ -1,24 +1,24 @@
-"""Learning rates relative to the size of each weight, for optimizers whose steps do not depend on it."""
+"""Scales learning rates by the size of each weight, for optimizers whose step size does not depend on it."""
 
 from torch import nn
 from torch.optim import Optimizer
 
 SIZE_OF_ZEROS = 0.02
-"""A tensor of zeros counts as one that timm has just initialised (standard deviation 0.02)."""
+"""Size assumed for a tensor of zeros: the standard deviation of timm's initialisation."""
 SMALLEST = 1e-3
 
 
 def has_relative_rates(name: str) -> bool:
-    """Whether the optimizer of this name is trained with rates relative to the size of each weight."""
+    """Whether the optimizer of this name uses learning rates relative to the size of each weight."""
     return name.endswith("muon")
 
 
 def make_relative(optimizer: Optimizer) -> None:
     """Multiplies the learning rate of every parameter by its root mean square, in place.
 
-    In a deep ViT these differ by a factor of a hundred: a LayerScale near zero, once it is part of a weight,
-    makes that weight small. At one rate for all, an optimizer that moves every weight equally far loses what
-    the small ones hold within a few steps (docs/results/backbones.md).
+    In a deep ViT these differ by a factor of a hundred, because a LayerScale near zero makes the weight that
+    it is folded into small. With one rate for all, an optimizer that moves every weight equally far destroys
+    the small ones within a few steps (docs/results/backbones.md).
     """
     optimizer.param_groups = [
         {**group, "params": [p], "lr_scale": group.get("lr_scale", 1.0) * relative_rate(p)}

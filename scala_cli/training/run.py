@@ -1,4 +1,4 @@
-"""A run directory: all files of one training run, complete at every moment."""
+"""The run directory: all files of a training run. Every write is atomic, so it can be resumed at any time."""
 
 import json
 import os
@@ -27,27 +27,27 @@ from scala_cli.watch import is_first
 
 Row = dict[str, Any]
 """One epoch: {"epoch", "lr", "images_per_sec", "minutes", "loss": {name: mean},
-"points": [{"ratio", "top1", ...}]}; the minutes are those of training, without evaluation."""
+"points": [{"ratio", "top1", ...}]}; "minutes" excludes evaluation."""
 
 METRICS, GRADIENTS, FORMAT = "metrics.jsonl", "grads.jsonl", 5
 CHECKPOINTS = ("start", "last", "best")
 OF_RUN = {STATE, METRICS, GRADIENTS, "summary.csv", "args.yaml", LOCK}
 OF_RUN |= {f"{name}/{file}" for name in CHECKPOINTS for file in OF_CHECKPOINT - {CARD}}
 FILES = OF_RUN | {f"teacher/{file}" for file in OF_RUN}
-"""All that a run writes, as paths in its directory."""
+"""All files of a run, as paths in its directory."""
 NAMES = {Path(file).parts[0] for file in FILES}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory.
+    """A run directory.
 
-    `start/` holds the model training started from, `last/` and `best/` what it became (all checkpoint
-    directories); `teacher/` is a run of its own, if the head was new; `state.pt` is for resuming;
-    `metrics.jsonl` and `summary.csv` the epochs so far.
+    The checkpoint directories `start/`, `last/` and `best/` hold the model before training, after the last
+    and after the best epoch; `teacher/` the model that teaches, if it is not the start; `state.pt` the state
+    to resume from; `metrics.jsonl` and `summary.csv` the epochs so far.
 
     Args:
-        newest: whether runs/last is to point here once there is something to see.
+        newest: whether to point runs/last here after the first epoch.
         writes: whether this process writes the run; the other processes of torchrun only read it.
     """
 
@@ -57,9 +57,10 @@ class Run:
 
     @property
     def teacher(self) -> "Run":
-        """The run in which the full width alone learnt new classes; its last checkpoint is the teacher.
+        """The run in which the full width alone learns new classes; its last checkpoint is the teacher.
 
-        Where the widths of the start were fitted, it holds that checkpoint alone: the model from before.
+        If instead fitting or added modules changed the start's full width, it holds only that checkpoint: the
+        unchanged model.
         """
         return Run(self.path / "teacher", writes=self.writes)
 
@@ -70,7 +71,7 @@ class Run:
 
     @contextmanager
     def claimed(self, settings: Settings, force: bool) -> Iterator[None]:
-        """Locks the directory for a new run; with `force` removes a former run in it.
+        """Locks the directory for a new run; with `force`, removes an existing run.
 
         Raises ScalaError if it is occupied, or another process trains in it.
         """
@@ -80,7 +81,7 @@ class Run:
         refuse_occupied(self.path, force, FILES, in_place=True)
         self.path.mkdir(parents=True, exist_ok=True)
         with locked(self.path):
-            refuse_occupied(self.path, force, FILES, in_place=True)  # another may have ended just before
+            refuse_occupied(self.path, force, FILES, in_place=True)  # another run may just have ended here
             try:
                 clear(self.path, FILES - {LOCK})
                 with whole_file(self.path / "args.yaml") as file:
@@ -93,7 +94,7 @@ class Run:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Locks a run to resume, if there is one, and removes files that a killed process left half written.
+        """Locks a run to resume, if there is one, and removes partly written files of a killed process.
 
         Raises TrainingError if another process trains it.
         """
@@ -109,7 +110,7 @@ class Run:
             yield
 
     def begin(self, start: SlimmableViT, record: Record, state: Mapping[str, Any]) -> None:
-        """Saves the starting model and state, so that training can be resumed from now on."""
+        """Saves the starting model and state, so that the run can be resumed from now on."""
         if self.writes:
             save(start, record, self.path / "start")
             self.write_state(state)
@@ -137,7 +138,9 @@ class Run:
     def discard_if_no_step_was_saved(self) -> None:
         """Removes the files of the run unless they hold a step to resume from."""
         parts = [part for part in (self, self.teacher) if part.holds_state()]
-        if not any(part.read_state().get("step") for part in parts):  # none yet while learning classes
+        if not any(
+            part.read_state().get("step") for part in parts
+        ):  # no "step" while `teacher` learns classes
             clear(self.path, FILES)
             with suppress(OSError):
                 self.path.rmdir()
@@ -150,7 +153,7 @@ class Run:
         rows: Sequence[Row],
         state: Mapping[str, Any],
     ) -> None:
-        """Saves the model, its metrics, and last of all the state to resume from."""
+        """Saves the model and its metrics, and finally the state to resume from."""
         if not self.writes:
             return
         newest = rows[-1]
@@ -200,7 +203,7 @@ class Run:
 
 
 def flat(row: Row, task: Task) -> dict[str, Any]:
-    """A row as columns: loss_0.25, top1_0.25, top5_0.25, ..."""
+    """Returns a row as columns: loss_0.25, top1_0.25, top5_0.25, ..."""
     line = {key: row[key] for key in ("epoch", "lr", "images_per_sec")}
     line |= {f"loss_{name}": loss for name, loss in row["loss"].items()}
     for column in task.columns:

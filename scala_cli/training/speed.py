@@ -1,4 +1,4 @@
-"""How fast a method trains, beside plain timm training of the full width, in one run."""
+"""Measures the training speed of a method against plain timm training of the full width."""
 
 import statistics
 from collections.abc import Callable
@@ -31,20 +31,23 @@ WARMUP_ROUNDS = 3
 def bench_training(
     net: SlimmableViT, task: str, settings: Settings, rounds: int, watch: Watcher
 ) -> dict[str, Any]:
-    """Times steps on random images, in turns, so that a machine that heats up or is shared slows all alike.
+    """Times steps on random images, in turns, so that heat or other load slows all of them equally.
 
     Args:
         task: a name of tasks.TASKS.
         rounds: how often each step is timed.
 
     Returns:
-        {"device", "threads", "precision", "torch", "timm", "batch_size", "runs", "steps"}; the steps are
-        timm's, the method's without a teacher (where there are labels) and, as from pretrained weights, with
-        one. Per step {"step", "images_per_sec", "cost_ratio", "efficiency", "mb_per_image"}: the median; the
-        multiply-accumulates of an image relative to timm's; images/s times that relative to timm's images/s,
-        which is 1 where training many widths costs no more than timm's arithmetic for them, some of which is
-        skipped (`modes.skip_unread`); and by how much memory peaks above what was held before, divided by the
-        images of the batch, where the system tells.
+        {"device", "threads", "precision", "torch", "timm", "batch_size", "runs", "steps"}. The steps are
+        timm's, the method's without a teacher (only with labels), and the method's with one. Each is {"step",
+        "images_per_sec", "cost_ratio", "efficiency", "mb_per_image"}:
+
+        images_per_sec: the median.
+        cost_ratio: multiply-accumulates per image relative to timm's.
+        efficiency: images/s times cost_ratio, relative to timm's images/s: 1 if a step takes as long as timm
+            would for that arithmetic, though some of it is skipped (`modes.skip_unread`).
+        mb_per_image: peak memory above what was held before the step, divided by the batch size; None if the
+            system does not report it.
     """
     device = choose_device(settings.device)
     note_emulation(device, settings.device, watch)
@@ -65,17 +68,17 @@ def bench_training(
     calls |= {"scala": partial(run_method, None)} if purpose.labelled else {}
     calls["scala, taught"] = partial(run_method, teacher)
     watch.phase("warm up", WARMUP_ROUNDS * len(calls), "steps")
-    with compiling(settings), naming_lack_of_memory(size):  # which the first steps show
+    with compiling(settings), naming_lack_of_memory(size):  # errors of either kind show in the first steps
         take_turns(calls, WARMUP_ROUNDS, device, watch)
         peaks = {name: peak_memory(device, call) for name, call in calls.items()}
     watch.phase("time", rounds * len(calls), "steps")
     times = take_turns(calls, rounds, device, watch)
 
     macs = Macs.of(net)
-    spent = {"scala": False, "scala, taught": True}  # whether it is taught
+    is_taught = {"scala": False, "scala, taught": True}
     ratios = {
-        name: training_macs(macs, settings.method, task, spent[name]) / (3 * macs.full)
-        if name in spent
+        name: training_macs(macs, settings.method, task, is_taught[name]) / (3 * macs.full)
+        if name in is_taught
         else 1.0
         for name in calls
     }
@@ -90,17 +93,17 @@ def bench_training(
         }
         for name, peak in peaks.items()
     ]
-    told = conditions(device, uses_bfloat16(device, settings.device))
-    return {**told, "batch_size": size, "runs": rounds, "steps": rows}
+    machine = conditions(device, uses_bfloat16(device, settings.device))
+    return {**machine, "batch_size": size, "runs": rounds, "steps": rows}
 
 
 def plain_step(
     net: SlimmableViT, task: Task, settings: Settings, device: torch.device, lesson: Tensor | None
 ) -> Callable[[Tensor, Tensor], None]:
-    """The usual training step of the full-width timm model, under the same conditions as the method's.
+    """Returns a usual training step of the full-width timm model, under the same conditions as the method's.
 
     Args:
-        lesson: what is learnt instead of labels.
+        lesson: a teacher's output to learn instead of labels; None uses labels.
     """
     vit, chosen = deepcopy(net.vit).to(device).train(), settings.optimizer
     choose_attention(vit, device, uses_bfloat16(device, settings.device))

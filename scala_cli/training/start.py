@@ -1,4 +1,4 @@
-"""The starting model of training: its classes, the order of its channels, and Isolated Activation."""
+"""Prepares the starting model of training: classes, order of channels, fit of widths, and isolation."""
 
 import shlex
 from collections.abc import Sequence
@@ -31,11 +31,11 @@ from scala_cli.tasks.base import Task
 from scala_cli.watch import Watcher
 
 ONE_FIT = FamilySettings(keep_full=0.0)
-"""Training makes good what the full width loses in the fit, as the model from before teaches."""
+"""Fits the family once, whatever the full width loses: the unchanged model teaches it in training."""
 
 
 def unlearnt(start: SlimmableViT, record: Record, classes: Sequence[str]) -> str:
-    """Returns why the model has to learn these classes first; empty if it knows them."""
+    """Returns why the model has to learn these classes first; "" if it knows them."""
     if record.new_head and len(classes) == start.spec.num_classes:
         return f"none of its {len(classes)} classes has been learnt"
     return class_misfit(classes, start.spec.num_classes, start.spec.label_names)
@@ -44,7 +44,7 @@ def unlearnt(start: SlimmableViT, record: Record, classes: Sequence[str]) -> str
 def is_taught(record: Record, task: Task, method: MethodSettings) -> bool:
     """Whether the frozen starting model teaches.
 
-    Raises TrainingError where it has to, because there are no labels, and cannot.
+    Raises TrainingError if it cannot although it has to, because there are no labels.
     """
     wanted = method.teacher != "none" and (
         not task.labelled or "teacher" in method_named(method.method).parts
@@ -71,7 +71,7 @@ def is_taught(record: Record, task: Task, method: MethodSettings) -> bool:
 
 
 def refuse_foreign(method: MethodSettings) -> None:
-    """Raises TrainingError for a setting that means something to another method alone."""
+    """Raises TrainingError for a setting that only another method uses."""
     others = {name for each in METHODS for name in method_named(each).own} - method_named(method.method).own
     for name in sorted(others):
         if getattr(method, name) != getattr(MethodSettings(), name):
@@ -82,7 +82,7 @@ def refuse_foreign(method: MethodSettings) -> None:
 
 
 def with_new_head(start: SlimmableViT, classes: Sequence[str], seed: int) -> SlimmableViT:
-    """A copy with a random head for these classes, the same on every call."""
+    """Returns a copy with a random head for these classes, the same for the same seed."""
     vit = deepcopy(start.vit)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -94,12 +94,12 @@ def with_new_head(start: SlimmableViT, classes: Sequence[str], seed: int) -> Sli
 def prepare(
     start: SlimmableViT, record: Record, settings: Settings, images: Split, watch: Watcher
 ) -> tuple[SlimmableViT, Record]:
-    """Returns the model to train, with or without isolation.
+    """Returns the model to train: ordered, fitted and isolated as the method and its settings say.
 
-    If the order of its channels is free, they are put in order. If the full width alone has been trained, and
-    a narrower one has not been fitted to it yet, all are fitted.
+    Channels are put in order unless their order is decided already. Widths are fitted if only the full width
+    has been trained, and a narrower one has not been fitted yet.
 
-    Raises TrainingError where widths that were fitted would be isolated.
+    Raises TrainingError if fitted widths would be isolated.
     """
     free = record.order_is_free(start.rule)
     chosen = method_named(settings.method.method).effective(settings.method)
@@ -109,8 +109,8 @@ def prepare(
         todo = ["putting the channels in order of importance"] if free else []
         todo += ["fitting the narrower widths"] if fit else []
         watch.note(f"{' and '.join(todo)} on some training images.")
-        how, untold = CalibrationSettings(calibrate=fit), replace(images, notes=())
-        on = Calibration(untold, how, settings.read, settings.device, watch)
+        how, split = CalibrationSettings(calibrate=fit), replace(images, notes=())
+        on = Calibration(split, how, settings.read, settings.device, watch)
         start, record, _ = fit_family(start, record, on, ONE_FIT)
     if start.vectors and isolation(start, record, settings):
         raise TrainingError(
@@ -122,10 +122,10 @@ def prepare(
 
 
 def isolation(start: SlimmableViT, record: Record, settings: Settings) -> bool:
-    """Whether to isolate: as the settings say, else as the checkpoint was trained, else the method's way.
+    """Whether to train with isolation: as set, else as the checkpoint was trained, else the method's default.
 
     A checkpoint shows how it was trained only if it had a width between the smallest and the largest. The
-    method's way applies only to channels that are not in order, for those in order have the worst last.
+    method's default does not apply to ordered channels, whose last ones are the least important.
     """
     if settings.method.isolation is not None:
         return settings.method.isolation
@@ -134,12 +134,12 @@ def isolation(start: SlimmableViT, record: Record, settings: Settings) -> bool:
     return method_named(settings.method.method).isolated and record.order != "importance"
 
 
-def trained_by(record: Record, start: SlimmableViT, settings: Settings, taught: bool) -> Record:
-    """Returns the record of the trained model: that of the starting model, and how it was trained."""
+def record_of_training(record: Record, start: SlimmableViT, settings: Settings, taught: bool) -> Record:
+    """Returns the record of the trained model: the starting model's, and how it was trained."""
     former = record.provenance.get("command")
     model = "CKPT" if former else str(record.provenance.get("model", "MODEL"))
-    lies = Path(settings.data).is_dir() or is_shards(settings.data)
-    data = Path(settings.data).name if lies else settings.data
+    is_local = Path(settings.data).is_dir() or is_shards(settings.data)
+    data = Path(settings.data).name if is_local else settings.data
     ratios = ",".join(map(str, start.points))
     blocks, resize = start.spec.tokens.blocks, start.spec.resize
     sizes = [] if former else record.provenance.get("options", [])

@@ -1,4 +1,4 @@
-"""One training step: every pass of a method on one batch, then one move of the weights."""
+"""One training step: all passes of a method on one batch, then one update of the weights."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -37,9 +37,9 @@ from scala_cli.world import ALONE, World
 
 
 class Step:
-    """A model, what teaches it and what moves it; called with a batch, it moves once.
+    """A model with its teacher and its optimizer; calling it with a batch updates the weights once.
 
-    All that is random depends on the seed and the number of the step alone.
+    All randomness depends only on the seed and the number of the step.
 
     Args:
         start: the model to start from.
@@ -48,7 +48,8 @@ class Step:
         world: the processes that share each batch.
 
     Raises:
-        TrainingError: for settings that timm refuses. PointError where a width does not divide.
+        TrainingError: for settings that timm rejects.
+        PointError: if a width leaves no whole number of channels.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Step:
     ) -> None:
         self.settings, self.device, self.world, self.task = settings, device, world, task
         self.statistics: dict[str, Tensor] = {}
-        """What the task has measured of the teacher, once."""
+        """The task's statistics of the teacher's outputs, measured once."""
         self.method = method_named(settings.method.method)(start.points, settings.method, task)
         self.net = start.copied().to(device)
         self.net.vit.set_grad_checkpointing(settings.optimizer.grad_checkpointing)
@@ -71,7 +72,7 @@ class Step:
             self.modules = self.method.modules(self.net).to(device)
         named = settings.method.teacher_model
         self.expert = Expert(named, start.spec).to(device) if named else None
-        # a copy too: where tensors read from a file happen to lie decides how products of matrices round
+        # copied, as rounding of matrix products depends on the memory alignment of tensors read from a file
         self.frozen = teacher.copied().vit.to(device).requires_grad_(False) if teacher else None
         for vit in (self.net.vit, self.frozen):
             if vit:
@@ -102,34 +103,34 @@ class Step:
         self.average = (
             ModelEmaV3(self.net, decay=chosen.model_ema_decay, use_warmup=True) if chosen.model_ema else None
         )
-        self.judged: SlimmableViT = self.average.module if self.average else self.net
-        for vit in (self.net.vit, self.frozen):  # not the average, which is copied from these before
+        self.evaluated: SlimmableViT = self.average.module if self.average else self.net
+        for vit in (self.net.vit, self.frozen):  # not the average, which was copied above
             if vit and not (task.every_token or self.method.reads_blocks):
                 skip_unread(vit)
         self.run: Callable[..., Any] = self.observe if self.method.reads_blocks else task.forward
         self.compiling = compiling(settings)
         if chosen.torchcompile:
             allow_compiling_all()
-            if task.every_token or self.method.reads_blocks:  # another function than the model's own forward
+            if task.every_token or self.method.reads_blocks:  # `run` is not the model's own forward
                 self.run = torch.compile(self.run, dynamic=False)
             else:
                 for model in filter(None, (self.net, self.frozen)):
                     model.compile(dynamic=False)
         self.number = 0
         self.moving = False
-        """Whether a step has begun to change the weights: what fails then leaves nothing to go on from."""
+        """Whether a step is changing the weights; after an error then, the state cannot be resumed."""
         self.gradients: GradientLog | None = None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """All parameters that are trained."""
+        """All trained parameters."""
         return [*self.net.parameters(), *self.modules.parameters()]
 
     def optimizer_of(self, name: str) -> Optimizer:
-        """Returns timm's optimizer of this name for all that is trained, each at its own rate.
+        """Returns timm's optimizer of this name for all trained parameters.
 
-        That is the weights, what a width or a size has of its own, and what only training needs. With Muon,
-        which moves every matrix equally far, rates are relative (`rates.py`).
+        These are the shared weights, those that a width or a size has of its own, and the modules that only
+        training needs. With Muon, which moves every matrix equally far, rates are relative (`rates.py`).
         """
         chosen = self.settings.optimizer
         optimizer = create_optimizer_v2(
@@ -147,14 +148,14 @@ class Step:
         return optimizer
 
     def add_own_vectors(self, optimizer: Optimizer) -> None:
-        """Adds what a width or a size has of its own to the groups of what all share."""
+        """Adds each width's and size's own vectors to the optimizer groups of the shared ones."""
         shared = dict(self.net.vit.named_parameters())
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for name, vector in [*self.net.vectors.items(), *self.net.positions.items()]:
             groups[id(shared[name.partition(":")[2]])]["params"].append(vector)
 
     def state(self) -> dict[str, Any]:
-        """Returns what `restore` needs to continue after the last step."""
+        """Returns the state from which `restore` resumes after the last step."""
         return {
             "step": self.number,
             "weights": self.net.state_dict(),
@@ -177,13 +178,13 @@ class Step:
         """Runs every pass of the method, then one step of the optimizer. Returns the loss of each pass.
 
         Args:
-            images: (B, C, H, W), normalised; none where not one could be read, and then this process only
-                takes part in what the others do.
+            images: (B, C, H, W), normalised; B is 0 if this process could read none, and then it only joins
+                the collective operations.
             targets: (B,) class numbers.
 
         Raises:
-            TrainingError: where a loss or the gradient is not finite; the weights have not moved then.
-            ScalaError: where there is not enough memory, or torch.compile was asked for and fails.
+            TrainingError: if a loss or the gradient is not finite; the weights are unchanged then.
+            ScalaError: if memory is too small, or torch.compile fails.
         """
         with self.compiling, naming_lack_of_memory(len(images), remedy="smaller_step"):
             losses = self.gather_gradients(images, targets)
@@ -192,24 +193,24 @@ class Step:
             parameters = self.parameters
             self.world.average_gradients(parameters, len(images))
             norm = clip_grad_norm_(parameters, self.settings.optimizer.clip_grad or math.inf)
-            # the one moment of a step in which the processor waits for a GPU
+            # the only point of a step at which the CPU waits for the GPU
             *values, length = torch.stack([*losses.values(), norm]).tolist()
-            told = dict(zip(losses, values, strict=True))
-            self.refuse_infinite(told, length)
+            numbers = dict(zip(losses, values, strict=True))
+            self.refuse_infinite(numbers, length)
             self.moving = True
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.number += 1
             if self.average:
                 self.average.update(self.net, self.number)
-            # on a GPU not all that writes to weights counts it, and no width would be cut anew
-            for parameter in self.judged.parameters():
+            # cached views expire with the weights' version, which not every GPU optimizer increments
+            for parameter in self.evaluated.parameters():
                 increment_version(parameter)
         self.moving, self.compiling = False, nullcontext()
-        return told
+        return numbers
 
     def refuse_infinite(self, losses: Mapping[str, float], norm: float) -> None:
-        """Raises TrainingError where a loss, or the norm of the gradient, is not finite."""
+        """Raises TrainingError if a loss, or the norm of the gradient, is not finite."""
         named = {f"the loss of width {name}": loss for name, loss in losses.items()}
         for name, value in {**named, "the gradient's norm": norm}.items():
             if not math.isfinite(value):
@@ -220,9 +221,9 @@ class Step:
                 )
 
     def gather_gradients(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Runs every pass of the method, forwards and backwards. Returns their losses."""
+        """Runs forward and backward of every pass of the method. Returns the losses."""
         random_seed((self.settings.run.seed * 1_000_003 + self.number) % 2**32)
-        if not len(images):  # gradients of zero, for the parameters that have one in the other processes
+        if not len(images):  # zero gradients, for the parameters that have one in the other processes
             blank = random_images(self.net.spec, 1).to(self.device)
             self.run_passes(blank, targets.new_zeros(1, dtype=torch.long).to(self.device), None)
             for parameter in self.parameters:
@@ -234,10 +235,10 @@ class Step:
         return self.run_passes(images, targets, self.gradients)
 
     def run_passes(self, images: Tensor, targets: Tensor, log: GradientLog | None) -> dict[str, Tensor]:
-        """Runs every pass on images and targets as they are mixed. Returns the losses.
+        """Runs every pass on images and targets after mixup. Returns the losses.
 
         Args:
-            log: takes the gradient of each pass.
+            log: records the gradient of each pass.
         """
         losses: dict[str, Tensor] = {}
         teacher = self.teach if self.frozen else None
@@ -255,12 +256,12 @@ class Step:
         return losses
 
     def measure(self, images: Iterable[Tensor]) -> None:
-        """Lets the task measure the teacher's outputs, once before training.
+        """Lets the task compute statistics of the teacher's outputs, once before training.
 
         Args:
-            images: batches (B, C, H, W), normalised, the same ones in every process.
+            images: batches (B, C, H, W), normalised, the same in every process.
 
-        Raises DataError where they do not differ.
+        Raises DataError if all images are the same.
         """
         if self.frozen is not None:
             outputs = (self.answer(batch.to(self.device)) for batch in images)
@@ -269,37 +270,37 @@ class Step:
             self.world.agree_on(self.statistics.values())
 
     def predict(self, images: Tensor, point: Point) -> Any:
-        """The model's output at a point, in float32 and in the task's units, such as (B, classes) logits."""
-        return self.told_by(self.net.at(point), self.net.fitting(images, point))
+        """Returns the output at a point, in float32 and in the task's units, such as (B, classes) logits."""
+        return self.output_of(self.net.at(point), self.net.fitting(images, point))
 
     @torch.no_grad()
     def teach(self, images: Tensor) -> Any:
-        """Returns the output of the frozen starting model, in the form of `predict`."""
+        """Returns the frozen starting model's output, in the form of `predict`."""
         assert self.frozen is not None
-        return self.told_by(self.frozen, images)
+        return self.output_of(self.frozen, images)
 
-    def told_by(self, vit: VisionTransformer, images: Tensor) -> Any:
+    def output_of(self, vit: VisionTransformer, images: Tensor) -> Any:
         """Returns a model's output, in the form of `predict`."""
         with autocast(self.device, self.settings.device):
-            told = self.run(vit, images)
-        if not isinstance(told, Output):
-            return self.task.standardised(told.float(), self.statistics)
+            output = self.run(vit, images)
+        if not isinstance(output, Output):
+            return self.task.standardised(output.float(), self.statistics)
         return Output(
-            self.task.standardised(told.answer.float(), self.statistics),
-            [tokens.float() for tokens in told.tokens],
-            None if told.distilled is None else told.distilled.float(),
+            self.task.standardised(output.answer.float(), self.statistics),
+            [tokens.float() for tokens in output.tokens],
+            None if output.distilled is None else output.distilled.float(),
         )
 
     @torch.no_grad()
     def answer(self, images: Tensor) -> Tensor:
-        """Returns the output of the frozen starting model in float32."""
+        """Returns the frozen starting model's output in float32, not standardised."""
         assert self.frozen is not None
         with autocast(self.device, self.settings.device):
             run = self.task.forward if self.method.reads_blocks else self.run
             return run(self.frozen, images).float()
 
     def observe(self, model: VisionTransformer, images: Tensor) -> Output:
-        """Returns the output of a timm model, and its patch tokens after every block."""
+        """Returns the output of a timm model and its patch tokens after every block."""
         vit: Any = model
         with slimming(vit) as shares:
             normed, tokens = vit.forward_intermediates(images, output_fmt="NLC")
@@ -309,7 +310,7 @@ class Step:
 
 
 def compiling(settings: Settings) -> AbstractContextManager[object]:
-    """While active, any error is reported as one of torch.compile, if that is on: nothing has run yet."""
+    """Returns a context for the first step that reports any error as torch.compile's, if that is on."""
     if not settings.optimizer.torchcompile:
         return nullcontext()
     return naming_failure("torch.compile failed", remedy="leave_out", setting="torchcompile")
@@ -318,7 +319,10 @@ def compiling(settings: Settings) -> AbstractContextManager[object]:
 def mixer(
     augment: AugmentSettings, smoothing: float, num_classes: int
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Mixup and cutmix of a batch where asked for; they pair images, so an odd one out is dropped."""
+    """Returns a function that applies mixup and cutmix to a batch, if set.
+
+    They pair images, so one image of an odd batch is dropped.
+    """
     if not (augment.mixup or augment.cutmix):
         return lambda images, targets: (images, targets)
     mixup = Mixup(augment.mixup, augment.cutmix, label_smoothing=smoothing, num_classes=num_classes)
@@ -331,5 +335,5 @@ def mixer(
 
 
 def refusing_settings() -> AbstractContextManager[object]:
-    """While active, any error is reported as timm refusing the settings."""
+    """Returns a context in which an error is reported as TrainingError: timm rejects the settings."""
     return naming_failure("timm refuses these settings", kind=TrainingError, remedy="see_options")
