@@ -204,6 +204,16 @@ def test_a_grid_is_sampled_on_every_axis():
     assert all(set(sample_axes(few, Random(seed))) <= set(few) for seed in range(50))
 
 
+@pytest.mark.parametrize("sizes", [(), (16, 32)])
+def test_without_stable_sampling_points_come_from_anywhere(sizes):
+    points = grid(parse_points("0.25,0.375,0.5,0.625,0.75,0.875,1"), sizes)
+    method = Scala(points, MethodSettings(stable_sampling=False), TASK)
+    wanted = [uniform_sample(points, Random(seed)) for seed in range(20)]
+    assert [method.draw(Random(seed)) for seed in range(20)] == wanted
+    stable = Scala(points, MethodSettings(), TASK)
+    assert [stable.draw(Random(seed)) for seed in range(20)] != wanted
+
+
 def test_uniform_sampling_may_take_both_from_one_half():
     points = tuple(Point.of(f"{n}/8") for n in range(2, 9))
     draws = [uniform_sample(points, Random(seed)) for seed in range(100)]

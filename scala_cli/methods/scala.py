@@ -38,10 +38,9 @@ class Scala(Method):
     }
 
     def draw(self, random: Random) -> list[Point]:
-        """Draws the largest point, two between, and the smallest.
-
-        Stable Sampling applies to widths only; points with sizes or shares of tokens are sampled uniformly.
-        """
+        """Draws the largest point, two between, and the smallest."""
+        if not self.settings.stable_sampling:
+            return uniform_sample(self.points, random)
         widths = len(widths_of(self.points)) == len(self.points)
         return (stable_sample if widths else sample_axes)(self.points, random)
 
