@@ -10,10 +10,10 @@ import pytest
 import timm
 import torch
 from conftest import interrupt, write_timm_directory
+from runs import QUICK
 from safetensors.torch import save_file
 
 import scala_cli
-from runs import QUICK
 from scala_cli.deploy.slice import default_target
 from scala_cli.slicing.point import Point
 from scala_cli.training.run import Run

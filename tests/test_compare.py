@@ -8,8 +8,8 @@ from statistics import fmean, stdev
 import pytest
 import torch
 from conftest import slimmable, write_timm_directory
-
 from runs import Listener, accuracies, settings, start
+
 from scala_cli.errors import TrainingError
 from scala_cli.models.checkpoint import Record
 from scala_cli.plot import arms_picture, save

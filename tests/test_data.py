@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import build, slimmable
 from PIL import Image
+from runs import Listener, loader
 from timm.data.auto_augment import LEVEL_TO_ARG, rand_augment_transform
 
-from runs import Listener, loader
 from scala_cli.data.calibration import calibration_images
 from scala_cli.data.split import open_split
 from scala_cli.data.transform import transform_for

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import slimmable
-
 from runs import UNORDERED, Listener, same_runs, settings, start
+
 from scala_cli.errors import DataError, ScalaError, TrainingError
 from scala_cli.methods.scala import Scala
 from scala_cli.models.checkpoint import Record

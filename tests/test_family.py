@@ -7,10 +7,10 @@ import pytest
 import timm
 import torch
 from conftest import slimmable, write_timm_directory
+from runs import QUICK, Listener, accuracies, settings, start
 from test_calibrate import KINDS, RARE, error, ordered, sample
 from torch import Tensor
 
-from runs import QUICK, Listener, accuracies, settings, start
 from scala_cli.deploy.export import export_all
 from scala_cli.deploy.slice import slice_model
 from scala_cli.errors import CheckpointError, TrainingError

@@ -8,8 +8,8 @@ import torch
 from conftest import build, write_timm_directory
 from huggingface_hub import ModelCard
 from PIL import Image
-
 from runs import QUICK, Listener, backbone, settings
+
 from scala_cli.errors import CheckpointError, DataError
 from scala_cli.models.checkpoint import Record, load_with_record, save
 from scala_cli.models.features import for_task

@@ -9,10 +9,10 @@ from threading import Barrier
 import pytest
 import torch
 from conftest import KINDS
+from runs import FULL, Listener, backbone, headless, settings
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from runs import FULL, Listener, backbone, headless, settings
 from scala_cli.data.loader import Loader
 from scala_cli.data.transform import transform_for
 from scala_cli.errors import DataError, TrainingError

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 from PIL import Image
+from runs import Listener, loader
 from timm.data import get_img_extensions
 from timm.utils.misc import natural_key
 
-from runs import Listener, loader
 from scala_cli.data.classes import natural_order
 from scala_cli.data.split import open_split
 from scala_cli.errors import DataError

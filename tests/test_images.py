@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 from PIL import Image
-
 from runs import loader, settings
+
 from scala_cli.data.images import as_rgb, formats, open_image
 from scala_cli.data.split import open_split
 from scala_cli.errors import DataError

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_timm_directory
+from runs import QUICK, Listener, backbone, settings
 from safetensors.torch import load_file
 from timm.utils import random_seed
 
-from runs import QUICK, Listener, backbone, settings
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.tokens import answer_and_patches
 from scala_cli.settings import MethodSettings, OptimizerSettings

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from conftest import interrupt, write_timm_directory
-
 from runs import QUICK
 
 

@@ -10,8 +10,8 @@ import timm
 import torch
 from conftest import build, write_timm_directory
 from PIL import Image
-
 from runs import QUICK
+
 from scala_cli.deploy.export import export, export_all
 from scala_cli.models.block import MergeBlock
 from scala_cli.models.checkpoint import Record, load, save

@@ -7,9 +7,9 @@ from pathlib import Path
 from string import Formatter
 
 import pytest
+from runs import QUICK
 
 import scala_cli
-from runs import QUICK
 from scala_cli import errors
 from scala_cli.cli.remedies import REMEDIES, advice
 from scala_cli.errors import ScalaError, naming_failure

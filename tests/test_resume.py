@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Bomb, slimmable, write_timm_directory
+from runs import Listener, same_runs, settings, start
 from safetensors.torch import load_file
 
-from runs import Listener, same_runs, settings, start
 from scala_cli.errors import DataError, TrainingError
 from scala_cli.lock import LOCK
 from scala_cli.models.checkpoint import Record

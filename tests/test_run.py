@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from conftest import slimmable
-
 from runs import Listener, settings, start
+
 from scala_cli.errors import ScalaError, TrainingError
 from scala_cli.lock import LOCK
 from scala_cli.models.checkpoint import Record

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import interrupt, write_timm_directory
 from PIL import Image
+from runs import QUICK, Listener, settings
 from safetensors.torch import load_file
 
-from runs import QUICK, Listener, settings
 from scala_cli.data.images import as_rgb
 from scala_cli.data.shards import numbered, read_shards
 from scala_cli.data.split import open_images, open_split, open_validation_images

@@ -3,8 +3,8 @@
 import signal
 
 import pytest
-
 from runs import settings, start
+
 from scala_cli.__main__ import main
 from scala_cli.cli.console import Output
 from scala_cli.errors import LostProcess

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-
 from runs import Listener, settings, start
+
 from scala_cli.data.classes import class_misfit
 from scala_cli.data.samples import FromReader
 from scala_cli.data.split import hold_out, open_split

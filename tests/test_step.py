@@ -9,10 +9,10 @@ import pytest
 import timm
 import torch
 from conftest import slimmable
+from runs import Listener, settings, start
 from safetensors.torch import load_file
 from timm.models.vision_transformer import Block
 
-from runs import Listener, settings, start
 from scala_cli.errors import ScalaError
 from scala_cli.memory import naming_lack_of_memory
 from scala_cli.methods.base import Batch, Pass

@@ -12,9 +12,9 @@ import pytest
 import torch
 import typer
 from conftest import slimmable
+from runs import FULL, Listener, accuracies, settings, start
 from safetensors.torch import load_file
 
-from runs import FULL, Listener, accuracies, settings, start
 from scala_cli.cli.app import app
 from scala_cli.errors import DataError, ScalaError, TrainingError
 from scala_cli.models.checkpoint import Record, load, load_with_record

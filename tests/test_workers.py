@@ -10,8 +10,8 @@ import time
 import pytest
 import torch
 from PIL import Image
-
 from runs import loader
+
 from scala_cli.data.loader import Loader
 from scala_cli.data.split import Split
 from scala_cli.data.workers import ignore_stop_signals, naming_a_dead_reader, stop_signals_blocked
