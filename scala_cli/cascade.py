@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scala_cli.cost import gmacs, macs
+from scala_cli.cost import gmacs, macs, pareto
 from scala_cli.errors import CheckpointError, PointError
 from scala_cli.models.slimmable import Ratio, SlimmableViT
 
@@ -64,9 +64,9 @@ def sweep(
     """Returns what a cascade reaches at every threshold, from the answers of all its points to all images.
 
     Args:
-        sure: (widths, N) the confidence of each width, in the order in which they are asked.
-        right: (widths, N) whether it is right.
-        macs: multiply-accumulates of one image at each width.
+        sure: (points, N) the confidence of each point, in the order in which they are asked.
+        right: (points, N) whether it is right.
+        macs: multiply-accumulates of one image at each point.
 
     Returns:
         per threshold {"threshold", "top1" in percent, "gmacs" of an image on average, "escalated": the share
@@ -108,11 +108,7 @@ def best_cascade(
         a row of `sweep` with "members": their numbers, cheapest first. A single point has threshold 0. None
         if nothing fits the budget.
     """
-    alone = right.double().mean(1).tolist()
-    front: list[int] = []
-    for number in sorted(range(len(macs)), key=lambda n: (macs[n], -alone[n])):
-        if not front or alone[number] > alone[front[-1]]:
-            front.append(number)
+    front = pareto([*zip(macs, right.double().mean(1).tolist(), strict=True)])
     found = []
     for size in (1, 2, 3):
         for members in combinations(front, size):

@@ -46,3 +46,12 @@ def gmacs(macs: float) -> float:
     """Returns billions of multiply-accumulates to print: four decimals, or four digits for small models."""
     billions = macs / 1e9
     return round(billions, 4 if billions >= 0.01 or not billions else 3 - math.floor(math.log10(billions)))
+
+
+def pareto(places: Sequence[tuple[float, float]]) -> list[int]:
+    """Returns the numbers of those (cost, gain) that no other beats in both, cheapest first."""
+    front: list[int] = []
+    for number in sorted(range(len(places)), key=lambda n: (places[n][0], -places[n][1])):
+        if not front or places[number][1] > places[front[-1]][1]:
+            front.append(number)
+    return front

@@ -14,7 +14,7 @@ from scala_cli.cost import gmacs, macs
 from scala_cli.data.loader import Loader
 from scala_cli.data.transform import transform_for
 from scala_cli.data.workers import naming_a_dead_reader
-from scala_cli.errors import CheckpointError, PointError
+from scala_cli.errors import CheckpointError, DataError, PointError
 from scala_cli.memory import naming_lack_of_memory
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.precision import autocast
@@ -41,35 +41,40 @@ def validation_loader(
     return Loader(task.judged(net.spec, data, read.data_dir), transform_for(net.spec), batch_size, read)
 
 
+def at_their_sizes(
+    net: SlimmableViT, points: Sequence[Point], loader: Loader
+) -> Iterator[tuple[list[Point], Loader]]:
+    """Yields the points of each size with a loader that decodes the images at it, as their slices do.
+
+    Args:
+        loader: the images at the size of the model. The unreadable ones of all sizes are added to `skipped`.
+    """
+    by_size: dict[int | None, list[Point]] = {}
+    for point in points:
+        by_size.setdefault(None if point.size == net.spec.size else point.size, []).append(point)
+    for size, some in by_size.items():
+        if size is None:
+            yield some, loader
+        else:
+            sized = loader.with_transform(transform_for(net.spec.at_point(Point(Fraction(1), size))))
+            yield some, sized
+            loader.skipped.update(sized.skipped)
+
+
 def evaluate_as_sliced(
     net: SlimmableViT,
     task: Task,
     loader: Loader,
     points: Sequence[Point],
-    read: ReadSettings,
     settings: DeviceSettings,
     watch: Watcher,
     reference: Predictor | None = None,
 ) -> list[dict[str, Any]]:
-    """Returns the rows of `evaluate`, each point judged on images decoded at its own size, as by its slice.
-
-    The images are read once for each size.
-
-    Args:
-        loader: the images at the size of the model. Unreadable ones of any pass are added to its `skipped`.
-    """
-    by_size: dict[int | None, list[Point]] = {}
-    for point in points:
-        by_size.setdefault(None if point.size == net.spec.size else point.size, []).append(point)
+    """Returns the rows of `evaluate`, each point on images decoded at its own size."""
     rows: dict[Point, dict[str, Any]] = {}
-    for size, some in by_size.items():
-        sized = loader
-        if size is not None:
-            transform = transform_for(net.spec.at_point(Point(Fraction(1), size)))
-            sized = Loader(loader.split, transform, loader.batch_size, read)
+    for some, sized in at_their_sizes(net, points, loader):
         found = evaluate(net, task, sized, some, settings, watch, reference=reference)
         rows.update(zip(some, found, strict=True))
-        loader.skipped.update(sized.skipped)
     return [rows[point] for point in points]
 
 
@@ -211,10 +216,12 @@ def find_cascade(
         {"cascade": labels, "threshold", "top1", "gmacs", "escalated", "points": rows as `evaluate_cascade`},
         judged; a single point if no cascade is better.
 
-    Raises PointError if nothing fits the budget.
+    Raises PointError if nothing fits the budget, DataError for a single image.
     """
     spent = [macs(net.spec_at(point)) for point in points]
     sure, right = answers(net, points, loader, settings, watch)
+    if right.shape[1] < 2:
+        raise DataError("a cascade needs images to choose it on and others to judge it on.", "Give more.")
     found = best_cascade(sure[:, ::2], right[:, ::2], spent, max_gmacs, THRESHOLDS)
     if found is None:
         cheapest = gmacs(min(spent))

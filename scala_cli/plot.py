@@ -6,6 +6,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from scala_cli.cost import pareto
 from scala_cli.errors import ScalaError
 from scala_cli.files import refuse_unwritable, whole_file
 from scala_cli.report import Rows
@@ -98,7 +99,8 @@ def bench_picture(rows: Rows, task: Task) -> Any:
     for runtime in dict.fromkeys(row["runtime"] for row in drawn):
         some = [row for row in drawn if row["runtime"] == runtime]
         axes.plot([row["latency_ms"] for row in some], [row[column] for row in some], "o", label=runtime)
-    front = pareto([(row["latency_ms"], row[column]) for row in drawn]) if known else []
+    places = [(row["latency_ms"], row[column]) for row in drawn]
+    front = [places[number] for number in pareto(places)] if known else []
     if front:
         last = (max(row["latency_ms"] for row in drawn), front[-1][1])
         axes.step(*zip(*front, last, strict=True), where="post", color="grey", linestyle="--", label="front")
@@ -140,15 +142,6 @@ def stages_picture(pictures: Sequence[Any], titles: Sequence[str]) -> Any:
         axes.set_title(title, fontsize="small")
         axes.set_axis_off()
     return figure
-
-
-def pareto(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of (cost, gain) those that none beats in both, cheapest first."""
-    front: list[tuple[float, float]] = []
-    for cost, gain in sorted(places, key=lambda place: (place[0], -place[1])):
-        if not front or gain > front[-1][1]:
-            front.append((cost, gain))
-    return front
 
 
 def cascade_picture(sweep: Rows, points: Rows) -> Any:

@@ -179,8 +179,8 @@ class EvalSettings:
     batch_size: int = option(128, "Images a batch.", "-b", min=1)
     resized: bool = option(
         False,
-        "Read images at the largest size and resize them for the other points, as in training. Default: read "
-        "them at each point's own size, as its slice does.",
+        "Read images at the largest size and resize them for the other points, as training, cascades and "
+        "probes do. Default: read them at each point's own size, as its slice does.",
         only="on",
     )
 
@@ -298,8 +298,13 @@ class Budget:
         None, "Top-1 in percent, as evaluated; the cheapest such point.", min=0, max=100
     )
     runtime: str = option(
-        "torch", "In which latency and memory are measured: torch, compile, onnx, openvino, pt2, executorch."
+        "torch", "Where latency and memory are measured: torch, compile, onnx, openvino, pt2 or executorch."
     )
+
+    def limits(self) -> list[tuple[str, float, bool]]:
+        """Returns (column of a row, limit, whether it is the least instead of the most) for each limit."""
+        given = {name: limit for name, limit in vars(self).items() if name != "runtime" and limit is not None}
+        return [(name[4:], limit, name.startswith("min_")) for name, limit in given.items()]
 
 
 @dataclass(frozen=True)

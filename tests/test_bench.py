@@ -12,8 +12,8 @@ import torch
 from conftest import write_timm_directory
 
 from scala_cli import timing
+from scala_cli.cost import pareto
 from scala_cli.formats import FORMATS
-from scala_cli.plot import pareto
 from scala_cli.timing import Timing, peak_gflops, time_calls, warm_up
 from scala_cli.watch import QUIET
 
@@ -106,7 +106,7 @@ def test_the_front_holds_what_nothing_beats():
         for other in places
         if other != place and other[0] <= place[0] and other[1] >= place[1]
     }
-    assert pareto(places) == sorted(set(places) - beaten)
+    assert [places[number] for number in pareto(places)] == sorted(set(places) - beaten)
 
 
 class Page(HTMLParser):

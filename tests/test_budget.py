@@ -174,3 +174,18 @@ def test_runtime_without_what_is_measured(scala, tiny):
     assert scala("slice", tiny, "--max-params", 1e9, "--runtime", "onnx").code == 2
     told = scala("slice", tiny, "--max-latency-ms", 1e6, "--runtime", "nothing")
     assert told.code == 2 and "no runtime 'nothing'" in told.told
+
+
+def test_memory_that_a_runtime_does_not_tell_is_not_known(grid, monkeypatch):
+    """As with compile: no point fits, and every one of them was asked."""
+    net, record, ms, _ = grid
+
+    def bench(net, record, points, *others):
+        return {"points": [{**p.columns(), "latency_ms": ms[p], "memory_mb": None} for p in points]}
+
+    monkeypatch.setattr(module, "bench", bench)
+    budget = Budget(max_memory_mb=3, runtime="compile")
+    rows = candidates(net, record, net.points, budget, DeviceSettings(), QUIET)
+    assert len(rows) == 48 and not any(row["fits"] or row.get("predicted") for row in rows)
+    with pytest.raises(PointError, match="memory_mb not known"):
+        choose(rows, budget)

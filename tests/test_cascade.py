@@ -1,5 +1,6 @@
 """The cascade against asking one image at a time."""
 
+import shutil
 from itertools import combinations
 from pathlib import Path
 
@@ -123,4 +124,13 @@ def test_a_cascade_is_found_for_a_budget(scala, tiny, photos):
     assert few.code == 2 and "no point costs 0 GMACs or less" in few.told
     assert scala(*words).code == 2
     assert scala(*words, "--max-gmacs", 1, "--threshold", 0.5).code == 2
+    assert scala(*words, "--max-gmacs", 1, "--resized").code == 2
+    shutil.copytree(photos, "single")
+    for image in sorted(Path("single/val").rglob("*.png"))[1:]:
+        image.unlink()
+    for folder in [*Path("single/val").iterdir()]:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    one = scala("eval", tiny, "--data", "single", "-j", 0, "--cascade", "auto", "--max-gmacs", 1)
+    assert one.code == 2 and "others to judge it on" in one.told, one.stderr
     assert scala("eval", tiny, "--data", photos, "--max-gmacs", 1).code == 2

@@ -293,6 +293,17 @@ def test_a_run_that_fails_names_the_way_on_which_may_be_computed_otherwise(scala
     assert told["device"]["threads"] == 1 and told["device"]["device"] == "cpu"
 
 
+def test_too_little_memory_to_resume_is_no_damaged_file(scala, tiny, photos, monkeypatch):
+    assert scala("finetune", tiny, "--data", photos, "-o", "run", *QUICK).code == 0
+
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", fail)
+    answer = scala("finetune", "--resume", "run")
+    assert answer.code == 2 and "not enough memory" in answer.stderr and "damaged" not in answer.stderr
+
+
 def test_training_from_a_model_at_another_size_and_other_weights(scala, tmp_path, photos):
     vit = write_timm_directory(tmp_path / "vit", num_classes=3)
     state = {name: tensor + 0.01 for name, tensor in vit.state_dict().items()}

@@ -160,6 +160,7 @@ def test_an_interrupted_supervit_ends_with_the_same_weights(scala, photos, tmp_p
         (("--keeps", "0.5"), "learns from the point of its size"),
         (("--drop-blocks", "1,9"), "the model has blocks 1 to 4"),
         (("--drop-blocks", "x"), "no numbers of blocks"),
+        (("--keeps", "1", "--tokens", "merge"), "nothing to merge or drop"),
         (("--ratios", "0.5,1"), "trains one width"),
     ],
 )
@@ -196,6 +197,17 @@ def test_a_size_is_judged_on_images_decoded_at_it_as_its_slice_is(scala):
     (alone,) = json.loads(scala("eval", "small", "--data", "digits", "-j", 0, "--json").stdout)["points"]
     assert [direct[0][name] for name in ("top1", "top5")] == [alone[name] for name in ("top1", "top5")]
     assert direct[0] != resized[0] and direct[1] == resized[1]
+    timed = json.loads(scala("bench", "vit", *points, "--runs", 1, "-b", 1, "--no-amp").stdout)["points"]
+    exact = json.loads(scala("eval", "vit", *points, "--no-amp").stdout)["points"]
+    assert [row["top1"] for row in timed] == [row["top1"] for row in exact]
+
+
+def test_bench_measures_8_bits_of_every_size(scala):
+    write_timm_directory(Path("vit"), num_classes=10, depth=2)
+    points = ("--ratio", "1@8", "--ratio", "1@16", "--data", "digits", "-j", 0)
+    done = scala("bench", "vit", *points, "--int8", "--runs", 1, "-b", 1, "--json")
+    assert done.code == 0, done.stderr
+    assert all(row["top1"] is not None for row in done.json["points"]) and len(done.json["points"]) == 4
 
 
 def test_a_family_is_trained_to_merge(scala, photos):

@@ -19,7 +19,7 @@ from scala_cli.cost import gmacs
 from scala_cli.data.loader import Loader
 from scala_cli.device import allow_compiling_all, choose_device
 from scala_cli.errors import naming_failure
-from scala_cli.evaluate import answering, metrics, widths
+from scala_cli.evaluate import answering, at_their_sizes, metrics, widths
 from scala_cli.formats import FORMATS, is_int8, write
 from scala_cli.memory import naming_lack_of_memory, peak_memory
 from scala_cli.models.checkpoint import Record
@@ -91,7 +91,8 @@ def bench(
     if loader:
         there = net if device.type == "cpu" else deepcopy(net).to(device)
         reference = None if task.labelled else answering(there.vit, task, where)
-        exact = {**measured(widths(there, task, points, where), task, loader, device, watch, reference)}
+        models = widths(there, task, points, where)
+        exact = {**measured(net, models, task, loader, device, watch, reference)}
 
     def accuracy(runtime: str, models: Mapping[Point, Predictor]) -> Mapping[Any, float | None]:
         if not is_int8(runtime):
@@ -99,10 +100,11 @@ def bench(
         if loader is None:
             return {}
         if not task.every_token:
-            return measured(models, task, loader, device, watch)
+            return measured(net, models, task, loader, device, watch)
         with TemporaryDirectory() as folder:  # what was timed gives what the model returns alone
             dense = {point: answering_in(runtime, net, point, task, Path(folder)) for point in points}
-            return measured(dense, task, loader, device, watch, answering(net.at(Fraction(1)), task, where))
+            reference = answering(net.at(Fraction(1)), task, where)
+            return measured(net, dense, task, loader, device, watch, reference)
 
     rows = [row for runtime in runtimes for row in run.rows(subjects, runtime, partial(accuracy, runtime))]
     told = conditions(device, bool(where.amp))
@@ -280,6 +282,7 @@ def answering_in(runtime: str, net: SlimmableViT, point: Point, task: Task, fold
 
 
 def measured(
+    net: SlimmableViT,
     models: Mapping[Point, Predictor],
     task: Task,
     loader: Loader,
@@ -288,7 +291,10 @@ def measured(
     reference: Predictor | None = None,
 ) -> dict[Point, float]:
     """Returns the task's first metric of every point; arguments as of `metrics`."""
-    found = metrics(models, task, loader, device, watch, reference=reference)
+    found: dict[Point, dict[str, Any]] = {}
+    for points, sized in at_their_sizes(net, [*models], loader):
+        some = {point: models[point] for point in points}
+        found |= metrics(some, task, sized, device, watch, reference=reference)
     return {point: each[main_column(task)] for point, each in found.items()}
 
 

@@ -172,7 +172,10 @@ def shown(value: Any, column: str = "") -> str:
 
 @contextmanager
 def reporting_errors(out: Output) -> Iterator[None]:
-    """Errors as one or two lines; exit code 2 if a user can mend it, 1 for our bugs, 130 or 143 stopped."""
+    """Prints errors as one or two lines.
+
+    Exits with 2 for what a user can fix, 1 for a bug, 130 or 143 if stopped.
+    """
     try:
         yield
     except (typer.Exit, typer.Abort, typer.BadParameter):
@@ -189,6 +192,8 @@ def reporting_errors(out: Output) -> Iterator[None]:
         place = place.parent if place.name.startswith(".") else place  # not our temporary names
         code, message = 2, f"{place}: {error.strerror or error}."
         hint = "Free some space and run the command again." if full else "Check the path and its permissions."
+    except MemoryError:
+        code, message, hint = 2, "not enough memory.", "Stop other programs, or use a machine with more."
     except Exception as error:
         code, message = 1, f"this is a bug of scala: {type(error).__name__}: {error}"
         hint = "Run it again with --debug and report what it prints, with the output of: scala env"

@@ -78,6 +78,8 @@ def evaluate(
         raise typer.BadParameter("--probe judges embeddings, --cascade answers: leave out one.")
     if (plot or threshold is not None) and not cascade:
         raise typer.BadParameter("--threshold and --plot go with --cascade.")
+    if settings.resized and (cascade or probe.probe):
+        raise typer.BadParameter("--resized is what --cascade and --probe do anyway: leave it out.")
     search = cascade == "auto"
     if search is not (max_gmacs is not None):
         raise typer.BadParameter("--cascade auto and --max-gmacs go together.")
@@ -155,7 +157,7 @@ def evaluate(
             if settings.resized:
                 rows = evaluate(net, task, loader, points, device, live, reference=reference)
             else:
-                rows = evaluate_as_sliced(net, task, loader, points, read, device, live, reference)
+                rows = evaluate_as_sliced(net, task, loader, points, device, live, reference)
             document = {"points": rows}
         loader.tell_skipped(live)
     if cascade and plot:

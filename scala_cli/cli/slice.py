@@ -1,4 +1,4 @@
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,8 +58,7 @@ def slice(
 
     Example: scala slice deit_s --ratio 0.5 --data PHOTOS -o half; and: scala slice --max-latency-ms 8
     """
-    limited = any(limit is not None for name, limit in asdict(budget).items() if name != "runtime")
-    if (ratio is not None) is limited:
+    if (ratio is not None) is bool(budget.limits()):
         raise typer.BadParameter("Give either a width, --ratio 0.5, or what it must fit, --max-latency-ms 8.")
     if calibration.calibrate and data is None:
         raise typer.BadParameter("--calibrate needs images, without labels: --data DIR")
@@ -72,7 +71,7 @@ def slice(
     from scala_cli.data.split import open_images
     from scala_cli.deploy.budget import alternatives, candidates, choose, is_measured
     from scala_cli.deploy.slice import default_target, slice_family, slice_model, tell_untrained
-    from scala_cli.evaluate import evaluate, validation_loader
+    from scala_cli.evaluate import evaluate_as_sliced, validation_loader
     from scala_cli.models.checkpoint import load_with_record
     from scala_cli.models.points import with_untrained
     from scala_cli.models.source import Changes, is_checkpoint, open_model
@@ -117,7 +116,7 @@ def slice(
         if point is None:
             if data is not None and cut_anew:
                 loader = validation_loader(net, task, data, EvalSettings().batch_size, read)
-                found = evaluate(net, task, loader, points, device, live)
+                found = evaluate_as_sliced(net, task, loader, points, device, live)
                 record = replace(record, metrics=found)
             rows = candidates(net, record, net.points, budget, device, live)
             point = Point.of_row(choose(rows, budget))

@@ -39,7 +39,7 @@ class Loader:
         seed: int = 0,
         world: World = ALONE,
     ) -> None:
-        self.split = split
+        self.split, self.settings = split, read
         self.skipped: dict[str, str] = {}
         self.on_corrupt = read.on_corrupt
         self.batch_size = min(batch_size, max(1, len(split) // world.size))
@@ -53,6 +53,10 @@ class Loader:
             pin_memory=torch.cuda.is_initialized(),  # of use only where this process has a GPU
             generator=torch.Generator(),  # otherwise each epoch would advance torch's global generator
         )
+
+    def with_transform(self, transform: Any) -> "Loader":
+        """Returns a loader of the same images, for evaluation, with another transform."""
+        return Loader(self.split, transform, self.batch_size, self.settings)
 
     def __len__(self) -> int:
         """Returns the number of batches per epoch."""

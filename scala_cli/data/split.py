@@ -43,10 +43,10 @@ class Split:
 
     def tell_enlarged(self, size: int, watch: Watcher) -> None:
         """Notes if some of the images are smaller than `size` pixels a side; looks at LOOKED_AT of them."""
-        sides = []
-        for number in range(0, len(self), max(1, len(self) // LOOKED_AT)):
+        some, sides = evenly(self, LOOKED_AT).samples, []
+        for number in range(len(some)):
             with suppress(ScalaError, OSError):
-                sides.append(min(self.samples[number][0].size))
+                sides.append(min(some[number][0].size))
         small = [side for side in sides if side < size]
         if small:
             watch.note(

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from scala_cli.bench.run import bench
@@ -13,12 +12,14 @@ from scala_cli.models.checkpoint import Record
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.settings import BenchSettings, Budget, DeviceSettings
 from scala_cli.slicing.point import Point
-from scala_cli.tasks import task_named
+from scala_cli.tasks import TASKS, task_named
 from scala_cli.tasks.base import main_column
 from scala_cli.watch import Watcher
 
 MEASURED = ("latency_ms", "memory_mb")
 """Columns that are known only on the machine itself."""
+LEAST = 1e-3
+"""Least milliseconds or megabytes that a prediction is fitted to."""
 FIRST, MORE = 8, 8
 """How many points of a large family are measured at first, and how many more until the choice is final."""
 
@@ -60,31 +61,39 @@ def candidates(
         }
         for point, (_, params, macs, _) in work.items()
     }
-    columns = [name for name, _, _ in limits_of(budget) if name in MEASURED]
+    columns = [name for name, _, _ in budget.limits() if name in MEASURED]
     if not columns:
         return judged(known, {}, budget)
     settings = BenchSettings(batch_size=1, runtime=budget.runtime)
-    measured: dict[Point, dict[str, float]] = {}
+    measured: dict[Point, dict[str, float | None]] = {}
     todo = spread(sorted(points, key=lambda point: work[point][2]), FIRST)
     while todo:
         for row in bench(net, record, todo, (), settings, where, watch)["points"]:
             measured[Point.of_row(row)] = {name: row[name] for name in columns}
-        guesses = {
-            name: predict(work, {point: max(row[name], 1e-6) for point, row in measured.items()})
-            for name in columns
-        }
-        found = {
-            point: measured.get(point)
-            or {**{name: round(guess[point], 3) for name, guess in guesses.items()}, "predicted": True}
-            for point in points
-        }
+        found = {**predicted(work, measured, columns), **measured}
         if len(measured) >= FIRST + MORE:
             found = {point: row for point, row in found.items() if point in measured}
-        rows = judged({point: known[point] for point in found}, found, budget)
+        rows = judged({point: known[point] for point in points if point in found}, found, budget)
         choice = best(rows, budget)
         # that none fits has to be true of all of them
         wanted = [Point.of_row(choice)] if choice else points
         todo = [point for point in wanted if point not in measured]
+    return rows
+
+
+def predicted(
+    work: Mapping[Point, Sequence[float]],
+    measured: Mapping[Point, Mapping[str, float | None]],
+    columns: Sequence[str],
+) -> dict[Point, dict[str, Any]]:
+    """Returns the columns of all points as predicted from those measured, None if the runtime tells none."""
+    rows: dict[Point, dict[str, Any]] = {point: {"predicted": True} for point in work}
+    for name in columns:
+        # the error is relative, so a measured zero counts as very little
+        seen = {point: max(row[name] or 0, LEAST) for point, row in measured.items() if row[name] is not None}
+        guesses = predict(work, seen) if seen else {}
+        for point, row in rows.items():
+            row[name] = round(guesses[point], 3) if guesses else None
     return rows
 
 
@@ -108,7 +117,7 @@ def gain(row: Mapping[str, Any], rows: Rows) -> tuple[float, float]:
 
     If it is not, the widest is the best.
     """
-    metric = next((name for name in ("top1", "r2") if name in row), "")
+    metric = next((name for name in map(main_column, TASKS.values()) if name in row), "")
     spent = row.get("gmacs") or 0
     if metric and all(each.get(metric) is not None for each in rows):
         return row[metric], -spent
@@ -131,7 +140,7 @@ def best(rows: Rows, budget: Budget) -> dict[str, Any] | None:
 
 def price_of(budget: Budget) -> str:
     """Returns the column that a point costs: the first that is limited, or the multiply-accumulates."""
-    return next((name for name, _, least in limits_of(budget) if not least), "gmacs")
+    return next((name for name, _, least in budget.limits() if not least), "gmacs")
 
 
 def closest(rows: Rows, budget: Budget) -> dict[str, Any]:
@@ -146,7 +155,7 @@ def choose(rows: Rows, budget: Budget) -> dict[str, Any]:
         return found
     nearest = closest(rows, budget)
     ratio = Point.of_row(nearest).label
-    has = ", ".join(f"{name} {shown(nearest.get(name))}" for name, _, _ in limits_of(budget))
+    has = ", ".join(f"{name} {shown(nearest.get(name))}" for name, _, _ in budget.limits())
     raise PointError(
         f"no trained width fits; the closest is {ratio} with {has}.", remedy="closest_ratio", ratio=ratio
     )
@@ -172,23 +181,13 @@ def shown(value: float | None) -> str:
 
 def is_measured(budget: Budget) -> bool:
     """Whether the budget limits what has to be measured on this machine."""
-    return any(name in MEASURED for name, _, _ in limits_of(budget))
-
-
-def limits_of(budget: Budget) -> list[tuple[str, float, bool]]:
-    """Returns (column of a row, limit, whether it is the least instead of the most) for each limit."""
-    given = {name: limit for name, limit in asdict(budget).items() if limit is not None}
-    return [
-        (name[4:], limit, name.startswith("min_"))
-        for name, limit in given.items()
-        if name.startswith(("min_", "max_"))
-    ]
+    return any(name in MEASURED for name, _, _ in budget.limits())
 
 
 def excess(row: Mapping[str, Any], budget: Budget) -> float:
     """Returns by what factor a row misses its worst limit; at most 1 if it fits."""
     factors = [0.0]
-    for name, limit, least in limits_of(budget):
+    for name, limit, least in budget.limits():
         value = row.get(name)
         if value is None:
             return math.inf

@@ -39,6 +39,13 @@ def in_grid(net: SlimmableViT, grid: GridSettings) -> SlimmableViT:
     spec = replace(spec, tokens=TokenRule(grid.tokens or spec.tokens.kind, blocks))
     spec = replace(spec, resize=grid.resize or spec.resize)
     points = points_of_grid(net.points, parse_sizes(grid.sizes or ""), parse_keeps(grid.keeps or ""))
+    if (grid.tokens or grid.drop_blocks) and all(point.keep == 1 for point in points):
+        raise PointError(
+            "no point passes on fewer tokens, so there is nothing to merge or drop.",
+            remedy="example",
+            setting="keeps",
+            value="0.5,1",
+        )
     return net if (spec, points) == (net.spec, net.points) else net.like(spec=spec).with_points(points)
 
 

@@ -189,7 +189,7 @@ class Run:
             )
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-        except OSError:
+        except (OSError, MemoryError):
             raise
         except Exception:  # arbitrary bytes make the unpickler fail in arbitrary ways
             raise TrainingError(f"{file} is damaged.", remedy="from_weights", weights=self.weights) from None
