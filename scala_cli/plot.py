@@ -1,6 +1,7 @@
 """Pictures, by matplotlib, an optional dependency."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from html import escape
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -10,12 +11,14 @@ from scala_cli.cost import pareto
 from scala_cli.errors import ScalaError
 from scala_cli.files import refuse_unwritable, whole_file
 from scala_cli.report import Rows
-from scala_cli.slicing.point import Point
+from scala_cli.slicing.point import Point, single_axes
 from scala_cli.tasks.base import Task, main_column
 
 INSTALL = "pip install 'scala-vit[plot]'"
 MISSING = f"no picture without matplotlib: {INSTALL}"
 SUFFIXES = (".svg", ".png", ".pdf")
+TOOLTIP = "point-"
+"""Prefix of the ids of invisible markers, whose labels become tooltips in an SVG."""
 
 
 def can_draw() -> bool:
@@ -49,10 +52,14 @@ def save(figure: Any, file: Path) -> None:
 
 
 def as_svg(figure: Any) -> str:
-    """The picture as an <svg> element."""
+    """Returns the picture as an <svg> element, in which the label of each `TOOLTIP` marker is a tooltip."""
     text = StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    svg = text.getvalue()[text.getvalue().index("<svg") :]
+    for marker in figure.findobj(lambda artist: (artist.get_gid() or "").startswith(TOOLTIP)):
+        group = f'<g id="{marker.get_gid()}">'
+        svg = svg.replace(group, f"{group}<title>{escape(marker.get_label()[1:])}</title>", 1)
+    return svg
 
 
 def arms_picture(arms: Rows, task: Task) -> Any:
@@ -85,30 +92,36 @@ def arms_picture(arms: Rows, task: Task) -> Any:
 
 
 def bench_picture(rows: Rows, task: Task) -> Any:
-    """Draws the task's first metric, or else GMACs, of every width against its latency.
+    """Draws the task's first metric, or else GMACs, of every point against its latency.
 
-    The metric is drawn where it is known of all widths, with the front that no other beats. A model that is
-    only compared with, of which it is not known, is a vertical line. Named are the widths of the first
-    runtime and all that is on the front.
+    The metric is drawn if it is known for all points, with the front of those that no other beats. For a grid
+    the fronts of its single axes are drawn too. A compared model without a metric is a vertical line. Points
+    of the first runtime are labelled, of a grid only those on the front; in an SVG every point has a tooltip.
     """
     figure, axes = new_axes()
     first, main = rows[0]["runtime"], main_column(task)
     known = all(row[main] is not None for row in rows if row["ratio"] is not None and row["runtime"] == first)
     column, name = (main, task.columns[main]) if known else ("gmacs", "GMACs of one image")
     drawn = [row for row in rows if row[column] is not None]
-    for runtime in dict.fromkeys(row["runtime"] for row in drawn):
-        some = [row for row in drawn if row["runtime"] == runtime]
-        axes.plot([row["latency_ms"] for row in some], [row[column] for row in some], "o", label=runtime)
     places = [(row["latency_ms"], row[column]) for row in drawn]
+    for runtime in dict.fromkeys(row["runtime"] for row in drawn):
+        some = [place for row, place in zip(drawn, places, strict=True) if row["runtime"] == runtime]
+        axes.plot(*zip(*some, strict=True), "o", label=runtime, alpha=0.7)
     front = [places[number] for number in pareto(places)] if known else []
-    if front:
-        last = (max(row["latency_ms"] for row in drawn), front[-1][1])
-        axes.step(*zip(*front, last, strict=True), where="post", color="grey", linestyle="--", label="front")
-    for row in drawn:
-        place = (row["latency_ms"], row[column])
-        if row["runtime"] == first or place in front:
-            label = row["model"] if row["ratio"] is None else Point.of_row(row).label
-            axes.annotate(label, place, xytext=(5, -10), textcoords="offset points", fontsize="small")
+    single = single_axes(Point.of_row(row) for row in drawn if row["ratio"] is not None) if known else {}
+    fronts = {"front": front} if front else {}
+    for axis, points in single.items():
+        some = [p for row, p in zip(drawn, places, strict=True) if is_one_of(row, points, first)]
+        fronts[f"front of {axis} alone"] = [some[number] for number in pareto(some)]
+    for label, line in fronts.items():
+        last = (max(latency for latency, _ in places), line[-1][1])
+        style = {"color": "grey", "linestyle": "--"} if line is front else {"linestyle": ":"}
+        axes.step(*zip(*line, last, strict=True), where="post", label=label, **style)
+    for number, (row, place) in enumerate(zip(drawn, places, strict=True)):
+        told = f"{label_of(row)}, {row['runtime']}: {place[0]:.4g} ms, {place[1]:.4g} ({name})"
+        axes.plot(*place, "o", alpha=0, markersize=10, gid=f"{TOOLTIP}{number}", label=f"_{told}")
+        if place in front or (row["runtime"] == first and not single):
+            axes.annotate(label_of(row), place, xytext=(5, -10), textcoords="offset points", fontsize="small")
     for row in rows:
         if row not in drawn and row["ratio"] is None and row["runtime"] == first:
             axes.axvline(row["latency_ms"], color="grey", linestyle=":")
@@ -125,6 +138,15 @@ def bench_picture(rows: Rows, task: Task) -> Any:
     axes.set_ylabel(name)
     axes.legend(fontsize="small")
     return figure
+
+
+def label_of(row: Mapping[str, Any]) -> str:
+    """Returns the label of a row's point, or the name of a compared model."""
+    return str(row["model"]) if row["ratio"] is None else Point.of_row(row).label
+
+
+def is_one_of(row: Mapping[str, Any], points: Sequence[Point], runtime: str) -> bool:
+    return row["runtime"] == runtime and row["ratio"] is not None and Point.of_row(row) in points
 
 
 def stages_picture(pictures: Sequence[Any], titles: Sequence[str]) -> Any:
@@ -152,15 +174,14 @@ def cascade_picture(sweep: Rows, points: Rows) -> Any:
         points: {"ratio", "top1", "gmacs"}
     """
     figure, axes = new_axes()
-    for rows, label, name in ((sweep, "cascade, threshold", "threshold"), (points, "one width", "ratio")):
+    for rows, label in ((sweep, "cascade, threshold"), (points, "one point")):
         line = "-" if rows is sweep else ""
         axes.plot([r["gmacs"] for r in rows], [r["top1"] for r in rows], "o", linestyle=line, label=label)
         for row in rows:
-            below = rows is points
             axes.annotate(
-                f"{row[name]:g}",
+                f"{row['threshold']:g}" if rows is sweep else label_of(row),
                 (row["gmacs"], row["top1"]),
-                xytext=(4, -12 if below else 6),
+                xytext=(4, 6 if rows is sweep else -12),
                 textcoords="offset points",
                 fontsize="x-small",
             )

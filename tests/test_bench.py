@@ -1,5 +1,6 @@
 """The honesty of a measurement: what is counted, when it is enough, and what is told of it."""
 
+import re
 import statistics
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,9 @@ from conftest import write_timm_directory
 from scala_cli import timing
 from scala_cli.cost import pareto
 from scala_cli.formats import FORMATS
+from scala_cli.plot import as_svg, bench_picture
+from scala_cli.slicing.point import Point, grid, parse_keeps
+from scala_cli.tasks import task_named
 from scala_cli.timing import Timing, peak_gflops, time_calls, warm_up
 from scala_cli.watch import QUIET
 
@@ -146,6 +150,30 @@ def test_runtimes_and_other_models_in_one_run(scala, tiny, photos):
     assert not page.fetched, "the page must stand alone"
     assert Path("b.png").read_bytes().startswith(b"\x89PNG")
     assert len(Path("b.csv").read_text().splitlines()) == 10
+
+
+def test_a_picture_of_a_grid_has_the_fronts_of_its_axes_and_a_tooltip_for_every_point():
+    points = grid([Point.of(ratio) for ratio in ("0.5", "1")], (16, 32), parse_keeps("0.5,1"))
+    rows = [
+        {
+            "model": "vit",
+            **point.columns(),
+            "runtime": "torch",
+            "gmacs": 1.0,
+            "latency_ms": 2.0 + n,
+            "top1": n,
+        }
+        for n, point in enumerate(points)
+    ]
+    svg = as_svg(bench_picture(rows, task_named("classification")))
+    tooltips = re.findall('<g id="point-[0-9]+"><title>(.*?)</title>', svg)
+    assert tooltips == [f"{point}, torch: {2 + n} ms, {n} (top-1, %)" for n, point in enumerate(points)]
+    for axis in ("width", "size", "tokens"):
+        assert f"front of {axis} alone" in svg
+    widths = bench_picture(
+        [row for row in rows if row["size"] == 32 and "keep" not in row], task_named("classification")
+    )
+    assert "alone" not in as_svg(widths)
 
 
 def test_what_8_bit_weights_keep_of_features(scala, pictures, monkeypatch):

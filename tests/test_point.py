@@ -3,7 +3,7 @@ from fractions import Fraction
 import pytest
 
 from scala_cli.errors import PointError
-from scala_cli.slicing.point import Point, find_point, parse_points, ratios_of
+from scala_cli.slicing.point import Point, find_point, grid, parse_keeps, parse_points, ratios_of, single_axes
 
 
 def test_one_width_is_one_key_however_it_is_written():
@@ -84,3 +84,14 @@ def test_a_family_of_widths_takes_no_other_points():
 def test_a_row_that_names_no_point(row):
     with pytest.raises(PointError):
         Point.of_row({"ratio": 0.5, **row})
+
+
+def test_the_single_axes_of_a_grid_are_its_points_that_are_largest_on_the_others():
+    points = grid([Point.of(ratio) for ratio in ("0.5", "1")], (16, 32), parse_keeps("0.5,1"))
+    labels = {axis: [str(point) for point in along] for axis, along in single_axes(points).items()}
+    assert labels == {
+        "width": ["0.5@32", "1@32"],
+        "size": ["1@16", "1@32"],
+        "tokens": ["1@32~0.5", "1@32"],
+    }
+    assert single_axes(parse_points("0.25,0.5,1")) == {}, "widths alone are no grid"

@@ -186,6 +186,23 @@ def widths_of(points: Iterable[Point]) -> tuple[Fraction, ...]:
     return tuple(sorted({point.ratio for point in points}))
 
 
+def single_axes(points: Iterable[Point]) -> dict[str, tuple[Point, ...]]:
+    """Returns the points of a grid that are largest on all axes but one, by that axis; smallest first.
+
+    The axes are "width", "size" and "tokens". Empty unless points differ on two axes or more.
+    """
+    points = sorted(points)
+    values = [(point.ratio, point.size or 0, point.keep) for point in points]
+    largest = [max(axis) for axis in zip(*values, strict=True)]
+    found = {}
+    for number, name in enumerate(("width", "size", "tokens")):
+        rest = [other for other in range(len(largest)) if other != number]
+        along = [p for p, v in zip(points, values, strict=True) if all(v[r] == largest[r] for r in rest)]
+        if len(along) > 1:
+            found[name] = tuple(along)
+    return found if len(found) > 1 else {}
+
+
 def ratios_of(points: Iterable[Point]) -> tuple[Fraction, ...]:
     """Returns the widths of points without size or keep, narrowest first. Raises PointError for others."""
     points = set(points)
