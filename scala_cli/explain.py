@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from scala_cli.data.images import as_rgb, open_image
 from scala_cli.data.transform import transform_for
 from scala_cli.errors import CheckpointError, DataError
-from scala_cli.models.block import MergeBlock, attention_to_patches
+from scala_cli.models.block import MergeBlock
 from scala_cli.models.slimmed import TokenSlimming, modules_of
 from scala_cli.models.stages import hooked
 from scala_cli.models.vit import Spec
@@ -68,7 +68,8 @@ def mergings(vit: VisionTransformer, image: Tensor) -> list[Merging]:
     def note(number: int, reducer: nn.Module, read: tuple[Any, ...], wrote: Any) -> None:
         stages.append(Merging(number, passed_on(reducer, read[0], wrote, stages[-1].shares)))
 
-    places: dict[int, nn.Module] = {n: b for n, b in enumerate(full.blocks) if getattr(b, "passing", None)}
+    blocks = {n: b for n, b in enumerate(full.blocks) if getattr(b, "passing", None)}
+    places: dict[int, nn.Module] = {n: b.dropping or b for n, b in blocks.items()}
     places |= modules_of(vit)
     if not places:
         raise CheckpointError(
@@ -83,22 +84,21 @@ def passed_on(reducer: Any, read: Any, wrote: Any, shares: Tensor) -> Tensor:
     """Returns the shares (`Merging`) of the tokens of one image behind what passes on fewer of them.
 
     Args:
-        reducer: a token slimming module, or a block that drops or merges tokens.
+        reducer: a token slimming module, the dropping part of a block, or a block that merges tokens.
         read, wrote: its input and its output.
         shares: of the tokens before.
     """
     if isinstance(reducer, TokenSlimming):
         return reducer.shares(read[:, reducer.prefix :])[0] @ shares
-    passing = reducer.passing
     if isinstance(reducer, MergeBlock):
         if isinstance(wrote, Merged):
             places = wrote.places[0]
         else:  # the last one gives every patch its token back: those of one token are alike
+            passing: Any = reducer.passing
             places = wrote[0, passing.prefix :].unique(dim=0, return_inverse=True)[1]
         stands = (places == torch.arange(int(places.max()) + 1, device=places.device)[:, None]).float()
         return stands / stands.sum(1, keepdim=True)
-    scores = attention_to_patches(reducer.attn, reducer.norm1(read), passing)
-    return shares[scores[0].topk(passing.kept).indices]
+    return shares[wrote[1][0]]
 
 
 def read_image(file: Path, spec: Spec, upright: bool = True) -> Tensor:

@@ -1,5 +1,6 @@
 """Features of every token and block, in the full model's own channels at every width."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -11,14 +12,16 @@ from scala_cli.deploy.slice import slice_model
 from scala_cli.errors import PointError
 from scala_cli.models.calibrate import calibrate_family
 from scala_cli.models.checkpoint import Record, load, save
-from scala_cli.models.dense import pooled
+from scala_cli.models.dense import WithTokens, back_of, pooled, reader_of
 from scala_cli.models.fitted import fit_widths
 from scala_cli.models.in_memory import slimmable as from_memory
 from scala_cli.models.order import order_channels
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.source import Changes, open_model
-from scala_cli.models.stages import normed
+from scala_cli.models.stages import embed, normed
 from scala_cli.slicing.original import BASIS, BIAS, NAMES, WEIGHT
+from scala_cli.slicing.point import Point
+from scala_cli.slicing.tokens import TokenRule
 from scala_cli.training.start import with_new_head
 
 HALF = Fraction(1, 2)
@@ -225,3 +228,58 @@ def test_what_leads_back_has_a_place_in_the_table():
     cut = net.rule.slice_state(full, HALF)
     assert [tuple(cut[name].shape) for name in NAMES] == [(16, 32), (32, 16), (32,)]
     assert isinstance(net, SlimmableViT) and not net.original
+
+
+def with_fewer_tokens(kind, how):
+    net = slimmable(kind)
+    points = [Point.of("0.5~0.7"), Point.of("1~0.7")]
+    return net.like(spec=replace(net.spec, tokens=TokenRule(how, (1, 2))), points=points)
+
+
+@pytest.mark.parametrize("ratio", ["0.5~0.7", "1~0.7"])
+@pytest.mark.parametrize("kind", ["class token, registers", "no class token, registers"])
+@torch.no_grad()
+def test_a_dropped_patch_keeps_the_last_token_that_it_had(kind, ratio, images):
+    net = with_fewer_tokens(kind, "drop")
+    vit, prefix = net.at(Point.of(ratio)), net.vit.num_prefix_tokens
+    stream = embed(vit, images)
+    carried, numbers = stream[:, prefix:].clone(), torch.arange(16).expand(3, -1)
+    after = []
+    for block in vit.blocks:
+        inside = block.norm1(stream)
+        q, k, _ = block.attn.qkv(inside).unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        seen = (q @ k.mT * block.attn.scale).softmax(-1).mean(1)
+        scores = (seen[:, 0] if vit.cls_token is not None else seen.mean(1))[:, prefix:]
+        stream = stream + block.ls1(block.attn(inside))
+        for image, of_image in enumerate(numbers):
+            carried[image, of_image] = stream[image, prefix:]
+        chosen = scores.topk(block.passing.kept).indices
+        numbers = numbers.gather(1, chosen)
+        kept = torch.stack([each[prefix:][some] for each, some in zip(stream, chosen, strict=True)])
+        stream = torch.cat([stream[:, :prefix], kept], 1)
+        stream = stream + block.ls2(block.mlp(block.norm2(stream)))
+        for image, of_image in enumerate(numbers):
+            carried[image, of_image] = stream[image, prefix:]
+        after.append(carried.clone())
+    assert numbers.shape[1] < 16
+    for found, wanted in zip(net.features(images, ratio, blocks=2), after, strict=True):
+        close(found.tokens, back_of(net, Point.of(ratio).ratio)(wanted))
+    last = net.features(images, ratio, grid=True).tokens
+    close(last.flatten(2).mT, reader_of(net, vit, Point.of(ratio).ratio)(normed(vit, carried)))
+    both, dense = WithTokens(vit, reader_of(net, vit, Point.of(ratio).ratio)).eval()(images)
+    close(dense, last.flatten(2).mT)
+    close(both, net(images, ratio))
+
+
+@pytest.mark.parametrize("kind", ["class token, registers", "no class token, registers"])
+@torch.no_grad()
+def test_merged_patches_have_the_token_that_they_went_into_after_every_block(kind, images):
+    net = with_fewer_tokens(kind, "merge")
+    vit, prefix = net.at(Point.of("1~0.7")), net.vit.num_prefix_tokens
+    merged = vit.blocks[0](embed(vit, images))
+    wanted = torch.stack([each[prefix:][of] for each, of in zip(merged.tokens, merged.places, strict=True)])
+    first, last = net.features(images, "1~0.7", blocks=2)
+    assert merged.tokens.shape[1] < prefix + 16
+    close(first.tokens, wanted)
+    close(first.prefix, merged.tokens[:, :prefix])
+    close(last.tokens, vit.blocks[1](merged)[:, prefix:])

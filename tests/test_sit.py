@@ -20,7 +20,7 @@ from scala_cli.methods.sit import Reverse, SiT
 from scala_cli.models.checkpoint import Record, load, save
 from scala_cli.models.features import for_task
 from scala_cli.models.slimmed import modules_of
-from scala_cli.models.tokens import answer_and_patches, put_back, slimming
+from scala_cli.models.tokens import answer_and_patches, put_back, reductions
 from scala_cli.settings import DeviceSettings, MethodSettings, OptimizerSettings, RunSettings, Settings
 from scala_cli.slicing.point import parse_points
 from scala_cli.tasks import task_named
@@ -123,11 +123,14 @@ def test_features_are_learnt_without_labels(kind, images):
 def test_tokens_are_put_back_where_they_came_from(images):
     step, _ = step_of()
     vit = step.net.vit.eval()
-    with slimming(vit) as shares:
+    read = []
+    modules_of(vit)[0].register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    with reductions(vit) as reduced:
         tokens = vit.forward_features(images)
-    (share,) = shares
+    assert [one.block for one in reduced] == [0]
+    share = modules_of(vit)[0].shares(read[0][:, 1:])
     assert share.shape == (3, 8, 16) and torch.allclose(share.sum(-1), torch.ones(3, 8))
-    whole = put_back(tokens[:, 1:], shares)
+    whole = put_back(tokens[:, 1:], reduced)
     by_hand = torch.stack(
         [(share[:, :, i, None] * tokens[:, 1:]).sum(1) / share[:, :, i].sum(1)[:, None] for i in range(16)], 1
     )

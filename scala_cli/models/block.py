@@ -1,5 +1,6 @@
 """timm's transformer block, able to pass on fewer tokens than it gets."""
 
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -9,6 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scala_cli.slicing.tokens import Merged, TokenRule, best, merge
+
+Reverse = Callable[[Tensor, nn.Module], Tensor]
+"""Maps patch tokens (B, k, C) after a reduction to those of all patches before it, (B, N, C).
+
+Its second argument is a norm that the given tokens have passed."""
 
 
 class Passing(NamedTuple):
@@ -36,17 +42,20 @@ class SlimBlock(Block):
     read: int | None = None
     """How many of the first tokens the block computes, attending to all tokens; None computes all."""
     passing: Passing | None = None
-    """Which tokens pass from the attention to the MLP; None passes all."""
+    """How many tokens pass from the attention to the MLP; None passes all."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.dropping: Any = None  # a `Dropping` if the block drops tokens
 
     def forward(self, x: Any, *masks: Any, **named: Any) -> Any:
         """Maps (B, N, C) to (B, N, C), (B, read, C) or (B, prefix + kept, C)."""
         if self.read is not None:
             x = x[:, : self.read] + self.drop_path1(self.ls1(self.attend(self.norm1(x), self.read)))
-        elif self.passing is not None:
+        elif self.dropping is not None:
             inside = self.norm1(x)
-            scores = attention_to_patches(self.attn, inside, self.passing)
-            x = x + self.drop_path1(self.ls1(self.attn(inside)))
-            x = best(x, scores, self.passing.prefix, self.passing.kept)
+            scores = attention_to_patches(self.attn, inside, self.dropping.passing)
+            x, _ = self.dropping(x + self.drop_path1(self.ls1(self.attn(inside))), scores)
         else:
             return super().forward(x, *masks, **named)
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
@@ -79,6 +88,28 @@ class SlimBlock(Block):
         return attn.proj_drop(attended.transpose(0, 1))
 
 
+class Dropping(nn.Module):
+    """Drops the patch tokens with the lowest scores. It is a module so that a hook sees which ones."""
+
+    def __init__(self, passing: Passing) -> None:
+        super().__init__()
+        self.passing = passing
+
+    def forward(self, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps (B, N, C) to (B, prefix + kept, C), and returns the numbers of the kept patches, (B, kept)."""
+        return best(x, scores, self.passing.prefix, self.passing.kept)
+
+    def reverse(self, read: tuple[Tensor, Tensor], wrote: tuple[Tensor, Tensor]) -> Reverse:
+        """Returns a function that gives dropped patches the token they had before, after a norm."""
+        before, chosen = read[0][:, self.passing.prefix :], wrote[1]
+
+        def put_back(patches: Tensor, norm: nn.Module) -> Tensor:
+            every = norm(before)
+            return every.scatter(1, chosen[..., None].expand_as(patches), patches.to(every.dtype))
+
+        return put_back
+
+
 class MergeBlock(SlimBlock):
     """Merges tokens between attention and MLP (ToMe, arXiv 2210.09461); needs no training.
 
@@ -106,7 +137,10 @@ def pass_on(vit: Any, rule: TokenRule, keep: Fraction) -> None:
     counts = rule.counts(vit.patch_embed.num_patches, vit.num_prefix_tokens, len(vit.blocks), keep)
     for number, count in counts.items():
         passing = Passing(count, vit.num_prefix_tokens, vit.cls_token is not None, number == max(counts))
-        vit.blocks[number - 1].passing = passing
+        block = vit.blocks[number - 1]
+        block.passing = passing
+        if rule.kind == "drop":
+            block.dropping = Dropping(passing)
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@
 tensors of the map back are sliced like every weight (`slicing/original.py`).
 """
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scala_cli.errors import PointError
-from scala_cli.models.slimmed import modules_of
 from scala_cli.models.stages import normed
-from scala_cli.models.tokens import put_back, slimming
+from scala_cli.models.tokens import put_back, reductions
 from scala_cli.slicing.original import BASIS, BIAS, WEIGHT, identity_tensor
 from scala_cli.slicing.point import Point
+from scala_cli.slicing.tokens import Merged
 
 if TYPE_CHECKING:
     from scala_cli.models.slimmable import SlimmableViT
@@ -28,7 +27,8 @@ class Features(NamedTuple):
     """Features of an image at one depth of the model.
 
     Args:
-        tokens: of the patches, (B, N, C), row by row, or as a map (B, C, h, w).
+        tokens: of the patches, (B, N, C), row by row, or as a map (B, C, h, w). A merged patch has the token
+            that it went into, a dropped one the last token that it had.
         prefix: of the tokens before them, (B, P, C): class token, then distillation token or registers; P is
             0 in a model without any.
     """
@@ -71,9 +71,10 @@ class WithTokens(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Maps (B, C, H, W) to (B, num_classes) and (B, N, C)."""
-        with slimming(self.vit) as shares:
+        with reductions(self.vit) as reduced:
             tokens = self.vit.forward_features(images)
-        patches = self.vit.fc_norm(put_back(tokens[:, self.vit.num_prefix_tokens :], shares))
+        patches = put_back(tokens[:, self.vit.num_prefix_tokens :], reduced, self.vit.norm)
+        patches = self.vit.fc_norm(patches)
         return self.vit.forward_head(tokens), self.reader(patches)
 
 
@@ -88,7 +89,7 @@ def features(
     numbers = sorted({*asked})
     if not numbers:
         return []
-    with slimming(vit) as shares:
+    with reductions(vit) as reduced:
         found = vit.forward_intermediates(
             images,
             indices=numbers,
@@ -97,7 +98,6 @@ def features(
             output_fmt="NLC",
             intermediates_only=True,
         )
-    ends = list(modules_of(vit))
     size = vit.patch_embed.dynamic_feat_size(images.shape[-2:])
     back = back_of(net, ratio)
     reader = reader_of(net, vit, ratio)
@@ -107,8 +107,10 @@ def features(
 
     places = {}
     for number, each in zip(numbers, found, strict=True):
+        if isinstance(each, Merged):  # of a model without prefix tokens
+            each = each.put_back()
         tokens, prefix = each if isinstance(each, tuple) else (each, each[:, :0])
-        tokens = put_back(tokens, shares[: bisect_right(ends, number)])
+        tokens = put_back(tokens, [one for one in reduced if one.block <= number])
         tokens, prefix = in_full_space(tokens), in_full_space(prefix)
         places[number] = Features(tokens.mT.unflatten(-1, size).contiguous() if grid else tokens, prefix)
     return places[count - 1] if blocks is None else [places[number] for number in asked]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scala_cli.models.block import SlimBlock
+from scala_cli.models.block import Reverse, SlimBlock
 from scala_cli.slicing.slim import logits_of, pooling, slim_counts
 
 MODULE = ".tsm."
@@ -48,6 +48,13 @@ class TokenSlimming(nn.Module):
         """Returns the weights of the means, (B, given, C) -> (B, tokens, given); rows add up to one."""
         logits = self.query(F.gelu(self.key(self.norm(patches)))).mT * self.scale
         return (logits + self.bias).softmax(-1)
+
+    @torch.no_grad()
+    def reverse(self, read: tuple[Tensor], wrote: Tensor) -> Reverse:
+        """Returns a function that gives each patch the mean of the tokens it was merged into."""
+        shares = self.shares(read[0][:, self.prefix :])
+        weights = (shares / shares.sum(1, keepdim=True)).mT
+        return lambda patches, norm: weights @ patches
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, prefix + given, C) to (B, prefix + tokens, C)."""

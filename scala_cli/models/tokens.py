@@ -6,14 +6,16 @@ all of them are in the full model's feature space.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from threading import get_ident
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.models import VisionTransformer, VisionTransformerDistilled
-from torch import Tensor
+from torch import Tensor, nn
 
-from scala_cli.models.slimmed import TokenSlimming, modules_of
+from scala_cli.models.block import Reverse
+from scala_cli.models.slimmed import modules_of
 
 
 def answer_and_patches(vit: VisionTransformer, images: Tensor) -> Tensor:
@@ -25,23 +27,23 @@ def answer_and_patches(vit: VisionTransformer, images: Tensor) -> Tensor:
     Returns:
         (B, 1 + patches, C). `[:, 0]` is the model's own output: of the class token or the pooled token (the
         mean if the model does not pool). Register tokens are left out. If tokens are slimmed, each patch gets
-        the mean of the tokens that it was merged into.
+        the mean of the tokens that it was merged into; if they are dropped, the last token that it had.
     """
-    with slimming(vit) as shares:
+    with reductions(vit) as reduced:
         tokens = vit.forward_features(images)
-    return read_every(vit, tokens, shares)
+    return read_every(vit, tokens, reduced)
 
 
-def read_every(model: VisionTransformer, tokens: Tensor, shares: Sequence[Tensor] = ()) -> Tensor:
+def read_every(model: VisionTransformer, tokens: Tensor, reduced: Sequence["Reduced"] = ()) -> Tensor:
     """Returns the same as `answer_and_patches`, from (B, N, C) tokens after the last block and its norm.
 
-    Every module is called once, so that hooks run once.
+    Every module is called once, so that hooks run once; the norm again only for dropped tokens.
 
     Args:
-        shares: weights of the token slimming modules, from `slimming`.
+        reduced: from `reductions`.
     """
     vit: Any = model
-    patches = put_back(tokens[:, vit.num_prefix_tokens :], shares)
+    patches = put_back(tokens[:, vit.num_prefix_tokens :], reduced, vit.norm)
     if isinstance(vit, VisionTransformerDistilled):
         read = vit.head(torch.cat([tokens[:, :1], patches], 1))
         answer = (read[:, :1] + vit.head_dist(tokens[:, 1:2])) / 2
@@ -51,21 +53,36 @@ def read_every(model: VisionTransformer, tokens: Tensor, shares: Sequence[Tensor
     return vit.head(vit.fc_norm(torch.cat([pooled, patches], 1)))
 
 
-@contextmanager
-def slimming(vit: VisionTransformer) -> Iterator[list[Tensor]]:
-    """Yields a list that collects the weights of the model's token slimming modules during a forward.
+class Reduced(NamedTuple):
+    """A reduction of the patch tokens in a forward.
 
-    Each is (B, tokens going out, tokens coming in), without gradient. A model without modules has none.
+    Args:
+        block: number of the block that it follows or belongs to, from 0.
+        reverse: puts the tokens back.
     """
-    found: list[Tensor] = []
+
+    block: int
+    reverse: Reverse
+
+
+@contextmanager
+def reductions(vit: Any) -> Iterator[list[Reduced]]:
+    """Yields a list that collects how the model drops or slims its patch tokens during a forward.
+
+    Merged tokens are put back by the model itself.
+    """
+    found: list[Reduced] = []
     mine = get_ident()  # other threads may run the same model
 
-    def note(module: TokenSlimming, read: tuple[Tensor, ...], wrote: Tensor) -> None:
-        if get_ident() == mine:
-            with torch.no_grad():  # the recomputation of gradient checkpointing runs without this hook
-                found.append(module.shares(read[0][:, module.prefix :]))
+    def note(number: int, module: Any, read: Any, wrote: Any) -> None:
+        if get_ident() == mine:  # the recomputation of gradient checkpointing runs without this hook
+            found.append(Reduced(number, module.reverse(read, wrote)))
 
-    hooks = [module.register_forward_hook(note) for module in modules_of(vit).values()]
+    modules = {n: b.dropping for n, b in enumerate(vit.blocks) if getattr(b, "dropping", None)}
+    hooks = [
+        module.register_forward_hook(partial(note, number))
+        for number, module in [*modules.items(), *modules_of(vit).items()]
+    ]
     try:
         yield found
     finally:
@@ -73,13 +90,14 @@ def slimming(vit: VisionTransformer) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def put_back(patches: Tensor, shares: Sequence[Tensor]) -> Tensor:
-    """Returns a token for each patch of the image: the weighted mean of the tokens that it was merged into.
+def put_back(patches: Tensor, reduced: Sequence[Reduced], norm: nn.Module | None = None) -> Tensor:
+    """Returns a token for each patch of the image, (B, N, C).
 
     Args:
-        patches: (B, N, C) after the last of the modules in `shares`.
-        shares: weights of the token slimming modules, from `slimming`.
+        patches: (B, k, C) after the reductions.
+        reduced: from `reductions`.
+        norm: the norm that `patches` have passed, if any.
     """
-    for share in reversed(shares):
-        patches = (share / share.sum(1, keepdim=True)).mT @ patches
+    for each in reversed(reduced):
+        patches = each.reverse(patches, norm or nn.Identity())
     return patches

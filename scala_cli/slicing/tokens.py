@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,15 +78,18 @@ def take(tokens: Tensor, indices: Tensor) -> Tensor:
     return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
-def best(tokens: Tensor, scores: Tensor, prefix: int, count: int) -> Tensor:
-    """Returns the prefix and the `count` patch tokens with the highest scores: (B, prefix + count, C).
+def best(tokens: Tensor, scores: Tensor, prefix: int, count: int) -> tuple[Tensor, Tensor]:
+    """Returns the prefix with the `count` patch tokens of the highest scores, and the numbers of these.
 
     Args:
         tokens: (B, prefix + patches, C)
         scores: (B, patches)
+
+    Returns:
+        (B, prefix + count, C) and (B, count)
     """
     chosen = scores.topk(count, dim=1).indices
-    return torch.cat([tokens[:, :prefix], take(tokens[:, prefix:], chosen)], 1)
+    return torch.cat([tokens[:, :prefix], take(tokens[:, prefix:], chosen)], 1), chosen
 
 
 class Merged(NamedTuple):
@@ -118,6 +121,10 @@ class Merged(NamedTuple):
         """Returns a token for every patch, the one that represents it: (B, prefix + patches, C)."""
         prefix = self.tokens.shape[1] - self.sizes.shape[1]
         return torch.cat([self.tokens[:, :prefix], take(self.tokens[:, prefix:], self.places)], 1)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Cuts `put_back()`, as timm's `forward_intermediates` cuts tokens; or returns a field, by number."""
+        return self.put_back()[index] if isinstance(index, tuple) else tuple.__getitem__(self, index)
 
 
 def merge(merged: Merged, keys: Tensor, count: int) -> Merged:

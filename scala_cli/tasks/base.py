@@ -7,6 +7,7 @@ from timm.models import VisionTransformer
 from torch import Tensor
 
 from scala_cli.data.split import Split
+from scala_cli.models.tokens import Reduced
 from scala_cli.models.vit import Spec
 from scala_cli.settings import MethodSettings, Settings
 from scala_cli.watch import QUIET, Watcher
@@ -86,11 +87,11 @@ class Task(Protocol):
         """Returns a timm model's output for images (B, C, H, W), in the form that this task needs."""
         ...
 
-    def read(self, vit: VisionTransformer, tokens: Tensor, shares: Sequence[Tensor] = ()) -> Tensor:
+    def read(self, vit: VisionTransformer, tokens: Tensor, reduced: Sequence[Reduced] = ()) -> Tensor:
         """Returns the same as `forward`, from the tokens (B, N, C) after the last block and its norm.
 
         Args:
-            shares: weights of the token slimming modules, from `models.tokens.slimming`.
+            reduced: how tokens were reduced, from `models.tokens.reductions`.
         """
         ...
 

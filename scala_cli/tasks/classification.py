@@ -11,6 +11,7 @@ from torch import Tensor
 from scala_cli.data.classes import class_misfit
 from scala_cli.data.split import Split, hold_out, open_split
 from scala_cli.errors import DataError
+from scala_cli.models.tokens import Reduced
 from scala_cli.models.vit import Spec
 from scala_cli.settings import MethodSettings, Settings
 from scala_cli.tasks.losses import cross_entropy, distillation
@@ -100,7 +101,7 @@ class Classification:
         """Returns (B, classes) logits."""
         return vit(images)
 
-    def read(self, vit: VisionTransformer, tokens: Tensor, shares: Sequence[Tensor] = ()) -> Tensor:
+    def read(self, vit: VisionTransformer, tokens: Tensor, reduced: Sequence[Reduced] = ()) -> Tensor:
         """Returns the logits from the tokens after the last norm."""
         return vit.forward_head(tokens)
 

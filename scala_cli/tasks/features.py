@@ -13,7 +13,7 @@ from torch import Tensor
 from scala_cli.data.samples import Unlabelled
 from scala_cli.data.split import Split, hold_out, open_images, open_validation_images
 from scala_cli.errors import DataError, TrainingError
-from scala_cli.models.tokens import answer_and_patches, read_every
+from scala_cli.models.tokens import Reduced, answer_and_patches, read_every
 from scala_cli.models.vit import Spec
 from scala_cli.settings import MethodSettings, Settings
 from scala_cli.tasks.likeness import Likeness
@@ -96,9 +96,9 @@ class Features:
         """Returns (B, 1 + patches, C): what the model returns, and its patch tokens through the head."""
         return answer_and_patches(vit, images)
 
-    def read(self, vit: VisionTransformer, tokens: Tensor, shares: Sequence[Tensor] = ()) -> Tensor:
+    def read(self, vit: VisionTransformer, tokens: Tensor, reduced: Sequence[Reduced] = ()) -> Tensor:
         """Returns the same as `forward`, from the tokens after the last norm."""
-        return read_every(vit, tokens, shares)
+        return read_every(vit, tokens, reduced)
 
     def statistics(self, outputs: Iterable[Tensor], settings: MethodSettings) -> dict[str, Tensor]:
         """Returns the units in which features are compared: {"answer", "patches"}, from `Spread.unit`.

@@ -23,7 +23,7 @@ from scala_cli.methods import method_named
 from scala_cli.methods.base import Batch, Output
 from scala_cli.models.modes import skip_unread
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.models.tokens import slimming
+from scala_cli.models.tokens import reductions
 from scala_cli.models.vit import choose_attention, random_images
 from scala_cli.precision import autocast, uses_bfloat16
 from scala_cli.settings import AugmentSettings, Settings
@@ -302,11 +302,11 @@ class Step:
     def observe(self, model: VisionTransformer, images: Tensor) -> Output:
         """Returns the output of a timm model and its patch tokens after every block."""
         vit: Any = model
-        with slimming(vit) as shares:
+        with reductions(vit) as reduced:
             normed, tokens = vit.forward_intermediates(images, output_fmt="NLC")
         head = getattr(vit, "head_dist", None)
         distilled = head(normed[:, 1]) if isinstance(head, nn.Linear) else None
-        return Output(self.task.read(vit, normed, shares), tokens, distilled)
+        return Output(self.task.read(vit, normed, reduced), tokens, distilled)
 
 
 def compiling(settings: Settings) -> AbstractContextManager[object]:
