@@ -90,7 +90,7 @@ def test_what_is_skipped_on_the_way_to_an_order_is_told(folder):
 def test_not_one_image_that_can_be_read(folder):
     for file in (folder / "val").rglob("*.png"):
         file.write_text("no image")
-    with pytest.raises(DataError, match="not one of the images"):
+    with pytest.raises(DataError, match="none of the images"):
         evaluate(
             slimmable(),
             task_named("classification"),
@@ -100,7 +100,7 @@ def test_not_one_image_that_can_be_read(folder):
             Watcher(),
         )
     skipping = ReadSettings(workers=0, on_corrupt="skip")
-    with pytest.raises(DataError, match="not one of the images"):
+    with pytest.raises(DataError, match="none of the images"):
         list(calibration_images(open_split(str(folder), False), slimmable().spec, skipping, Watcher()))
 
 

@@ -164,7 +164,7 @@ def test_images_that_go_away_leave_the_epoch_before(photos, tmp_path):
             for file in own.glob("train/*/*.png"):
                 file.write_text("no image")
 
-    with pytest.raises(DataError, match="not one of the images") as error:
+    with pytest.raises(DataError, match="none of the images") as error:
         finetune(start(), UNORDERED, chosen, Run(Path("cut")), Removing())
     assert error.value.resumable and Run(Path("cut")).read_state()["step"] == 3
     for file in photos.glob("train/*/*.png"):

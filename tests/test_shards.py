@@ -143,7 +143,7 @@ def test_class_numbers_are_not_used_for_features():
     [
         ({}, "no images"),
         ({"a.txt": b"1"}, "no images"),
-        ({"a.jpg": b"1", "a.png": b"2"}, "two images of one name, a.jpg and a.png"),
+        ({"a.jpg": b"1", "a.png": b"2"}, "two images of the same name, a.jpg and a.png"),
         ({"a.jpg": b"1", "a.cls": b"cat"}, "a.cls holds no class number"),
     ],
 )

@@ -28,7 +28,7 @@ def test_class_misfit():
     assert class_misfit(data, 0, None) == "the model has no classes, it gives features"
     assert "3 classes, the data has 2" in class_misfit(data, 3, None)
     assert "class 'dog' that the model does not know" in class_misfit(data, 2, ["wolf", "cat"])
-    assert "several classes of one name" in class_misfit(data, 3 - 1, ["cat", "dog", "dog"])
+    assert "several classes of the same name" in class_misfit(data, 3 - 1, ["cat", "dog", "dog"])
 
 
 def test_classes_are_numbered_as_in_the_models_head(folder):

@@ -313,6 +313,6 @@ def test_training_on_nothing_that_can_be_read(photos, tmp_path):
     for file in (folder / "train").rglob("*.png"):
         file.write_text("no image")
     chosen = settings(folder, 1, read=ReadSettings(workers=0, on_corrupt="skip"))
-    with pytest.raises(DataError, match=r"not one of the images could be read: .*\.png \(no image\)"):
+    with pytest.raises(DataError, match=r"none of the images could be read: .*\.png \(no image\)"):
         finetune(start(), Record(order="none"), chosen, Run(Path("one")), Listener())
     assert not Path("one").exists()
