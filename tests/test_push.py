@@ -138,7 +138,7 @@ def test_the_card_of_a_family_without_its_full_width(push):
 def test_what_is_to_be_private_is_not_put_where_everybody_sees_it(push, hub, net):
     hub.open = True
     done = push(hub, "net", "org/net", "--private")
-    assert done.code == 2 and "everybody sees it" in done.stderr and not hub.files
+    assert done.code == 2 and "is public" in done.stderr and not hub.files
 
 
 def test_one_width_is_looked_at_first(push, net, images):
@@ -158,9 +158,9 @@ def test_one_width_is_looked_at_first(push, net, images):
     [
         (("net", "org/net"), None, "there is no token for the Hub."),
         (("net", "org/net"), "wrong", "the Hub refuses org/net"),
-        (("net", "or g/net"), "right", "no name of a repository"),
+        (("net", "or g/net"), "right", "not a valid name of a repository"),
         (("net",), "right", "no run yet"),
-        (("net", "net"), "right", "no name of a repository"),
+        (("net", "net"), "right", "not a valid name of a repository"),
         (("net", "org/net", "--private", "--dry-run"), "right", "leave out --private"),
         (("org/net",), "right", "no run yet"),
         (("net", "org/net", "--ratio", "0.3"), "right", "not trained"),
