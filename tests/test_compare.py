@@ -191,7 +191,7 @@ def test_a_start_that_favours_an_arm_is_refused(photos):
             "m", lambda: (slimmable(), Record()), arms, 1, "images", settings(photos), Path("a"), Listener()
         )
     few = arms_of(["paper"], ["stable_sampling"])
-    with pytest.raises(TrainingError, match="no part in 2 widths"):
+    with pytest.raises(TrainingError, match="no effect with 2 widths"):
         compare("m", open_start, few, 1, "images", settings(photos), Path("a"), Listener())
     assert not Path("a").exists()
 

@@ -34,7 +34,7 @@ def test_some_images_judge_where_there_is_no_validation_part(pictures, holdout):
     names = [{split.samples.name(n) for n in range(len(split))} for split in (training, validation)]
     assert not names[0] & names[1] and len(names[0] | names[1]) == 24
     assert training.classes == validation.classes == ()
-    assert any(f"{len(validation)} of the 24 images judge" in note for note in listener.notes)
+    assert any(f"{len(validation)} of the 24 images validate" in note for note in listener.notes)
     assert not any("labels" in note for note in listener.notes)
 
 

@@ -283,7 +283,7 @@ def test_force_on_links_and_on_what_a_killed_process_left(tmp_path):
         ("here/..", "is the working directory, or holds it"),
         ("/", "is the working directory, or holds it"),
         ("here/below/..", "has no name of its own"),
-        ("mounted", "is where a disk is mounted"),
+        ("mounted", "is a mount point"),
         ("x" * 230, "has 230 bytes, more than 200"),
     ],
 )

@@ -112,7 +112,7 @@ def test_a_backbone_learns_from_tar_files(scala):
         shard(f"s/{number:03}.tar", 8 * number, 8)
     words = ("finetune", "backbone", *QUICK, "--save-every-steps", 1, "--ratios", "0.5,1", "--data")
     told = scala(*words, "s/{000..002}.tar", "-o", "run", "-j", 2)
-    assert told.code == 0 and "2 of the 24 images judge" in told.told, told.told
+    assert told.code == 0 and "2 of the 24 images validate" in told.told, told.told
     assert "--data '{000..002}.tar'" in Path("run/best/config.json").read_text()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("scala_cli.training.loop.evaluate", interrupt)
