@@ -104,7 +104,7 @@ def test_the_command_draws_and_tells(scala, elsewhere):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("cat.png", "tiny", "--ratio", "0.5"), "every token of this model goes on"),
+        (("cat.png", "tiny", "--ratio", "0.5"), "this model keeps every token"),
         (("dog.png", "net"), "dog.png does not exist"),
         (("text.png", "net"), "cannot be read as an image"),
         (("cat.png", "net", "--ratio", "0.3"), "was not trained"),
