@@ -1,4 +1,4 @@
-"""Tar files of images: read in place, in any order, as webdataset would."""
+"""Tar files of images: read in any order, with the samples that webdataset gives."""
 
 import io
 import tarfile
