@@ -1,3 +1,5 @@
+"""Points: spelling, names, rows and order."""
+
 from fractions import Fraction
 
 import pytest
