@@ -1,4 +1,4 @@
-"""Cutting without training: channels in order, widths fitted, on some images of a data set."""
+"""Slims without training: orders channels and fits widths on some images of a data set."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from scala_cli.slicing.point import Point
 from scala_cli.watch import Watcher
 
 TRIES = 4
-"""How often a family is fitted at most, each time with a larger weight of the full width."""
+"""Most times that a family is fitted, each time with a larger weight of the full width."""
 PATCHES, LEAST = 40_960, 128
 """Default number of patches to calibrate on, and the least number of images.
 
@@ -32,11 +32,11 @@ A slice of a ViT-S at 224 pixels takes about a minute on 2 cores; more images ar
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a family is put in order and fitted on, and how.
+    """The images and settings with which channels are ordered and widths fitted.
 
     Args:
         split: the images; their labels are not used.
-        settings: with `calibrate` False the channels are put in order and nothing is fitted.
+        settings: if `calibrate` is False, channels are only ordered, and nothing is fitted.
     """
 
     split: Split
@@ -52,11 +52,11 @@ def cut_without_training(
     """Returns the family with its channels in order, if the order is free, and the slices of `points` fitted.
 
     Returns:
-        the family, on the CPU and in evaluation mode, a `FittedViT` where slices were fitted; its record.
+        the family, on the CPU and in evaluation mode, a `FittedViT` if slices were fitted; its record.
 
     Raises:
         DataError: no images, none that can be read, or all the same. Others as `order_channels` and
-            `calibrate`.
+            `fit_widths`.
     """
     net, record, images = ordered(net, record, on)
     if on.settings.calibrate is not False:
@@ -70,12 +70,11 @@ def fit_family(
 ) -> tuple[SlimmableViT, Record, dict[Point, Fit]]:
     """Returns the family with its channels in order and all widths fitted in shared weights.
 
-    The more the full width counts in the fit, the more of it is kept, and the less of the narrower ones.
-    Where it keeps too little, all is fitted again with a larger weight. Errors are those of
-    `cut_without_training`.
+    A larger weight of the full width keeps more of it and less of the narrower widths. If too little of it is
+    kept, all widths are fitted again with a larger weight. Raises as `cut_without_training`.
 
     Args:
-        kept: how much of the full width is kept.
+        kept: how much of the full width to keep.
 
     Returns:
         the family, on the CPU and in evaluation mode; its record; the fits of its widths.
@@ -91,7 +90,7 @@ def fit_family(
             full = fits.get(Point(Fraction(1)))
             if full is None or full.output is None or full.output >= kept.keep_full:
                 break
-            # what is lost falls with nearly the weight itself
+            # what the full width loses is nearly proportional to 1 / weight
             weight *= max(2, 1.5 * (1 - full.output) / (1 - kept.keep_full))
         net = family
         record = replace(record, calibrated=sum(map(len, images)))
@@ -99,10 +98,10 @@ def fit_family(
 
 
 def refuse_alike(images: Sequence[Tensor]) -> None:
-    """Raises DataError where there are not two different images among batches (B, C, H, W)."""
+    """Raises DataError unless there are two different images in the batches (B, C, H, W)."""
     count, first = sum(map(len, images)), images[0][:1]
     if count == 1:
-        raise DataError("there is one image only: nothing can be told from it.", "Give a hundred or more.")
+        raise DataError("there is one image only: too few to calibrate on.", "Give a hundred or more.")
     if all(torch.equal(batch, first.expand_as(batch)) for batch in images):
         raise DataError(
             "the images are all the same to the model: there is nothing to learn from them.",
@@ -113,14 +112,14 @@ def refuse_alike(images: Sequence[Tensor]) -> None:
 def ordered(net: SlimmableViT, record: Record, on: Calibration) -> tuple[SlimmableViT, Record, list[Tensor]]:
     """Returns the family with its channels in order, on the device; its record; the images (B, C, H, W).
 
-    Raises DataError where the images do not differ.
+    Raises DataError if the images do not differ.
     """
     device = choose_device(on.where)
     on.split.tell(on.watch)
     count = on.settings.calibration_images or max(LEAST, PATCHES // net.spec.patches)
     images = [*calibration_images(on.split, net.spec, on.read, on.watch, count)]
     refuse_alike(images)
-    if device.type == "cuda":  # in float64, which not every device has
+    if device.type == "cuda":  # ordering needs float64, which not every device has
         net = net.copied().to(device)
     if record.order_is_free(net.rule):
         net, record = order_channels(net, images), replace(record, order="importance")

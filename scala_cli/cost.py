@@ -1,4 +1,4 @@
-"""What a model costs on any machine: parameters and multiply-accumulates."""
+"""Counts what a model costs on any machine: parameters and multiply-accumulates."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from scala_cli.models.vit import Spec
 
 
 def cost(spec: Spec) -> dict[str, Any]:
-    """Counts parameters and the work per image on the skeleton of the model that a Spec describes.
+    """Counts parameters and multiply-accumulates per image, on the skeleton of a Spec.
 
     Returns:
         {"embed_dim", "num_heads", "params", "gmacs"}
@@ -27,12 +27,12 @@ def cost(spec: Spec) -> dict[str, Any]:
 
 
 def macs(spec: Spec) -> int:
-    """Multiply-accumulates of one image."""
+    """Returns the multiply-accumulates for one image."""
     return macs_of(spec.build(), spec.input_size)
 
 
 def macs_of(skeleton: nn.Module, input_size: Sequence[int]) -> int:
-    """Multiply-accumulates of any model on the meta device, for one image (C, H, W): half the FLOPs."""
+    """Returns the multiply-accumulates, half the FLOPs, of a model on the meta device for one (C, H, W)."""
     with FlopCounterMode(display=False) as counter:
         skeleton(torch.empty(1, *input_size, device="meta"))
     return counter.get_total_flops() // 2
@@ -43,13 +43,13 @@ def params_of(model: nn.Module) -> int:
 
 
 def gmacs(macs: float) -> float:
-    """Returns billions of multiply-accumulates to print: four decimals, or four digits for small models."""
+    """Returns billions of multiply-accumulates, to four decimals, or to four digits for small models."""
     billions = macs / 1e9
     return round(billions, 4 if billions >= 0.01 or not billions else 3 - math.floor(math.log10(billions)))
 
 
 def pareto(places: Sequence[tuple[float, float]]) -> list[int]:
-    """Returns the numbers of those (cost, gain) that no other beats in both, cheapest first."""
+    """Returns the indices of the (cost, gain) pairs that no other pair beats in both, cheapest first."""
     front: list[int] = []
     for number in sorted(range(len(places)), key=lambda n: (places[n][0], -places[n][1])):
         if not front or places[number][1] > places[front[-1]][1]:

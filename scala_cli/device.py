@@ -13,7 +13,7 @@ from scala_cli.settings import DeviceSettings
 
 
 def choose_device(settings: DeviceSettings) -> torch.device:
-    """Returns the device asked for, or the best there is, and sets the number of CPU threads.
+    """Returns the device asked for, or the best available, and sets the number of CPU threads.
 
     Raises ScalaError for a device this machine does not have.
     """
@@ -28,7 +28,7 @@ def choose_device(settings: DeviceSettings) -> torch.device:
         torch.empty(1, device=device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError):  # the latter where torch is built without CUDA
+    except (RuntimeError, AssertionError):  # AssertionError: torch is built without CUDA
         raise ScalaError(
             f"device '{wanted}' cannot be used here.",
             remedy="try",
@@ -58,11 +58,11 @@ def device_name(device: torch.device) -> str:
 
 
 def allow_compiling_all() -> None:
-    """Raises torch's limit of compilations, past which it silently runs further widths uncompiled."""
+    """Raises torch's limit of compilations, beyond which it silently runs more widths uncompiled."""
     import torch._dynamo.config as dynamo
 
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no GPU
-    for name in ("recompile_limit", "cache_size_limit"):  # by version of torch
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns if there is no GPU
+    for name in ("recompile_limit", "cache_size_limit"):  # the name depends on torch's version
         if hasattr(dynamo, name):
             setattr(dynamo, name, 256)
             return

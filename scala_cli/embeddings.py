@@ -1,4 +1,4 @@
-"""Every width of a family judged by its embeddings of labelled images: nothing is trained."""
+"""Judges every width of a family by its embeddings of labelled images, without training it."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,9 +25,9 @@ from scala_cli.watch import Watcher
 
 FULL = Point(Fraction(1))
 AGREED = 10
-"""How many neighbours are compared with the full width's."""
+"""Number of neighbours that are compared with the full width's."""
 WITHIN = (1, 10)
-"""Among how many of an index an image has to be found."""
+"""Recall counts an image as found if it is among this many nearest in the index."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Embedded:
 def probe_loaders(
     net: SlimmableViT, data: str, probe: ProbeSettings, batch_size: int, read: ReadSettings
 ) -> tuple[Loader, Loader]:
-    """Returns the labelled images to fit on and those to judge, each an even share of their part.
+    """Returns the labelled images to fit on and those to judge, each spread evenly over its part.
 
     Raises DataError, also if there is only one class.
     """
@@ -71,7 +71,7 @@ def embed(
 ) -> Embedded:
     """Returns the embeddings of the images that can be read, in float32, at each width and the full one.
 
-    Raises DataError where none can be read.
+    Raises DataError if none can be read.
     """
     net.eval()
     device = next(net.parameters()).device
@@ -96,16 +96,17 @@ def probe_widths(
     settings: DeviceSettings,
     watch: Watcher,
 ) -> list[dict[str, Any]]:
-    """Judges the embeddings of every width, those of the full one being known.
+    """Judges the embeddings of every width, by themselves and against the full width's.
 
     Returns:
-        per width its columns, and in percent: "knn_full" or "linear_full", the top-1 of a probe fitted to the
-        full width's embeddings of the training images and asked of this width's; "knn_own" or "linear_own",
-        of one fitted to its own; "agreement", how many of the full width's 10 nearest training images are
-        among its own 10; "recall@1" and "recall@10", how often a judged image is found among so many nearest,
-        if this width embeds the query and the full width the index. "images" is how many were judged.
+        per width its columns, "images" (how many were judged), and in percent:
+        "knn_full" or "linear_full": top-1 on this width's embeddings of a probe fitted to the full width's;
+        "knn_own" or "linear_own": top-1 of a probe fitted to this width's own embeddings;
+        "agreement": how many of the full width's 10 nearest training images are among this width's 10;
+        "recall@1" and "recall@10": how often a judged image is among that many nearest, if this width embeds
+        the query and the full width the index.
 
-    Raises DataError where no image can be read.
+    Raises DataError if no image can be read.
     """
     seen, judged = (embed(net, loader, points, settings, watch) for loader in loaders)
     classes = len(loaders[0].split.classes)

@@ -1,4 +1,4 @@
-"""What becomes of the patches of one image: which token each goes into, at every stage."""
+"""Follows the patches of one image: which token each goes into, at every stage."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ from scala_cli.slicing.tokens import Merged
 
 @dataclass(frozen=True)
 class Merging:
-    """What the tokens are made of that a block passes on.
+    """Which patches make up the tokens that a block passes on.
 
     Args:
-        block: its number, from 0.
+        block: the number of the block, from 0.
         shares: (tokens, patches) how much of each patch of the image is in each token; rows add up to one.
     """
 
@@ -34,15 +34,15 @@ class Merging:
 
     @property
     def owners(self) -> Tensor:
-        """(patches,) the token that has most of each patch; -1 of a patch that is in none."""
+        """(patches,) the token that has most of each patch; -1 for a patch that is in none."""
         most, owners = self.shares.max(0)
         return owners.where(most > 0, -1)
 
     def told(self) -> dict[str, Any]:
-        """{"block", "tokens", "effective", "owners"}.
+        """Returns {"block", "tokens", "effective", "owners"}.
 
         A token is effectively made of 1 / sum(share^2) patches; "effective" is the mean over tokens. "owners"
-        are the token that has most of each patch, row by row, -1 of a patch that was dropped.
+        lists `owners` row by row.
         """
         effective = (1 / self.shares.square().sum(1)).mean().item()
         return {
@@ -55,7 +55,7 @@ class Merging:
 
 @torch.inference_mode()
 def mergings(vit: VisionTransformer, image: Tensor) -> list[Merging]:
-    """Returns what the tokens are made of after each block that passes on fewer.
+    """Returns which patches make up the tokens after each block that passes on fewer tokens.
 
     Args:
         image: (C, H, W), normalised.
@@ -73,7 +73,7 @@ def mergings(vit: VisionTransformer, image: Tensor) -> list[Merging]:
     places |= modules_of(vit)
     if not places:
         raise CheckpointError(
-            "every token of this model goes on to the end: there is nothing to explain.", remedy="slim_tokens"
+            "this model keeps every token to the end: there is nothing to explain.", remedy="slim_tokens"
         )
     with hooked([place.register_forward_hook(partial(note, number)) for number, place in places.items()]):
         vit.eval()(image[None])
@@ -81,19 +81,19 @@ def mergings(vit: VisionTransformer, image: Tensor) -> list[Merging]:
 
 
 def passed_on(reducer: Any, read: Any, wrote: Any, shares: Tensor) -> Tensor:
-    """Returns the shares (`Merging`) of the tokens of one image behind what passes on fewer of them.
+    """Returns the shares, as in `Merging`, of one image's tokens after a module that passes on fewer.
 
     Args:
         reducer: a token slimming module, the dropping part of a block, or a block that merges tokens.
         read, wrote: its input and its output.
-        shares: of the tokens before.
+        shares: those of the tokens before the module.
     """
     if isinstance(reducer, TokenSlimming):
         return reducer.shares(read[:, reducer.prefix :])[0] @ shares
     if isinstance(reducer, MergeBlock):
         if isinstance(wrote, Merged):
             places = wrote.places[0]
-        else:  # the last one gives every patch its token back: those of one token are alike
+        else:  # the last block gives every patch its token: patches of one token are equal
             passing: Any = reducer.passing
             places = wrote[0, passing.prefix :].unique(dim=0, return_inverse=True)[1]
         stands = (places == torch.arange(int(places.max()) + 1, device=places.device)[:, None]).float()
@@ -102,7 +102,7 @@ def passed_on(reducer: Any, read: Any, wrote: Any, shares: Tensor) -> Tensor:
 
 
 def read_image(file: Path, spec: Spec, upright: bool = True) -> Tensor:
-    """Returns an image as the model takes it, (C, H, W). Raises DataError where it cannot be read."""
+    """Returns an image as the model takes it, (C, H, W). Raises DataError if it cannot be read."""
     try:
         with open_image(str(file)) as opened:
             return transform_for(spec)(as_rgb(opened, upright))
@@ -115,15 +115,15 @@ def read_image(file: Path, spec: Spec, upright: bool = True) -> Tensor:
 
 
 def pixels_of(image: Tensor, spec: Spec) -> Tensor:
-    """Returns the picture that was normalised, (H, W, C) from 0 to 1."""
+    """Undoes the normalisation of an image (C, H, W); returns it as (H, W, C) from 0 to 1."""
     mean, std = (torch.tensor(spec.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
     return (image * std + mean).clamp(0, 1).permute(1, 2, 0)
 
 
 def painted(pixels: Tensor, merging: Merging, grid: Sequence[int]) -> Tensor:
-    """Returns the picture with every patch in the mean colour of the token that has most of it, or black.
+    """Returns the picture with every patch in the mean colour of its token, black if it is in none.
 
-    Lines are drawn where two patches go into different tokens.
+    Lines separate patches whose tokens differ.
 
     Args:
         pixels: (H, W, C)

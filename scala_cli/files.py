@@ -23,8 +23,8 @@ DISK = {
 def whole_directory(target: Path) -> Iterator[Path]:
     """Yields a fresh directory, which replaces `target` once the block ends without an error.
 
-    Its files are flushed to disk first. Readers find the former `target` until then, never a gap.
-    An error inside leaves no trace.
+    Its files are flushed to disk first. Readers always find a whole directory, the old or the new one.
+    An error in the block leaves no trace.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     restore(target)
@@ -60,7 +60,7 @@ def whole_file(target: Path) -> Iterator[Path]:
 def whole_files(target: Path, force: bool) -> Iterator[Path]:
     """Yields a fresh directory for `target` and the files beside it; all are moved into place at the end.
 
-    Raises ScalaError where, without `force`, one of them would replace another file.
+    Raises ScalaError if one of them would replace a directory, or a file without `force`.
     """
     with fresh_directory(target) as fresh:
         with naming_a_full_disk(target):
@@ -76,7 +76,7 @@ def whole_files(target: Path, force: bool) -> Iterator[Path]:
 
 @contextmanager
 def fresh_directory(target: Path) -> Iterator[Path]:
-    """Yields an empty directory beside `target`, and removes whatever has its name at the end."""
+    """Yields an empty directory beside `target`; at the end removes whatever then has its name."""
     fresh = temporary(target)
     fresh.mkdir()
     try:
@@ -140,7 +140,7 @@ def naming_a_full_disk(target: Path) -> Iterator[None]:
 
 
 def disk_error(error: BaseException | None) -> int | None:
-    """Returns the number of the disk error that caused an error of torch or an exporter."""
+    """Returns the number of the disk error that caused an error of torch or an exporter, if one did."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in DISK:
             return error.errno
@@ -149,7 +149,7 @@ def disk_error(error: BaseException | None) -> int | None:
 
 
 def flush(path: Path) -> None:
-    """Returns once the disk holds the file or directory."""
+    """Flushes a file or directory to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -162,13 +162,13 @@ def refuse_unwritable(file: Path) -> None:
     if file.is_dir():
         raise ScalaError(f"{file} is a directory.", "Name a file.")
     if not file.parent.is_dir():
-        raise ScalaError(f"there is no directory {file.parent}.", "Make it, or name another place.")
+        raise ScalaError(f"there is no directory {file.parent}.", "Create it, or name another place.")
     refuse_long(file)
     refuse_forbidden(file.parent)
 
 
 def refuse_existing(file: Path, force: bool) -> None:
-    """Raises ScalaError for a directory, and without `force` for a file, that would be replaced."""
+    """Raises ScalaError if the file is a directory, or if it exists and `force` is not set."""
     if file.is_dir():
         raise ScalaError(f"{file} is a directory.", remedy="other_file")
     if os.path.lexists(file) and not force:
@@ -216,7 +216,7 @@ def refuse_fixed(directory: Path) -> None:
     elif directory.name in ("", ".."):
         why = "has no name of its own"
     elif os.path.ismount(place):
-        why = "is where a disk is mounted"
+        why = "is a mount point"
     else:
         return
     raise ScalaError(f"{directory} {why}; it is not replaced.", remedy="directory_within")

@@ -1,4 +1,4 @@
-"""The formats of a file to deploy: how each is written, and how its own runtime runs it."""
+"""Export formats: how to write a file in each, and how to run it in its own runtime."""
 
 import json
 import logging
@@ -19,11 +19,11 @@ from scala_cli.errors import ScalaError, naming_failure
 from scala_cli.timing import Predictor
 
 LOGITS = ("logits",)
-"""What the output of a model is called in its file."""
+"""The name of a model's output in its file, by default."""
 OPSETS = range(17, 26)
-"""ONNX's versions that a ViT can be written in; from 17 on LayerNormalization is one operator."""
+"""ONNX opsets that a ViT can be written in; from 17 on LayerNormalization is one operator."""
 LARGEST_EXECUTORCH = 64
-"""ExecuTorch plans its memory ahead, for batches up to this one; the other formats take any."""
+"""Largest batch of ExecuTorch, which plans its memory ahead; the other formats take any batch."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Format:
     """One format.
 
     Args:
-        suffix: of its file.
-        modules: what must be installed, beside torch; the extra of that name brings it.
-        write: model, an example (B, C, H, W) of its input, the file, the names of the classes and of the
-            outputs; those of ONNX take an opset too.
-        open: the file -> images to logits, in float32, with as many threads as torch uses; of a model with
-            several outputs to a tuple of them.
-        open_bfloat16: likewise, where the runtime computes in bfloat16 when told to.
+        suffix: the suffix of its files.
+        modules: packages needed besides torch; the extra of the format's name installs them.
+        write: function of model, example input (B, C, H, W), file, names of classes and `outputs`; for ONNX
+            also `opset`.
+        open: file -> function from images to logits, in float32, with as many threads as torch uses; the
+            function returns a tuple if the model has several outputs.
+        open_bfloat16: like `open`, in bfloat16; None if the runtime cannot.
     """
 
     suffix: str
@@ -48,7 +48,7 @@ class Format:
 
 
 def format_named(name: str) -> Format:
-    """Raises ScalaError for an unknown name, and where its packages are missing."""
+    """Returns the format of a name. Raises ScalaError if it is unknown, or if its packages are missing."""
     if name not in FORMATS:
         raise ScalaError(f"there is no format {name!r}.", f"Formats are {', '.join(FORMATS)}.")
     missing = [module for module in FORMATS[name].modules if find_spec(module) is None]
@@ -61,7 +61,7 @@ def format_named(name: str) -> Format:
 
 
 def refuse_opset(opset: int | None) -> None:
-    """Raises ScalaError for an opset of ONNX that no ViT can be written in."""
+    """Raises ScalaError for an ONNX opset that no ViT can be written in."""
     if opset is not None and opset not in OPSETS:
         raise ScalaError(
             f"a ViT cannot be written in opset {opset}.", f"Give one from {OPSETS[0]} to {OPSETS[-1]}."
@@ -80,10 +80,10 @@ def write(
     """Writes a model in the format of that name.
 
     Args:
-        outputs: what the model's outputs are called, where the format has names for them.
-        opset: ONNX's, for a format of ONNX; None is the exporter's choice.
+        outputs: the names of the model's outputs, for formats that store names.
+        opset: ONNX opset, only for ONNX formats; None for the exporter's default.
 
-    Raises ScalaError where the format has no way to express it, or not in that opset.
+    Raises ScalaError if the format, or that opset, cannot express the model.
     """
     options: dict[str, Any] = {"outputs": outputs} | ({} if opset is None else {"opset": opset})
     with naming_failure(f"{kind} cannot express this {type(model).__name__}", OTHERWISE):
@@ -98,7 +98,7 @@ def opened(kind: str, file: Path) -> Predictor:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without what exporters warn of: their own deprecations, and passes that did not apply."""
+    """Silences what exporters warn of: their own deprecations, and passes that did not apply."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -110,7 +110,7 @@ def quietly() -> Iterator[None]:
 
 
 def traced(model: nn.Module, example: Tensor, largest_batch: int | None = None) -> Any:
-    """torch.export's program, for any batch."""
+    """Returns torch.export's program, for batches of any size up to `largest_batch`."""
     batch = torch.export.Dim("batch", min=1, max=largest_batch)
     with quietly():
         return torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
@@ -124,9 +124,9 @@ def to_onnx(
     optimize: bool = True,
     outputs: Sequence[str] = LOGITS,
 ) -> Any:
-    """The model as onnx_ir holds it, without the exporter's notes, which name the paths of this machine.
+    """Returns the onnx_ir model, without the exporter's notes, which name paths on this machine.
 
-    Raises ScalaError where it cannot be written in that opset.
+    Raises ScalaError if it cannot be written in that opset.
     """
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
@@ -140,7 +140,7 @@ def to_onnx(
             dynamic_shapes=({0: "batch"},),
             verbose=False,
             optimize=optimize,
-            opset_version=opset and max(opset, 18),  # which torch writes itself
+            opset_version=opset and max(opset, 18),  # torch writes 18 and later itself
         )
     assert program is not None
     graph: Any = program.model
@@ -157,12 +157,12 @@ def to_onnx(
 
 
 def opset_of(graph: Any) -> int:
-    """The version of ONNX's own operators that a graph of onnx_ir uses."""
+    """Returns the opset of ONNX's own operators in an onnx_ir model."""
     return graph.opset_imports[""]
 
 
 def opset_in(file: Path) -> int:
-    """Likewise of an ONNX file."""
+    """Returns the opset of ONNX's own operators in an ONNX file."""
     import onnx
 
     imports = onnx.load(file, load_external_data=False).opset_import
@@ -170,9 +170,9 @@ def opset_in(file: Path) -> int:
 
 
 def to_opset_17(graph: Any) -> None:
-    """Rewrites, in place, a graph of opset 18: before that the axes of a reduction are no input.
+    """Rewrites a graph from opset 18 to 17, in place: the axes of reductions turn from inputs to attributes.
 
-    onnx's own converter does so only with all weights in one message of 2 GB at most.
+    onnx's own converter can do so only if all weights fit in one message of 2 GB.
     """
     import onnx_ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -180,7 +180,7 @@ def to_opset_17(graph: Any) -> None:
     for node in graph.graph:
         if node.op_type in ("ReduceMean", "ReduceMax") and len(node.inputs) == 2:
             axes, made = node.inputs[1], node.inputs[1].producer()
-            if made is not None and made.op_type == "Reshape":  # of a number to a list of one
+            if made is not None and made.op_type == "Reshape":  # from a number to a list of one
                 axes = made.inputs[0]
             constant: Any = onnx_ir.convenience.get_const_tensor(axes)
             numbers = constant.numpy().flatten().tolist()
@@ -194,7 +194,7 @@ def to_opset_17(graph: Any) -> None:
 
 
 def alone(outputs: Sequence[Any]) -> Any:
-    """Returns the outputs of a runtime, numpy's arrays or tensors, as copies: a single one by itself."""
+    """Returns copies of a runtime's outputs, as a tuple of tensors; a single one by itself."""
     tensors = tuple(torch.as_tensor(output).clone() for output in outputs)
     return tensors if len(tensors) > 1 else tensors[0]
 
@@ -220,12 +220,12 @@ def write_onnx_int8(
     opset: int | None = None,
     outputs: Sequence[str] = LOGITS,
 ) -> None:
-    """ONNX with the weights of all matrix products in 8 bits; activations are quantised as they come."""
+    """Writes ONNX with 8-bit weights in all matrix products; activations are quantised at run time."""
     import onnx_ir
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     graph = onnx_ir.to_proto(to_onnx(model, example, labels, opset, outputs=outputs))
-    del graph.graph.value_info[:]  # shapes that the quantiser would take for contradictions of its own
+    del graph.graph.value_info[:]  # the quantiser would find these shapes in conflict with its own
     with quietly():
         quantize_dynamic(graph, file, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
 
@@ -236,7 +236,7 @@ def open_onnx(file: Path) -> Predictor:
     options = SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    # waiting threads that spin would slow whatever else has its turn (docs/performance.md)
+    # spinning threads would slow whatever runs next (docs/performance.md)
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     return lambda images: alone(session.run(None, {"images": images.numpy()}))
@@ -245,7 +245,7 @@ def open_onnx(file: Path) -> Predictor:
 def write_pt2(
     model: nn.Module, example: Tensor, file: Path, labels: Sequence[str], outputs: Sequence[str] = LOGITS
 ) -> None:
-    whole = BytesIO()  # torch, writing by itself, does not tell a full disk from another failure
+    whole = BytesIO()  # torch's own writer does not tell a full disk from other failures
     torch.export.save(traced(model, example), whole, extra_files={"labels.json": json.dumps(list(labels))})
     file.write_bytes(whole.getbuffer())
 
@@ -257,7 +257,7 @@ def open_pt2(file: Path) -> Predictor:
 def write_openvino(
     model: nn.Module, example: Tensor, file: Path, labels: Sequence[str], outputs: Sequence[str] = LOGITS
 ) -> None:
-    """OpenVINO's two files: the graph, and beside it the weights as .bin."""
+    """Writes OpenVINO's two files: the graph, and beside it the weights as .bin."""
     import openvino
 
     graph = openvino.convert_model(traced(model, example), example_input=example)
@@ -279,7 +279,7 @@ def open_openvino(file: Path, precision: str = "f32") -> Predictor:
 def write_executorch(
     model: nn.Module, example: Tensor, file: Path, labels: Sequence[str], outputs: Sequence[str] = LOGITS
 ) -> None:
-    """ExecuTorch's program, its products by XNNPACK; the method `labels` returns the names as JSON."""
+    """Writes ExecuTorch's program for XNNPACK; its method `labels` returns the class names as JSON."""
     with quietly():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
@@ -315,10 +315,10 @@ OTHERWISE = f"Choose another format: {', '.join(FORMATS)}"
 
 
 def is_onnx(kind: str) -> bool:
-    """Whether a format is one of ONNX, which has opsets."""
+    """Returns whether a format is ONNX, which has opsets."""
     return kind.startswith("onnx")
 
 
 def is_int8(kind: str) -> bool:
-    """Whether a format rounds the weights, so that its answers are near torch's and not the same."""
+    """Returns whether a format rounds the weights, so that its outputs are only near torch's."""
     return kind.endswith("int8")

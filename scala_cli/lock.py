@@ -15,8 +15,8 @@ LOCK = ".lock"
 def locked(directory: Path) -> Iterator[None]:
     """Locks a directory; the system releases the lock when the process ends, however it ends.
 
-    Forked child processes do not hold the lock. On a file system without locks nothing is locked.
-    Raises TrainingError where another process holds the directory.
+    Forked child processes do not hold the lock. A file system without locks locks nothing.
+    Raises TrainingError if another process holds the lock.
     """
     handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:

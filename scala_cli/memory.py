@@ -1,4 +1,4 @@
-"""How much memory a call takes, and the error when there is not enough."""
+"""Measures the memory a call takes, and names the error if there is too little."""
 
 import ctypes
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ def naming_lack_of_memory(images: int, remedy: str = "smaller_batch") -> Iterato
     """Turns torch's out of memory, on any device, into a ScalaError that names the batch size.
 
     Args:
-        images: in the batch that the block computes.
+        images: number of images in the batch that the block computes.
         remedy: name of the remedy for the `ScalaError`.
     """
     try:
@@ -27,7 +27,7 @@ def naming_lack_of_memory(images: int, remedy: str = "smaller_batch") -> Iterato
 
 
 def peak_memory(device: torch.device, call: Callable[[], object]) -> int | None:
-    """Returns how many bytes a call adds at its peak; None if the platform does not say."""
+    """Returns how many bytes a call adds at its peak; None if the platform does not tell."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -49,6 +49,6 @@ def begin_peak() -> int | None:
 
 
 def resident(field: str) -> int:
-    """Bytes of memory that this process holds (VmRSS) or has held at most (VmHWM)."""
+    """Returns the bytes that this process holds now (VmRSS) or held at its peak (VmHWM)."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition(f"{field}:")[2].split()[0]) * 1024

@@ -1,4 +1,4 @@
-"""float32 or bfloat16."""
+"""Chooses between float32 and bfloat16."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,7 +11,7 @@ from scala_cli.watch import Watcher
 
 
 def uses_bfloat16(device: torch.device, settings: DeviceSettings) -> bool:
-    """Whether to compute in bfloat16: as the settings say, else if the hardware multiplies in it."""
+    """Returns whether to compute in bfloat16: as the settings say, else if the hardware multiplies in it."""
     return multiplies_bfloat16(device) if settings.amp is None else settings.amp
 
 
@@ -24,7 +24,10 @@ def note_emulation(device: torch.device, settings: DeviceSettings, watch: Watche
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """True for NVIDIA GPUs since Ampere, other GPUs, CPUs with AMX or AVX512-BF16 (docs/performance.md)."""
+    """Returns True for NVIDIA GPUs since Ampere, other GPUs, and CPUs with AMX or AVX512-BF16.
+
+    Measurements are in docs/performance.md.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":

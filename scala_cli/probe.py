@@ -1,4 +1,4 @@
-"""How good embeddings are: by their neighbours, by a linear classifier, and as queries against others."""
+"""Judges embeddings by their nearest neighbours, by a linear classifier, and as queries to an index."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,13 +10,13 @@ from torch.nn import functional as F
 from scala_cli.slicing.ridge import Moments, Normal, best_strength
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
-"""Of the vote of neighbours, as in DINO (arXiv 2104.14294)."""
+"""Settings of the vote of neighbours, as in DINO (arXiv 2104.14294)."""
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Strengths of the ridge of which a linear classifier takes the best."""
+"""Ridge strengths from which a linear classifier takes the best."""
 HELD_OUT = 8
 """One image in this many is held out to choose the strength."""
 CHUNK = 1024
-"""Queries whose similarities to everything are in memory at once."""
+"""Number of queries whose similarities to the whole bank are in memory at once."""
 ROUNDING = 1e-6
 """Cosines that differ by less count as equal."""
 
@@ -26,7 +26,7 @@ class Nearest(NamedTuple):
 
     Args:
         cosines: (Q, k)
-        numbers: (Q, k) their numbers in the bank.
+        numbers: (Q, k) their indices in the bank.
     """
 
     cosines: Tensor
@@ -49,7 +49,7 @@ def nearest(queries: Tensor, bank: Tensor, count: int = NEIGHBOURS) -> Nearest:
 
 
 def vote(found: Nearest, labels: Tensor, classes: int) -> Tensor:
-    """Returns (Q,) the class of each query by its neighbours, which count exp(cosine / temperature) each.
+    """Returns (Q,) the class of each query by the vote of its neighbours, each exp(cosine / TEMPERATURE).
 
     Args:
         labels: (N,) class numbers of the bank.
@@ -60,12 +60,12 @@ def vote(found: Nearest, labels: Tensor, classes: int) -> Tensor:
 
 
 def agreement(ours: Tensor, theirs: Tensor) -> float:
-    """Returns which share of their neighbours are among ours, for numbers (Q, k)."""
+    """Returns the share of the neighbours `theirs` that are among `ours`, for indices (Q, k)."""
     return (ours[:, :, None] == theirs[:, None, :]).any(1).float().mean().item()
 
 
 def recall(queries: Tensor, index: Tensor, counts: Sequence[int]) -> list[float]:
-    """Returns, for each count, the share of queries whose own image is among so many nearest of an index.
+    """Returns, for each count, the share of queries with their own image among that many nearest in an index.
 
     Args:
         queries, index: (N, C) embeddings of the same images in the same order.
@@ -83,8 +83,8 @@ def recall(queries: Tensor, index: Tensor, counts: Sequence[int]) -> list[float]
 class LinearProbe:
     """A linear classifier on embeddings: ridge regression of the classes, in closed form.
 
-    Each channel is standardised. The strength of the ridge is that which does best on held-out images; the
-    classifier is then fitted to all.
+    Each channel is standardised. The ridge strength is the best on held-out images; the classifier is then
+    fitted to all images.
 
     Args:
         embeddings: (N, C)
@@ -114,7 +114,7 @@ class LinearProbe:
 
 
 def moments(inputs: Tensor, targets: Tensor) -> Moments:
-    """Returns those of (N, i) inputs and (N, o) targets."""
+    """Returns the moments of (N, i) inputs and (N, o) targets."""
     found = Moments()
     found.add(inputs, targets)
     return found

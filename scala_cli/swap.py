@@ -1,7 +1,7 @@
-"""Temporary names, and the exchange of one directory for another.
+"""Temporary names, and the swap of one directory for another.
 
-A name in use never goes missing: the system exchanges two directories in one step where it can. Where it
-cannot, a process that is killed in between leaves the former directory where `restore` finds it.
+If the system can swap two directories in one step, a name in use never goes missing. If it cannot, a process
+killed in between leaves the former directory where `restore` finds it.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ from pathlib import Path
 FRESH, FORMER = ".new", ".former"
 TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}(\.new|\.former)", re.DOTALL)
 LONGEST = 200
-"""Longest name, in bytes, that still fits as a temporary one; file systems allow 255."""
+"""Longest name, in bytes, that leaves room for a temporary one; file systems allow 255."""
 EXCHANGE = 2
 """RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS."""
 WORKING_DIRECTORY = -100
@@ -33,7 +33,7 @@ def target_of(name: str) -> str | None:
 
 
 def swap(fresh: Path, target: Path) -> None:
-    """Gives each of two paths the other's name: in one step where the system can, else in three."""
+    """Gives each of two paths the other's name: in one step if the system can, else in three."""
     if exchanged(fresh, target):
         return
     former = fresh.with_suffix(FORMER)
@@ -46,7 +46,7 @@ def swap(fresh: Path, target: Path) -> None:
 
 
 def exchanged(one: Path, other: Path) -> bool:
-    """Returns whether the system has exchanged two paths in one step."""
+    """Exchanges two paths in one step; returns whether the system could."""
     libc = ctypes.CDLL(None)
     paths = os.fsencode(one), os.fsencode(other)
     if sys.platform == "darwin":

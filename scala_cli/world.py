@@ -49,7 +49,7 @@ class World:
         """Averages gradients over all processes, weighted by their images, in one message.
 
         Args:
-            images: how many images this process's gradients are the mean of.
+            images: number of images that this process's gradients are the mean of.
         """
         if self.size == 1:
             return
@@ -71,10 +71,10 @@ class World:
 
     def wait(self) -> None:
         """Waits until every process gets here."""
-        self.total(0)  # known only once all processes have sent theirs, on a GPU too
+        self.total(0)  # no process knows the sum before all have sent theirs, on a GPU too
 
     def same(self, text: str) -> bool:
-        """Whether all processes pass the same text."""
+        """Returns whether all processes pass the same text."""
         number = zlib.crc32(text.encode())
         return self.total(number) == [number * self.size]
 
@@ -91,6 +91,6 @@ def naming_a_lost_process() -> Iterator[None]:
         reason = " ".join(str(error).split())[:120]
         raise LostProcess(
             f"another process of this run has ended, or cannot be reached ({reason}).",
-            "What it says itself tells why.",
+            "Its own output tells why.",
             remedy="resume_together",
         ) from None

@@ -23,7 +23,7 @@ from scala_cli.models.vit import describe
 from scala_cli.slicing.point import parse_points, ratios_of
 from scala_cli.slicing.rule import Rule
 
-# One of each kind of plain ViT that timm has, brought to test size by the same overrides a user can give.
+# One of each kind of plain ViT in timm, made small by overrides that a user can give too.
 TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 KINDS = {
     "deit": ("deit_tiny_patch16_224", {}),
@@ -42,7 +42,7 @@ KINDS = {
 
 
 def build(kind: str = "deit", **changes) -> tuple[VisionTransformer, dict]:
-    """A tiny timm model whose every parameter is random, also those that start as constants."""
+    """Returns a tiny timm model and its arguments; every parameter is random, even those that timm fills."""
     torch.manual_seed(0)
     name, special = KINDS[kind]
     args = {**TINY, **special, **changes}
@@ -54,7 +54,7 @@ def build(kind: str = "deit", **changes) -> tuple[VisionTransformer, dict]:
 
 
 def write_timm_directory(directory: Path, **changes) -> VisionTransformer:
-    """A tiny DeiT as timm publishes its models."""
+    """Writes a tiny DeiT as timm publishes its models, and returns it."""
     vit, args = build("deit", **changes)
     timm.models.save_for_hf(vit, str(directory), model_args=args, safe_serialization=True)
     return vit
@@ -69,12 +69,12 @@ def slimmable(
 
 
 def interrupt(*_args, **_kwargs):
-    """Ctrl-C, in place of whatever this is patched over."""
+    """Raises KeyboardInterrupt in place of the patched function."""
     raise KeyboardInterrupt
 
 
 class Bomb:
-    """What leaves a mark where a pickle that holds it is run."""
+    """Makes a directory when unpickled, to show that a pickle was run."""
 
     def __reduce__(self):
         return os.mkdir, ("exploded",)
@@ -87,7 +87,7 @@ def images() -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
-    """An image folder: three classes of flat colours, 12 images to train on and 6 to validate."""
+    """Returns an image folder: 3 classes of flat colours, 12 images to train on and 6 to validate."""
     root = tmp_path_factory.mktemp("photos")
     for part, count in (("train", 4), ("val", 2)):
         for label, colour in (("blue", (0, 0, 200)), ("green", (0, 200, 0)), ("red", (200, 0, 0))):
@@ -100,7 +100,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def pictures(tmp_path) -> Path:
-    """24 pictures of noise without classes, some of them in a folder of their own."""
+    """Returns a folder of 24 noise images without classes, some of them in a subfolder."""
     drawn = np.random.default_rng(0)
     for number in range(24):
         folder = tmp_path / "pictures" / ("more" if number % 3 == 0 else "")
@@ -111,13 +111,13 @@ def pictures(tmp_path) -> Path:
 
 @pytest.fixture
 def folder(photos, tmp_path) -> Path:
-    """`photos` for one test alone, to be spoilt."""
+    """Returns a copy of `photos` that the test may change."""
     return shutil.copytree(photos, tmp_path / "photos")
 
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    """No test talks to anything: the Hub's name does not resolve."""
+    """Keeps tests off the network: no host name resolves."""
 
     def refuse(*_args, **_kwargs):
         raise OSError("no network in tests")
@@ -127,7 +127,7 @@ def offline(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def as_a_process_begins():
-    """What a test chooses for its process, attention and threads, does not round the next one's figures."""
+    """Restores the number of threads and fused attention, which change rounding, after each test."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -146,20 +146,20 @@ class Answer:
 
     @property
     def told(self) -> str:
-        """stderr as one line, out of the frame that typer draws around what it refuses."""
+        """Returns stderr as one line, without the frame that typer draws around errors."""
         return " ".join(self.stderr.replace("│", " ").split())
 
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch) -> Path:
-    """An empty directory, which is the working directory meanwhile."""
+    """Makes an empty directory the working directory, and returns it."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def scala(elsewhere) -> Callable[..., Answer]:
-    """Runs a command as a user would, in an empty directory."""
+    """Returns a function that runs a command as a user would, in an empty directory."""
 
     return command
 
@@ -171,7 +171,7 @@ def command(*words: object) -> Answer:
 
 @pytest.fixture
 def as_a_user() -> Iterator[None]:
-    """Takes from root, should root run the tests, its right to read and write everywhere (capset(2))."""
+    """If root runs the test, drops its right to read and write everywhere (capset(2))."""
     if os.geteuid() != 0:
         yield
         return
@@ -192,14 +192,14 @@ def fork_server() -> Iterator[Forks]:
 
 @pytest.fixture
 def forks(fork_server, elsewhere) -> Iterator[Forks]:
-    """Runs a command in a process of its own, in an empty directory."""
+    """Yields a `Forks` that runs commands in processes of their own, in an empty directory."""
     yield fork_server
     fork_server.end()
 
 
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory) -> Path:
-    """Where `tiny` lies once for all tests, beside the directory it was converted from."""
+    """Returns a directory, shared by all tests, with `tiny` and the timm directory it was converted from."""
     root = tmp_path_factory.mktemp("converted")
     write_timm_directory(root / "tiny-timm", num_classes=3)
     with chdir(root):
@@ -209,6 +209,6 @@ def converted(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tiny(converted, elsewhere) -> Path:
-    """A converted checkpoint with random weights for the three classes of `photos`, the test's own."""
+    """Returns the test's own converted checkpoint with random weights for the classes of `photos`."""
     shutil.copytree(converted, elsewhere, dirs_exist_ok=True)
     return elsewhere / "tiny"

@@ -1,7 +1,7 @@
-"""Commands in processes that are forked from one in which other people's packages are loaded already.
+"""Runs commands in processes forked from a server that has imported torch and timm already.
 
-A new interpreter imports torch and timm for three seconds and more. What is ours each process imports by
-itself, and all else is as in a new one: arguments, environment, directory, streams, signals and exit code.
+A new interpreter needs three seconds or more to import them. Each process imports scala_cli itself;
+arguments, environment, directory, streams, signals and exit code are as in a new interpreter.
 """
 
 import json
@@ -22,11 +22,11 @@ from tempfile import TemporaryFile
 from typing import IO, Any, NoReturn
 
 NUMBER = Struct("i")
-"""How the server tells a process's id, and later its exit code."""
+"""How the server sends a process's id, and later its exit code."""
 
 
 class Fork:
-    """A process that runs `python -m MODULE WORDS...`: what torchrun uses of subprocess.Popen."""
+    """A forked process that runs `python -m MODULE WORDS...`, with the part of Popen that torchrun uses."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ def run_as_new(
     new_session: bool,
     cwd: str,
 ) -> NoReturn:
-    """Runs what a new interpreter would run, and ends this process with the code that one would."""
+    """Runs the module as a new interpreter would, and exits with the same code."""
     code = 1
     try:
         if new_session:
@@ -93,7 +93,7 @@ def run_as_new(
 
 
 class Child:
-    """A process that the server has forked for us, used as subprocess.Popen. What it writes goes to files."""
+    """A process that the server has forked, with an interface like Popen's; its output goes to files."""
 
     def __init__(self, server: socket.socket, stdout: IO[str], stderr: IO[str], **asked: Any) -> None:
         self.server, self.streams, self.returncode = server, (stdout, stderr), None
@@ -133,22 +133,22 @@ def read(stream: IO[str]) -> str:
 
 
 class Forks:
-    """The server's other end. It runs one process at a time."""
+    """The client of the server; runs one process at a time."""
 
     def __init__(self) -> None:
         self.channel, other = socket.socketpair()
         self.server = subprocess.Popen(
             [sys.executable, __file__, str(other.fileno())],
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # a process with threads is not to be forked
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # a process with threads cannot be forked safely
             stdin=subprocess.DEVNULL,
             pass_fds=[other.fileno()],
-            start_new_session=True,  # so that Ctrl-C at a terminal leaves it to the tests
+            start_new_session=True,  # so that Ctrl-C at a terminal reaches only the tests
         )
         other.close()
         self.child: Child | None = None
 
     def start(self, *words: object, module: str = "scala_cli", stdout: Any = None, **options: Any) -> Child:
-        """`python -m MODULE WORDS...` in this directory and environment."""
+        """Ends the last process and starts `python -m MODULE WORDS...` in this directory and environment."""
         self.end()
         self.child = Child(
             self.channel,
@@ -162,13 +162,13 @@ class Forks:
         return self.child
 
     def run(self, *words: object, **options: Any) -> Child:
-        """Likewise, and waits for its end."""
+        """Starts a process like `start`, and waits for its end."""
         child = self.start(*words, **options)
         child.wait()
         return child
 
     def end(self) -> None:
-        """Ends the last process, should it still run."""
+        """Ends the last process if it still runs."""
         if self.child is not None and self.child.poll() is None:
             self.child.send_signal(signal.SIGKILL)
             self.child.wait()
@@ -180,7 +180,7 @@ class Forks:
 
 
 def serve(channel: socket.socket) -> None:
-    """Forks whatever is asked for until nobody is left to ask."""
+    """Forks a process for each request, until the client closes the channel."""
     import sklearn.datasets  # noqa: F401
     import timm.optim  # noqa: F401
     import torch.distributed.run  # noqa: F401
@@ -199,4 +199,4 @@ def serve(channel: socket.socket) -> None:
 
 if __name__ == "__main__":
     serve(socket.socket(fileno=int(sys.argv[1])))
-    os._exit(0)  # torch would take a second to unload itself
+    os._exit(0)  # skips torch's cleanup, which takes a second

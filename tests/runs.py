@@ -1,4 +1,4 @@
-"""What tests of training share: a start, settings for a few steps, and somebody who listens."""
+"""Shared by tests of training: starting models, settings for a few steps, and a watcher."""
 
 import json
 from dataclasses import replace
@@ -24,7 +24,7 @@ QUICK = ("--epochs", 1, "-b", 4, "-j", 0, "--no-amp", "--device", "cpu")
 
 
 class Listener(Watcher):
-    """Remembers all it is told; at a chosen step it pulls the plug."""
+    """Records what it is told; raises `kind` at step `stop_at`."""
 
     def __init__(self, stop_at: int | None = None, kind: type[BaseException] = KeyboardInterrupt):
         self.notes, self.losses, self.rows, self.stop_at, self.kind = [], [], [], stop_at, kind
@@ -53,7 +53,7 @@ def settings(data, epochs=2, **groups) -> Settings:
 
 
 def loader(folder, training=False, **read) -> Loader:
-    """The images of a folder in batches of 4, as a tiny model sees them."""
+    """Returns a loader of a folder's images in batches of 4, for a tiny model."""
     net = slimmable()
     augment = AugmentSettings() if training else None
     chosen = ReadSettings(**{"workers": 0, **read})
@@ -72,11 +72,11 @@ def start(classes=("blue", "green", "red"), **changes) -> SlimmableViT:
 
 
 UNORDERED = Record(order="none")
-"""Flat colours hardly vary, so that the last bit of a product decides about the basis of two runs' starts."""
+"""Without ordering: on flat colours rounding decides the basis, so two runs would start differently."""
 
 
 def same_runs(one: str, other: str) -> bool:
-    """Whether two runs that began alike came to the same weights, losses and record, bit for bit."""
+    """Returns whether two runs have equal losses; asserts that weights and records are equal, bit for bit."""
     for checkpoint in ("start", "last", "best"):
         a, b = (load_file(f"{run}/{checkpoint}/model.safetensors") for run in (one, other))
         differing = [name for name in a if not torch.equal(a[name], b[name])]
@@ -89,11 +89,11 @@ def same_runs(one: str, other: str) -> bool:
 
 
 POOLING = {"global_pool": "map", "class_token": False}
-"""What makes timm's ViT pool by attention."""
+"""Arguments with which timm's ViT pools by attention."""
 
 
 def headless(kind: str = "deit", **changes) -> VisionTransformer:
-    """A tiny model without a classifier, of one of KINDS, or one that pools by attention."""
+    """Returns a tiny model without a classifier, of one of KINDS or pooling by attention."""
     special = POOLING if kind == "attention pool" else {}
     return build("vit" if special else kind, num_classes=0, **special, **changes)[0]
 

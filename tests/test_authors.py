@@ -1,4 +1,4 @@
-"""The Scala authors' checkpoints against their arithmetic written out by hand."""
+"""The Scala authors' checkpoints, compared with their forward written out by hand."""
 
 import argparse
 from fractions import Fraction
@@ -18,7 +18,7 @@ CLASSES = 7
 
 
 def theirs(kind="tiny", smallest=0.25, largest=1.0, step=0.0625, file="theirs.pth", **more) -> Path:
-    """A file as their training script saves it; every parameter random, an average with other weights."""
+    """Writes a file as their training script does, with random weights and another random average."""
     size, _, distilled = kind.partition("_")
     torch.manual_seed(0)
     name = f"deit_tiny{'_distilled' if distilled else ''}_patch16_224"
@@ -42,7 +42,7 @@ def theirs(kind="tiny", smallest=0.25, largest=1.0, step=0.0625, file="theirs.pt
 
 
 def by_hand(state, images, ratio: Fraction, first: bool, heads=3) -> torch.Tensor:
-    """Their forward at one width: plain products of the kept rows and columns."""
+    """Returns their logits at one width: plain products of the kept rows and columns."""
 
     def kept(length):
         count = int(length * ratio)
@@ -106,7 +106,7 @@ def test_logits_at_every_width_are_theirs(kind, average, photos224):
 )
 @torch.no_grad()
 def test_which_end_a_width_keeps(kind, smallest, largest, firsts, photos224):
-    """The plain model's smallest and largest width keep the first channels, the distilled one's .25 and 1."""
+    """Widths that keep the first channels: smallest and largest if plain, 0.25 and 1 if distilled."""
     file = theirs(kind, smallest, largest, 0.125)
     state = torch.load(file, weights_only=False)["model"]
     net, _ = open_model(str(file), None)
@@ -127,7 +127,7 @@ def test_from_the_command_line_to_a_slice_that_timm_loads(scala, photos224):
         found = timm.create_model("local-dir:half", pretrained=True).eval()(photos224)
         expected = by_hand(state, photos224, Fraction(1, 2), first=False)
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
-    assert open_slimmable("family", None)[1].order == "none"  # nothing reorders what has been trained
+    assert open_slimmable("family", None)[1].order == "none"  # trained weights are not reordered
 
 
 def test_what_does_not_fit_is_refused(scala):

@@ -1,4 +1,4 @@
-"""The honesty of a measurement: what is counted, when it is enough, and what is told of it."""
+"""Benchmarks: what is timed, how long, and what is reported."""
 
 import re
 import statistics
@@ -29,12 +29,12 @@ def test_a_timing_tells_the_median_and_how_sure_it_is():
     Random(0).shuffle(series)
     found = Timing.of(series)
     assert found.median == 50.5 and found.p95 == 95
-    assert found.low <= 41 and found.high >= 60  # binomial: ranks 40 to 61 of 100 hold the median in 95 %
+    assert found.low <= 41 and found.high >= 60  # binomial: ranks 40 to 61 of 100 hold the median with 95 %
     assert Timing.of([7.0] * 5) == Timing(7, None, None, 7)
 
 
 def test_the_interval_holds_the_median_as_often_as_it_says():
-    """4,000 samples of a skewed distribution whose median is log 2."""
+    """Draws 4,000 samples of a skewed distribution with median log 2."""
     random, held = Random(0), 0
     for _ in range(4000):
         found = Timing.of([random.expovariate(1) for _ in range(30)])
@@ -43,7 +43,7 @@ def test_the_interval_holds_the_median_as_often_as_it_says():
 
 
 class Clock:
-    """Time that passes only when a call says so."""
+    """A clock that only calls of `spend` move on."""
 
     def __init__(self, monkeypatch):
         self.now, self.order = 0.0, []
@@ -114,7 +114,7 @@ def test_the_front_holds_what_nothing_beats():
 
 
 class Page(HTMLParser):
-    """Counts elements, and remembers whatever a page would fetch."""
+    """Counts a page's elements, and lists what it would fetch."""
 
     def __init__(self):
         super().__init__()
@@ -177,7 +177,7 @@ def test_a_picture_of_a_grid_has_the_fronts_of_its_axes_and_a_tooltip_for_every_
 
 
 def test_what_8_bit_weights_keep_of_features(scala, pictures, monkeypatch):
-    """All tokens are compared; what is timed is the file that gives the model's own output alone."""
+    """All tokens are compared; the timed file gives the model's own output only."""
     write_timm_directory(Path("backbone"), num_classes=0, depth=1)
     timed, opened = [], FORMATS["onnx-int8"].open
 
@@ -194,7 +194,7 @@ def test_what_8_bit_weights_keep_of_features(scala, pictures, monkeypatch):
     assert {(2, 32), (2, 17, 32)} == {*timed}
     assert exact[1] == 1 > rounded[1] > 0.9 and rounded[0.5] == pytest.approx(exact[0.5], abs=0.05)
     assert rounded[0.5] != exact[0.5]
-    assert scala(*words, "--ratio", 0.5).json["points"][1]["r2"] is None  # of no images
+    assert scala(*words, "--ratio", 0.5).json["points"][1]["r2"] is None  # no images
 
 
 def test_another_model_by_its_name(scala, tiny):

@@ -1,4 +1,4 @@
-"""Which width fits, against trying them all."""
+"""The width chosen for a budget, compared with trying all widths."""
 
 import itertools
 from random import Random
@@ -31,7 +31,7 @@ def fits(row, limits):
 
 
 def test_the_best_that_fits_every_budget():
-    """Every combination of limits, each at, just below and just above what a width has."""
+    """Tries every combination of limits, each at, just below and just above a width's value."""
     names = ("max_gmacs", "max_params", "max_latency_ms", "max_memory_mb", "min_top1")
     edges = {
         name: [None, *(row[name[4:]] * f for row in ROWS[:3:2] for f in (1, 0.999, 1.001))] for name in names
@@ -99,13 +99,13 @@ def test_rates_that_are_never_negative_are_found_again():
     cost = {n: 2 + 0.5 * third for n, (_, _, third, _) in work.items()}
     found = predict(work, {n: cost[n] for n in (0, 3, 5, 7, 11)})
     assert all(abs(found[n] - cost[n]) < 1e-9 * cost[n] for n in work)
-    falling = predict(work, {n: 10.0 - n / 2 for n in (1, 5, 11)})  # no such rates: the best that there are
+    falling = predict(work, {n: 10.0 - n / 2 for n in (1, 5, 11)})  # no non-negative rates fit exactly
     assert all(value >= 0 for value in found.values()) and len(set(falling.values())) < len(falling)
 
 
 @pytest.fixture
 def grid():
-    """48 points of a tiny family, and what each truly costs: near a sum of its work, but not just that."""
+    """Returns a family of 48 points, and each point's cost: nearly, but not quite, a sum of its work."""
     net = in_grid(slimmable(ratios="0.25,0.5,0.75,1"), GridSettings(sizes="8,12,16,24", keeps="0.5,0.7,1"))
     assert len(net.points) == 48
     random = Random(0)
@@ -117,7 +117,7 @@ def grid():
 
 
 def test_a_large_grid_is_searched_with_few_measurements(grid, monkeypatch):
-    """Every choice is a point that was measured and fits; most are the best there is."""
+    """Every chosen point was measured and fits; most are the best possible."""
     net, record, ms, top1 = grid
     asked: list[Point] = []
 
@@ -177,7 +177,7 @@ def test_runtime_without_what_is_measured(scala, tiny):
 
 
 def test_memory_that_a_runtime_does_not_tell_is_not_known(grid, monkeypatch):
-    """As with compile: no point fits, and every one of them was asked."""
+    """As with runtime compile: no point fits, though all were measured."""
     net, record, ms, _ = grid
 
     def bench(net, record, points, *others):

@@ -1,4 +1,4 @@
-"""A slice fitted to the full model: what each layer is fitted to, for every kind of model."""
+"""Slices fitted to the full model: the target of each layer, for every kind of model."""
 
 import math
 from typing import Any
@@ -24,7 +24,7 @@ RARE = {
     "gated, RMSNorm, no biases": ("aimv2_large_patch14_224", 2),
     "norms behind the branches": ("vit_base_patch16_rpn_224", 2),
     "norms within the branches": ("beit3_base_patch16_224", 2),
-    "pooled by attention": ("vit_base_patch16_siglip_224", 12),  # timm's pool has 12 heads only where all do
+    "pooled by attention": ("vit_base_patch16_siglip_224", 12),  # timm's pool has 12 heads if all blocks have
 }
 
 
@@ -33,7 +33,7 @@ def sample(count: int = 64, seed: int = 1) -> Tensor:
 
 
 def rare(kind: str) -> SlimmableViT:
-    """A tiny random model, as in conftest, of a kind that few of timm's models are of."""
+    """Returns a tiny random family, as in conftest, of a rare kind."""
     name, heads = RARE[kind]
     args = {**TINY, "num_heads": heads, "embed_dim": 16 * heads}
     torch.manual_seed(0)
@@ -76,7 +76,7 @@ def test_a_fitted_slice_is_nearer_to_the_full_model(kind):
     before = {name: tensor.clone() for name, tensor in net.vit.state_dict().items()}
     fitted, _ = calibrate(net, 0.5, images.split(16))
     assert error(fitted, net, images) < 0.95 * error(net.slice(0.5), net, images)
-    assert fitted.state_dict().keys() == net.slice(0.5).state_dict().keys()  # no bias is invented
+    assert fitted.state_dict().keys() == net.slice(0.5).state_dict().keys()  # no bias is added
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.vit.state_dict().items())
 
 
@@ -90,7 +90,7 @@ def test_at_full_width_nothing_changes(kind):
 
 
 def observed(vit: nn.Module, names: list[str], images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """name -> what the layer reads and writes, (tokens, channels), in float64."""
+    """Returns name -> the layer's inputs and outputs, (tokens, channels), in float64."""
     seen = {}
     for name in names:
         vit.get_submodule(name).register_forward_hook(
@@ -205,11 +205,11 @@ def test_it_tells_how_far_it_is():
     assert told == [
         ("calibrate", 6, "stages"),
         *[1] * 6,
-    ]  # a norm that may be, two halves of each block, the head
+    ]  # an optional norm, two halves of each block, the head
 
 
 def ridge(seen: Moments, start: Tensor, strengths: list[float], bias: bool) -> list[tuple[Tensor, Any]]:
-    """The weights of each strength, and the bias that goes with them."""
+    """Returns (weights, bias) of each strength."""
     origins = seen.origins(bias)
     fits = Normal.of(seen, origins).solutions(start, strengths)
     mapped = [fit * seen.mean_x if seen.diagonal else fit @ seen.mean_x for fit in fits]
@@ -217,7 +217,7 @@ def ridge(seen: Moments, start: Tensor, strengths: list[float], bias: bool) -> l
 
 
 def correlated(count: int, mean: float = 0.0) -> tuple[Tensor, Tensor]:
-    """(count, 6) inputs and (count, 4) targets that they explain in part."""
+    """Returns (count, 6) inputs, and (count, 4) targets that they partly explain."""
     generator = torch.Generator().manual_seed(3)
     x, noise = (torch.randn(count, 6, generator=generator, dtype=torch.double) for _ in range(2))
     mixed = x @ torch.randn(6, 6, generator=generator, dtype=torch.double) + mean
@@ -226,7 +226,7 @@ def correlated(count: int, mean: float = 0.0) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_ridge_is_least_squares_with_rows_that_pull(bias):
-    """The penalty is a row sqrt(lambda n) e_i for each input, whose target is what W0 makes of it."""
+    """The penalty is a row sqrt(lambda n) e_i for each input, with the output of W0 as its target."""
     x, t = correlated(200, mean=3)
     start = torch.ones(4, 6, dtype=torch.double)
     seen = Moments()

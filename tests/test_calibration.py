@@ -1,4 +1,4 @@
-"""Cutting without training, as a user does it."""
+"""Slimming without training, as a user runs it."""
 
 import json
 from copy import deepcopy
@@ -36,7 +36,7 @@ def test_a_slice_right_from_a_model_and_unlabelled_images(scala, pictures, image
         "slice", "vit", "--ratio", "0.5", "--data", pictures, *QUICK, "--no-calibrate", "-o", "plain"
     )
     assert plain.code == 0 and not plain.json["calibrated"] and "fit" not in plain.json
-    assert "nothing is fitted" not in plain.told  # as was asked
+    assert "nothing is fitted" not in plain.told  # --no-calibrate was given
     ordered = timm.create_model("local-dir:plain", pretrained=True).eval()
     wanted = full(images)
     assert (again(images) - wanted).norm() < (ordered(images) - wanted).norm()
@@ -61,7 +61,7 @@ def test_a_family_is_fitted_where_it_has_not_been_trained(scala, tiny, photos):
 
 
 def test_what_a_budget_asks_is_measured_on_fitted_slices(scala, tiny, photos):
-    """Top-1 is not recorded of an untrained family, but can be measured where --data has labels."""
+    """An untrained family has no recorded top-1, but it can be measured if --data has labels."""
     known = scala("eval", tiny, "--data", photos, "--calibrate", *QUICK).json["points"]
     best = max(point["top1"] for point in known)
     told = scala("slice", tiny, "--min-top1", best, "--data", photos, *QUICK, "-o", "best").json
@@ -70,7 +70,7 @@ def test_what_a_budget_asks_is_measured_on_fitted_slices(scala, tiny, photos):
         p["top1"] for p in known
     ]
     plain = scala("eval", tiny, "--data", photos, "-j", 0, "--json").json["points"]
-    assert plain[-1] == known[-1]  # the full width is what it is
+    assert plain[-1] == known[-1]  # the full width is not fitted
     timed = scala(
         "bench", tiny, "--data", photos, "--calibrate", *QUICK, "--ratio", "0.5", "--runs", 1, "-b", 1
     )
@@ -133,8 +133,8 @@ def test_a_fitted_family_answers_with_its_slices(images):
         assert torch.equal(kept(images, 0.5), piece(images))
         assert torch.equal(kept.slice(0.5)(images), piece(images))
         assert torch.equal(kept(images), net(images))
-    assert torch.equal(family(images, 0.25), net(images, 0.25))  # which was not fitted
-    for asked in (0.5, "0.25@160"):  # neither is a point: not any more, and never
+    assert torch.equal(family(images, 0.25), net(images, 0.25))  # this width was not fitted
+    for asked in (0.5, "0.25@160"):  # 0.5 is no longer a point, 0.25@160 never was
         with pytest.raises(PointError, match="was not trained"):
             family.with_points(parse_points("0.25,1"))(images, asked)
     assert family.slice(0.5, fixed_size=True)(images).shape == (3, 5)

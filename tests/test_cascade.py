@@ -1,4 +1,4 @@
-"""The cascade against asking one image at a time."""
+"""The cascade, compared with running one image at a time."""
 
 import shutil
 from itertools import combinations
@@ -15,7 +15,7 @@ RATIOS = (0.25, 0.5, 1)
 
 
 def one_by_one(net, image, threshold, ratios=RATIOS):
-    """(logits, how many widths were asked) of a single image."""
+    """Returns (logits, how many widths ran) for a single image."""
     asked = 0
     while True:
         logits, asked = net(image[None], ratios[asked])[0], asked + 1
@@ -85,7 +85,7 @@ def test_a_cascade_as_a_user_asks_for_it(scala, tiny, photos):
 
 
 def test_the_best_cascade_is_that_of_trying_all():
-    """Among all singles, pairs and triples of the points that no cheaper one matches."""
+    """Tries all singles, pairs and triples of the points on the front."""
     torch.manual_seed(0)
     macs = [10**9, 2 * 10**9, 2 * 10**9, 4 * 10**9, 9 * 10**9]
     hard = torch.rand(300)

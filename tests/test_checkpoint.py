@@ -1,4 +1,4 @@
-"""Checkpoint directories: what is written is what is read, or nothing is."""
+"""Checkpoint directories: what is written is read back, and damage is refused."""
 
 import json
 import re
@@ -57,7 +57,7 @@ def test_cutting_tensor_by_tensor_is_cutting_the_whole_state(kind, scale, tmp_pa
 
 
 def test_every_slice_loads_without_us(tmp_path, images):
-    """In a process that cannot import scala_cli at all."""
+    """Runs in a process that cannot import scala_cli."""
     net = slimmable("distilled", isolated=True)
     torch.save(images, tmp_path / "images.pt")
     save(net, RECORD, tmp_path / "net")
@@ -125,7 +125,7 @@ NO_FIELD: list[dict] = [
     {"metrics": "none"},
     {"isolated": "no"},
 ]
-"""What no field of a "scala" object may be."""
+"""Fields of a "scala" object with values of the wrong type."""
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_names_of_a_checkpoint(tmp_path, monkeypatch):
 
 
 def test_a_cut_that_disagrees_with_the_family_is_not_left_behind(tmp_path, monkeypatch):
-    """The comparison is with the family's own forward, so a wrong cut shows, not only a wrong file."""
+    """The slice is compared with the family's own forward, so a wrong cut is found, not only a wrong file."""
     save(slimmable(), RECORD, tmp_path / "net")
     right = Rule.slice_state
 
@@ -217,12 +217,12 @@ def test_a_cut_that_disagrees_with_the_family_is_not_left_behind(tmp_path, monke
 
 
 def test_a_checkpoint_may_hold_more_than_this_version_knows(tmp_path, images):
-    """Fields that a later version adds are passed over; those that an earlier one lacked have defaults."""
+    """Fields of a later version are ignored; fields that an earlier version lacks get defaults."""
     net = slimmable()
     save(net, RECORD, tmp_path / "net")
     file = tmp_path / "net/config.json"
     config = json.loads(file.read_text())
-    assert "task" not in config["scala"]  # which is the default
+    assert "task" not in config["scala"]  # the default is not written
     config["scala"] |= {"sizes": [128, 224], "later": {"deep": 1}}
     for name in ("isolated", "bounds", "layout", "attn_scale", "new_head", "order", "metrics", "trained"):
         del config["scala"][name]
@@ -246,7 +246,7 @@ def test_tensors_that_timm_has_no_place_for_lie_beside_its_weights(tmp_path, ima
     timms = timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True).eval()
     with torch.no_grad():
         assert torch.equal(timms(images), plain(images))
-    save(plain, RECORD, tmp_path / "net")  # over it: nothing of the former is left
+    save(plain, RECORD, tmp_path / "net")  # overwrites the directory: nothing of the old one is left
     assert not load(tmp_path / "net").extra
 
 

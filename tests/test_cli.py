@@ -1,4 +1,4 @@
-"""The commands as a user runs them."""
+"""Commands, as a user runs them."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def test_convert_in_order_of_importance(scala, tmp_path, photos, images):
 
 
 def test_from_pretrained_weights_to_a_slice(scala, tiny, photos):
-    """finetune, then everything after it with no path given."""
+    """Runs finetune, then the other commands without a path."""
     answer = scala("finetune", tiny, "--data", photos, "-o", "runs/mine", *QUICK, "--json")
     assert answer.code == 0
     assert set(answer.json) == {"run", "best", "points", "images_per_sec"}
@@ -183,7 +183,7 @@ def named(*classes: str) -> Path:
 
 
 def test_a_width_that_was_not_trained_is_told(scala, tiny, monkeypatch):
-    for name in ("export", "export_all"):  # what is told of a file, not the file
+    for name in ("export", "export_all"):  # only the messages are tested, so no file is written
         monkeypatch.setattr(f"scala_cli.deploy.export.{name}", lambda *_, **__: {})
     scala("convert", "tiny-timm", "-o", "ordered", "--order", "importance")
     for words in (

@@ -1,4 +1,4 @@
-"""Methods side by side."""
+"""Comparing methods with `scala compare`."""
 
 import json
 from dataclasses import replace
@@ -78,7 +78,7 @@ def test_what_is_finished_is_not_trained_again_and_what_was_cut_goes_on(photos):
     cut = run(arms, photos, again, folder="cut")
     for one, other in zip(whole, cut, strict=True):
         assert one["points"] == other["points"]
-    assert len(again.losses) == 18 - 9  # 6 runs of 3 steps, of which 3 were whole
+    assert len(again.losses) == 18 - 9  # 6 runs of 3 steps, 3 of them finished
     third = Listener()
     assert run(arms, photos, third, folder="cut") == cut
     assert not third.losses
@@ -111,7 +111,7 @@ def test_each_part_can_be_left_out():
     arms = arms_of(["scala"], ["order", "noise_calibration", "order"])
     assert [arm.name for arm in arms] == ["scala", "scala-no-order", "scala-no-noise-calibration"]
     assert arms[1].method.order == "none" and not arms[2].method.noise_calibration
-    assert arms[1].method.isolation is False  # as with the order: a difference of one part
+    assert arms[1].method.isolation is False  # as with the order: only one part differs
     for bad in (["scalar"], []):
         with pytest.raises(TrainingError, match="method"):
             arms_of(bad, [])
@@ -139,12 +139,12 @@ def test_the_teacher_costs_the_full_width_also_where_that_is_not_trained():
 def test_costs_are_means_over_what_steps_draw():
     points = parse_points("0.25,0.375,0.5,0.625,0.75,0.875,1")
     macs = Macs({point: number for number, point in enumerate(points)}, 0)
-    middle = 2 + 4.5  # of the lower half 1, 2 or 3, of the upper 4 or 5, each as often
+    middle = 2 + 4.5  # 1, 2 or 3 from the lower half, 4 or 5 from the upper, equally often
     assert price("scala", macs) == pytest.approx(3 * (0 + middle + 6), rel=0.01)
 
 
 def test_at_equal_macs_the_dearer_arm_sees_fewer_images(photos):
-    """Nine steps a run for scala; what `separate` may spend is divided among its two widths and teachers."""
+    """scala takes nine steps a run; `separate` divides the same MACs among its two widths and teachers."""
     listener = Listener()
     arms = arms_of(["scala", "separate"], [])
     compare("model", open_start, arms, 1, "macs", settings(photos, 3), Path("side"), listener)
@@ -191,7 +191,7 @@ def test_a_start_that_favours_an_arm_is_refused(photos):
             "m", lambda: (slimmable(), Record()), arms, 1, "images", settings(photos), Path("a"), Listener()
         )
     few = arms_of(["paper"], ["stable_sampling"])
-    with pytest.raises(TrainingError, match="no part in 2 widths"):
+    with pytest.raises(TrainingError, match="no effect with 2 widths"):
         compare("m", open_start, few, 1, "images", settings(photos), Path("a"), Listener())
     assert not Path("a").exists()
 
@@ -239,7 +239,7 @@ def test_gradients_of_the_passes_are_told_apart():
     passes = {"1": lambda: weight.pow(2).sum(), "0.5": lambda: weight[:1].sin().sum()}
     Path("grads.jsonl").write_text('{"step": 6}\n{"step": 7}\n{"step": 8}\n{"st')
     log = GradientLog([weight, unused], Path("grads.jsonl"), first=7)
-    kept = '{"step": 6}\n'  # what is done again goes, and a line that a full disk cut short
+    kept = '{"step": 6}\n'  # drops lines of steps done again, and a line that a full disk cut short
     assert Path("grads.jsonl").read_text() == kept
     for _ in range(2):
         for name, loss in passes.items():
@@ -253,7 +253,7 @@ def test_gradients_of_the_passes_are_told_apart():
         assert line["step"] == 7
         assert line["norm"] == pytest.approx(
             {n: gradient.norm().item() for n, gradient in alone.items()},
-            rel=1e-4,  # a difference of sums
+            rel=1e-4,  # a small difference of large sums
         )
         cosine = torch.cosine_similarity(alone["1"], alone["0.5"], dim=0).item()
         assert line["cosine"]["1,0.5"] == pytest.approx(cosine, rel=1e-4)

@@ -1,4 +1,4 @@
-"""A config.json that somebody else wrote says what is built, and nothing else."""
+"""A config.json from others describes the model; it cannot make timm read anything else."""
 
 import json
 
@@ -45,12 +45,12 @@ READERS = {
     "socket.socket": ("connect",),
     "socket": ("getaddrinfo",),
 }
-"""Everything through which timm reads weights; a state dict in memory passes none of it."""
+"""All functions through which timm reads weights; a state dict in memory uses none of them."""
 
 
 @pytest.fixture
 def touched(monkeypatch) -> list[str]:
-    """What was read, though nothing should have been."""
+    """Traps all READERS; returns the list of those that were called."""
     found: list[str] = []
 
     def trap(name):
@@ -87,7 +87,7 @@ def test_somebody_elses_config_reads_nothing(kind, touched, elsewhere, images):
     other("plain").build(False)
     assert touched == []
     assert {*elsewhere.iterdir()} - before == {elsewhere / "half"}
-    kept = (elsewhere / "half/config.json").read_text()  # plain timm may read what we write
+    kept = (elsewhere / "half/config.json").read_text()  # plain timm can read what we write
     assert not any(word in kept for word in ("evil", "secret", "cache_dir", "checkpoint_path"))
 
 
@@ -123,7 +123,7 @@ FLAWS = [
 
 
 @pytest.mark.parametrize("flaw", FLAWS)
-def test_settings_that_are_none_are_named(flaw, elsewhere):
+def test_invalid_settings_are_named(flaw, elsewhere):
     save(slimmable(), Record(), elsewhere / "net")
     write_timm_directory(elsewhere / "plain")
     for folder in ("net", "plain"):
@@ -136,7 +136,7 @@ def test_settings_that_are_none_are_named(flaw, elsewhere):
             use()
 
 
-def test_one_number_is_that_of_all_channels_and_none_is_timms(elsewhere):
+def test_one_number_is_for_all_channels_and_null_is_timms_default(elsewhere):
     write_timm_directory(elsewhere / "plain")
     file = elsewhere / "plain/config.json"
     config = json.loads(file.read_text())
@@ -148,7 +148,7 @@ def test_one_number_is_that_of_all_channels_and_none_is_timms(elsewhere):
     assert "weight_init" not in spec.model_args
 
 
-def test_what_no_vit_takes_is_refused(elsewhere):
+def test_an_argument_that_no_vit_takes_is_refused(elsewhere):
     write_timm_directory(elsewhere / "plain")
     file = elsewhere / "plain/config.json"
     config = json.loads(file.read_text())
@@ -160,7 +160,7 @@ def test_what_no_vit_takes_is_refused(elsewhere):
 
 @torch.no_grad()
 def test_an_older_config_is_one_object(elsewhere, images):
-    """As timm wrote them before it kept `pretrained_cfg` apart."""
+    """timm wrote configs so before it nested `pretrained_cfg`."""
     vit, args = build("deit")
     timm.models.save_for_hf(vit, str(elsewhere / "old"), model_args=args, safe_serialization=True)
     file = elsewhere / "old/config.json"

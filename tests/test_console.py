@@ -1,4 +1,4 @@
-"""What a person at a terminal sees."""
+"""Output at a terminal."""
 
 import io
 
@@ -11,7 +11,7 @@ from scala_cli.cli.console import Output, shown
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Both streams as one terminal of 120 columns; gives back what was written."""
+    """Makes both streams one terminal of 120 columns; returns its buffer."""
     written = io.StringIO()
 
     def make(**options):

@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates against the formulas written out by hand."""
+"""Parameters and multiply-accumulates, compared with formulas written out by hand."""
 
 import sys
 
@@ -14,7 +14,7 @@ from scala_cli.slicing.point import Point
 
 
 def deit_small(ratio: float) -> tuple[int, float]:
-    """Parameters and GMACs of DeiT-S at a width, derived from its shapes alone."""
+    """Returns parameters and GMACs of DeiT-S at a width, computed from its shapes."""
     depth, heads, classes, patches = 12, 6, 1000, 14 * 14
     dim = int(384 * ratio)
     hidden, tokens, pixels = 4 * dim, patches + 1, 3 * 16 * 16
@@ -55,7 +55,7 @@ def test_deit_small(ratio, gmacs, millions):
 
 
 def test_small_models_cost_something():
-    """Counted in whole multiply-accumulates; only what is printed is rounded."""
+    """Multiply-accumulates are counted exactly; only printed values are rounded."""
     vit, args = build("deit", img_size=8, patch_size=4, embed_dim=8, depth=1)
     spec = describe(vit, args)
     (patches, dim), tokens, hidden = (4, 8), 5, 32
@@ -71,7 +71,7 @@ def test_small_models_cost_something():
 
 
 def test_peak_memory_of_a_call():
-    """100 MB that are freed before the call returns are seen; those held before are not."""
+    """Counts 100 MB that are freed before the call returns, but not those held before it."""
     held = torch.ones(50_000_000, dtype=torch.uint8)
     peak = peak_memory(torch.device("cpu"), lambda: torch.ones(100_000_000, dtype=torch.uint8).max())
     assert peak is None or 95e6 < peak < 130e6

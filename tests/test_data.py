@@ -1,4 +1,4 @@
-"""Reading images: strict, named and counted."""
+"""Reading images: batches, augmentation and unreadable files."""
 
 import pickle
 import random
@@ -31,7 +31,7 @@ def test_batches(folder):
 
 
 def test_order_and_augmentation_depend_on_the_epoch_the_seed_and_the_image_alone(folder):
-    """Not on how many processes read, nor on where in the epoch they begin."""
+    """Not on the number of workers, nor on where in the epoch reading begins."""
     for file in (folder / "train").rglob("*.png"):
         Image.effect_noise((20, 20), 80).convert("RGB").save(file)
 
@@ -57,7 +57,7 @@ def test_reading_images_leaves_other_random_numbers_alone(folder):
 
 
 def test_training_images_are_augmented_and_others_are_not(folder):
-    """On textured images, in a fixed order: the same image twice, cropped and mirrored differently."""
+    """On textured images, the same image twice is cropped and mirrored differently."""
     for file in (folder / "train").rglob("*.png"):
         Image.effect_noise((20, 20), 80).convert("RGB").save(file)
     net, split = slimmable(), open_split(str(folder), True)
@@ -71,26 +71,26 @@ def test_training_images_are_augmented_and_others_are_not(folder):
 @pytest.mark.parametrize("policy", ["rand-m10-n8-inc1", "rand-m0-n8", "v0", "augmix-m0"])
 def test_the_strongest_posterizing(policy):
     transform = transform_for(slimmable().spec, AugmentSettings(aa=policy))
-    transform = pickle.loads(pickle.dumps(transform))  # as processes that are not forked get it
+    transform = pickle.loads(pickle.dumps(transform))  # as workers that are not forked get it
     random.seed(0), np.random.seed(0)
     noise = Image.effect_noise((20, 20), 80).convert("RGB")
     assert all(transform(noise).isfinite().all() for _ in range(40))
     assert {LEVEL_TO_ARG[name].__module__ for name in ("Posterize", "PosterizeIncreasing")} == {
         rand_augment_transform.__module__
-    }  # timm's own stay as they are
+    }  # timm's own functions stay as they are
 
 
-def test_what_is_skipped_on_the_way_to_an_order_is_told(folder):
+def test_images_skipped_in_calibration_are_told(folder):
     (folder / "val/red/0.png").write_text("no image")
     skipping, listener = ReadSettings(workers=0, on_corrupt="skip"), Listener()
     list(calibration_images(open_split(str(folder), False), slimmable().spec, skipping, listener))
     assert "unreadable and skipped: 1" in listener.notes[0] and "red/0.png" in listener.notes[0]
 
 
-def test_not_one_image_that_can_be_read(folder):
+def test_no_image_can_be_read(folder):
     for file in (folder / "val").rglob("*.png"):
         file.write_text("no image")
-    with pytest.raises(DataError, match="not one of the images"):
+    with pytest.raises(DataError, match="none of the images"):
         evaluate(
             slimmable(),
             task_named("classification"),
@@ -100,7 +100,7 @@ def test_not_one_image_that_can_be_read(folder):
             Watcher(),
         )
     skipping = ReadSettings(workers=0, on_corrupt="skip")
-    with pytest.raises(DataError, match="not one of the images"):
+    with pytest.raises(DataError, match="none of the images"):
         list(calibration_images(open_split(str(folder), False), slimmable().spec, skipping, Watcher()))
 
 
@@ -120,7 +120,7 @@ def test_an_unreadable_image_is_never_replaced(folder, content, workers):
         list(loader(folder, workers=workers))
 
     skipping = loader(folder, workers=workers, on_corrupt="skip")
-    for _ in range(2):  # counted once however often it is met
+    for _ in range(2):  # counted once, however often it is read
         assert sum(len(targets) for _, targets in skipping) == 6
     assert list(skipping.skipped) == [str(folder / "val/green/0.jpg")]
 

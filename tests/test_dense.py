@@ -1,4 +1,4 @@
-"""Features of every token and block, in the full model's own channels at every width."""
+"""Features of every token and block; every width gives them in the full model's channels."""
 
 from dataclasses import replace
 from fractions import Fraction
@@ -32,7 +32,7 @@ def centred(tokens):
 
 
 def streams(vit, images, **how):
-    """(B, P + N, C) after every block, by timm alone."""
+    """Returns timm's tokens (B, P + N, C) after every block."""
     found = vit.forward_intermediates(images, output_fmt="NLC", return_prefix_tokens=True, **how)[1]
     return [torch.cat([each[1], each[0]], 1) if isinstance(each, tuple) else each for each in found]
 
@@ -85,7 +85,7 @@ def test_a_map_has_rows_and_columns_and_blocks_come_as_they_are_asked(images):
 
 @pytest.mark.parametrize("isolated", [False, True])
 @torch.no_grad()
-def test_a_width_of_channels_as_they_came_fills_those_that_it_keeps(isolated, images):
+def test_an_unordered_width_fills_only_the_channels_it_keeps(isolated, images):
     net = slimmable(isolated=isolated)
     (found,) = net.features(images, 0.5, blocks=[0])
     narrow = net.slice(0.5).forward_intermediates(images, indices=[0], output_fmt="NLC")[1][0]
@@ -96,8 +96,8 @@ def test_a_width_of_channels_as_they_came_fills_those_that_it_keeps(isolated, im
 
 @pytest.mark.parametrize("kind", ["deit", "norm before the blocks"])
 @torch.no_grad()
-def test_a_narrow_stream_lies_in_what_the_width_keeps(kind, images):
-    """Its channels times the rows of the basis; the rest of the space is empty."""
+def test_a_narrow_stream_lies_in_the_kept_rows_of_the_basis(kind, images):
+    """It is the channels times rows of the basis; the rest of the space is empty."""
     net = order_channels(slimmable(kind), [images, images.flip(0)])
     (found,) = net.features(images, 0.5, blocks=1)
     narrow = net.slice(0.5).forward_intermediates(images, indices=1, output_fmt="NLC")[1][0]
@@ -125,8 +125,8 @@ def test_the_first_channels_say_the_most_of_the_full_stream():
 
 
 @torch.no_grad()
-def test_tokens_of_features_are_the_output_of_what_pools_nothing(images):
-    """Of a model that reads its class token: the first prefix token is its output, at every width."""
+def test_the_first_prefix_token_is_the_output_of_a_class_token_model(images):
+    """If the model reads its class token, the first prefix token is its output, at every width."""
     net = from_memory(build("class token, registers", num_classes=0)[0])
     net = order_channels(net, [images, images.flip(0)])
     for point in net.points:
@@ -136,7 +136,7 @@ def test_tokens_of_features_are_the_output_of_what_pools_nothing(images):
 
 @pytest.mark.parametrize(("kind", "names"), [("deit", "class"), ("no class token, registers", "mean")])
 @torch.no_grad()
-def test_what_a_model_gives_that_pools_nothing(kind, names, images):
+def test_the_embedding_of_a_model_without_pooling(kind, names, images):
     net = from_memory(build(kind, num_classes=0, global_pool="")[0])
     every = net.vit.forward_features(images)
     wanted = every[:, 0] if names == "class" else every.mean(1)
@@ -165,7 +165,7 @@ def test_fitted_widths_answer_with_their_own_weights(classes):
 
 @pytest.mark.parametrize("classes", [0, 5])
 @torch.no_grad()
-def test_it_is_kept_with_the_checkpoint_and_not_trained(classes, images, tmp_path):
+def test_the_basis_is_saved_and_not_trained(classes, images, tmp_path):
     net = order_channels(from_memory(build("deit", num_classes=classes)[0]), [images])
     assert {*net.extra} == ({*NAMES} if classes else {BASIS}) and not net.vectors
     assert all(not tensor.requires_grad for tensor in net.extra.values())
@@ -181,7 +181,7 @@ def test_it_is_kept_with_the_checkpoint_and_not_trained(classes, images, tmp_pat
 
 
 @torch.no_grad()
-def test_a_model_converted_again_or_given_another_head_keeps_it(images, tmp_path):
+def test_a_model_converted_again_or_given_another_head_keeps_its_basis(images, tmp_path):
     net = order_channels(from_memory(build("deit", num_classes=0)[0]), [images])
     save(net, Record(order="importance"), tmp_path / "net")
     half = net.points[1], net.points[-1]
@@ -216,13 +216,13 @@ def test_a_width_that_is_not_there(images):
         slimmable().features(images, 0.3)
 
 
-def test_other_images_sizes_where_the_model_takes_them():
+def test_other_image_sizes_if_the_model_takes_them():
     vit, _ = build("deit", dynamic_img_size=True, num_classes=0)
     net = from_memory(vit)
     assert net.features(torch.randn(2, 3, 24, 16), 0.5, grid=True).tokens.shape == (2, 32, 6, 4)
 
 
-def test_what_leads_back_has_a_place_in_the_table():
+def test_the_map_back_to_full_width_is_sliced():
     net = slimmable()
     full = {BASIS: torch.eye(32), WEIGHT: torch.eye(32), BIAS: torch.zeros(32)}
     cut = net.rule.slice_state(full, HALF)

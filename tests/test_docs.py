@@ -1,4 +1,4 @@
-"""Documentation that cannot rot."""
+"""Documentation: its commands, examples, links and reference stay correct."""
 
 import re
 import runpy
@@ -43,7 +43,7 @@ def test_the_script_beside_the_papers_step(tiny, capsys):
 
 
 class Decoder(torch.nn.Module):
-    """A dense head: one number for each patch, in squares of two by two."""
+    """A dense head: one number per patch, drawn as a square of two by two."""
 
     def forward(self, features):
         return torch.nn.functional.interpolate(features.sum(1, keepdim=True), scale_factor=2.0)
@@ -51,7 +51,7 @@ class Decoder(torch.nn.Module):
 
 @pytest.fixture
 def dense(elsewhere, images):
-    """What docs/dense.md has: a family, a head for it, a photograph."""
+    """Writes what docs/dense.md uses: a family, a head for it and a photograph."""
     net = from_memory(build("deit", num_classes=0)[0])
     save(order_channels(net, [images]), Record(order="importance"), Path("family"))
     names = {"input_names": ["features"], "output_names": ["map"], "dynamo": True, "verbose": False}
@@ -83,7 +83,7 @@ def test_every_command_has_an_example_and_helps_with_every_option(name):
 
 
 def written_commands() -> list[str]:
-    """Every line `scala ...` in a code block of a page."""
+    """Returns every line `scala ...` in a code block of a page."""
     blocks = [block for page in PAGES for block in re.findall(r"```\w*\n(.*?)```", page.read_text(), re.S)]
     lines = [line.lstrip("$ ") for block in blocks for line in block.splitlines()]
     return sorted({line for line in lines if line.startswith("scala ")})
@@ -111,7 +111,7 @@ def test_docs_say_how_each_format_is_run():
 @pytest.mark.no_cover
 @pytest.mark.parametrize("file", DEPLOYING)
 def test_what_docs_say_of_deploying_runs_without_us(file, tmp_path):
-    """Every example of docs/deploy.md, on the file that its command writes."""
+    """Runs every example of docs/deploy.md on the file that its command writes."""
     vit, args = build("deit", img_size=224, patch_size=32)
     spec = describe(vit, args).naming(["ant", "bee", "cow", "doe", "eel"])
     net = SlimmableViT(vit, spec, Rule(ratios_of(parse_points("0.5,1")), spec.num_heads)).eval()
@@ -143,7 +143,7 @@ def test_links_between_pages_lead_somewhere(page):
 
 
 def anchors(page: Path) -> set[str]:
-    """The headings of a page as GitHub makes anchors of them."""
+    """Returns the headings of a page as GitHub's anchors."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
     titles = re.findall(r"^#+ (.*)$", text, re.M)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}

@@ -1,4 +1,4 @@
-"""Text files are UTF-8, whatever the locale is."""
+"""Text files are read and written as UTF-8 in any locale."""
 
 import ast
 from pathlib import Path
@@ -11,7 +11,7 @@ ROOT = Path(scala_cli.__file__).parent
 
 
 def text_without_encoding(tree: ast.AST) -> list[int]:
-    """The lines that open, read or write text in whatever encoding the locale has."""
+    """Returns the lines that open, read or write text in the locale's encoding."""
     found = []
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")

@@ -18,7 +18,7 @@ from scala_cli.slicing.tokens import TokenRule
 
 @torch.no_grad()
 def test_shares_are_those_of_the_patches_themselves(images):
-    """After two modules: the product of both, as the tokens of a model without anything else would show."""
+    """After two modules the shares are the product of both modules' shares."""
     net = slimmed(stages=(1, 1, 1), depth=3)
     first, second = modules_of(net.vit).values()
     stages = mergings(net.vit, images[0])
@@ -35,7 +35,7 @@ def test_shares_are_those_of_the_patches_themselves(images):
 
 @torch.no_grad()
 def test_dropped_patches_are_those_that_did_not_go_on(images):
-    """The patches that are left after a dropping block, found in its output by their values."""
+    """Finds the kept patches in the output of a dropping block by their values."""
     net = slimmable("deit", "1").with_points(parse_points("1~0.5"))
     vit = net.at(net.points[0])
     stage, last = mergings(vit, images[0])
@@ -68,7 +68,7 @@ def test_merged_patches_are_those_that_share_a_token(images):
 
 
 def test_a_picture_shows_tokens_in_their_colour():
-    """Two by two patches, the upper ones in one token, the lower ones in one each."""
+    """Of two by two patches, the upper two share a token, and the lower two have one each."""
     shares = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
     pixels = torch.zeros(8, 8, 3)
     pixels[:4, :4], pixels[:4, 4:], pixels[4:, :4], pixels[4:, 4:] = 0.2, 0.4, 0.6, 0.8
@@ -96,7 +96,7 @@ def test_the_command_draws_and_tells(scala, elsewhere):
         with Image.open("out.png") as picture:
             assert picture.size[0] > picture.size[1]
     owners = told.json["stages"][0]["owners"]
-    assert owners[0] == owners[1] != owners[2]  # neighbours, as the modules begin
+    assert owners[0] == owners[1] != owners[2]  # untrained modules pool neighbours
     pixels = pixels_of(read_image(elsewhere / "cat.png", net.spec), net.spec)
     assert pixels.shape == (16, 16, 3) and 0 <= pixels.min() < pixels.max() <= 1
 
@@ -104,7 +104,7 @@ def test_the_command_draws_and_tells(scala, elsewhere):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("cat.png", "tiny", "--ratio", "0.5"), "every token of this model goes on"),
+        (("cat.png", "tiny", "--ratio", "0.5"), "this model keeps every token"),
         (("dog.png", "net"), "dog.png does not exist"),
         (("text.png", "net"), "cannot be read as an image"),
         (("cat.png", "net", "--ratio", "0.3"), "was not trained"),

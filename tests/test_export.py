@@ -1,4 +1,4 @@
-"""Files for other runtimes: each is run by its own, on a batch of another size than it was traced with."""
+"""Exported files: each is run in its own runtime, on a batch of another size than it was traced with."""
 
 import json
 import re
@@ -29,7 +29,7 @@ SUFFIXES = {name: form.suffix for name, form in formats.FORMATS.items()}
 
 
 def labels_in(kind: str, file: Path) -> str:
-    """The names of the classes as a user of the runtime reads them."""
+    """Returns the class names as a user of the runtime reads them."""
     if kind.startswith("onnx"):
         return onnxruntime.InferenceSession(str(file)).get_modelmeta().custom_metadata_map["labels"]
     if kind == "pt2":
@@ -68,7 +68,7 @@ def test_every_kind_of_vit_as_pt2(kind, images):
     assert export(slimmable(kind, depth=1), 0.5, "pt2", Path("half.pt2"), images)["max_abs_diff"] <= 1e-5
 
 
-def test_pixels_are_normalised_within(images):
+def test_pixels_are_normalised_in_the_file(images):
     net = slimmable(depth=1)
     export(net, 0.5, "onnx", Path("half.onnx"), images, pixels=True)
     pixels = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
@@ -89,7 +89,7 @@ def test_pixels_are_normalised_within(images):
         ({"mean": (0.4,), "std": (0.2,)}, ((0.4,), (0.2,))),
     ],
 )
-def test_pixels_of_one_channel_are_normalised_where_that_is_told(cfg, wanted):
+def test_pixels_of_one_channel_are_normalised(cfg, wanted):
     vit, args = build("deit", in_chans=1, depth=1)
     spec = describe(vit, args)
     spec = replace(spec, pretrained_cfg={**spec.pretrained_cfg, **cfg})
@@ -107,7 +107,7 @@ def test_pixels_of_one_channel_with_the_means_of_three_are_refused():
     vit, args = build("deit", in_chans=1)
     spec = describe(vit, args)
     net = SlimmableViT(vit, spec, Rule(ratios_of(parse_points("0.5,1")), spec.num_heads)).eval()
-    with pytest.raises(CheckpointError, match="takes 1 channels, but its mean is that of 3") as error:
+    with pytest.raises(CheckpointError, match="takes 1 channels, but its mean has 3 values") as error:
         export(net, 0.5, "onnx", Path("half.onnx"), torch.randn(3, 1, 16, 16), pixels=True)
     assert error.value.remedy == "normalise_yourself" and not list(Path().iterdir())
 
@@ -116,7 +116,7 @@ def test_pixels_of_one_channel_with_the_means_of_three_are_refused():
 @pytest.mark.parametrize("opset", [formats.OPSETS[0], 18, formats.OPSETS[-1]])
 @pytest.mark.parametrize("kind", ["onnx", "onnx-int8"])
 def test_the_opset_asked_for_is_that_of_the_file(kind, opset, images):
-    """By ONNX's own checker too, for a model with reductions, which are another operator in 17."""
+    """Also checked by ONNX, for a model with reductions, which opset 17 writes in another way."""
     net = slimmable("average pool, fc_norm", depth=1)
     told = export(net, 0.5, kind, Path("half.onnx"), images, opset=opset)
     written = onnx.load("half.onnx")
@@ -218,8 +218,8 @@ def test_what_a_format_cannot_express_is_named(images, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["onnx", "pt2"])
-def test_a_disk_that_takes_no_more(kind, images):
-    """No file can grow past 20 kB."""
+def test_a_full_disk(kind, images):
+    """Limits files to 20 kB."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
@@ -258,7 +258,7 @@ def test_all_widths_over_one_copy_of_the_weights(rule, images):
         with torch.no_grad():
             difference = (torch.from_numpy(found) - net(images, row["ratio"])).abs().max()
         assert difference <= 1e-5 and row["max_abs_diff"] <= 1e-4
-    # a graph grows with the blocks, not with their width: beside a real model's weights it is small
+    # a graph grows with the blocks, not with their width: it is small next to a real model's weights
     graphs = sum(path.stat().st_size for path in Path("all").glob("*.onnx"))
     deit_s = 22_050_664 * 4
     assert (deit_s + graphs * 12 / len(net.vit.blocks)) / deit_s < 1.1
@@ -277,11 +277,11 @@ def test_export_as_a_user_runs_it(scala, tiny, photos):
     assert whole["path"] == "two-onnx" and len(whole["points"]) == 2
 
 
-def test_what_is_made_of_thirds_is_named_like_all_else(scala, monkeypatch):
+def test_a_width_of_one_third_has_a_file_name(scala, monkeypatch):
     vit, args = build("deit", embed_dim=48)
     spec = describe(vit, args)
     save(SlimmableViT(vit, spec, Rule(ratios_of(parse_points("1/3")), spec.num_heads)), Record(), Path("odd"))
-    for name, place in (("export_all", 2), ("export", 3)):  # what it is named, not the file
+    for name, place in (("export_all", 2), ("export", 3)):  # only names are tested, so no file is written
         monkeypatch.setattr(
             f"scala_cli.deploy.export.{name}", lambda *given, place=place, **_: {"path": str(given[place])}
         )

@@ -1,4 +1,4 @@
-"""Runs that fail for want of disk, memory, images or finite numbers, and lose nothing."""
+"""Runs that fail for lack of disk, memory, images or finite numbers lose nothing."""
 
 import math
 import resource
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.mark.parametrize("every", [None, 1])
-def test_a_disk_that_takes_no_more_loses_nothing(photos, every):
-    """From step 5 of 9 on no file can grow past 20 kB: what fails is the state, or the epoch's weights."""
+def test_a_disk_that_fills_up_loses_nothing(photos, every):
+    """Limits files to 20 kB after step 5 of 9: writing the state fails, or the epoch's weights."""
     chosen = settings(photos, epochs=3)
     chosen = replace(chosen, optimizer=replace(chosen.optimizer, save_every_steps=every))
     finetune(start(), Record(), chosen, Run(Path("whole")), Listener())
@@ -52,7 +52,7 @@ def files_of(run: Path) -> set[str]:
     return {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
 
 
-def test_a_disk_that_takes_nothing_leaves_nothing(photos):
+def test_a_full_disk_leaves_nothing(photos):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
@@ -91,7 +91,7 @@ def test_a_loss_that_is_not_finite_names_width_and_step(photos):
 
 
 def test_a_gradient_that_is_not_finite_leaves_weights_and_state_as_they_were(photos, monkeypatch):
-    """Every loss is finite: what goes wrong does so on the way back, in step 5 of 6."""
+    """Every loss is finite; the backward pass of step 5 of 6 fails."""
     chosen = settings(photos)
     chosen = replace(chosen, optimizer=replace(chosen.optimizer, save_every_steps=1))
     finetune(start(), UNORDERED, chosen, Run(Path("whole")), Listener())
@@ -115,7 +115,7 @@ def test_a_gradient_that_is_not_finite_leaves_weights_and_state_as_they_were(pho
     ("owner", "name", "saved"), [(Step, "gather_gradients", 4), (torch.optim.AdamW, "step", 3)]
 )
 def test_lack_of_memory_keeps_the_last_whole_step(photos, monkeypatch, owner, name, saved):
-    """In step 5, before its weights move or on the way; the run goes on in parts, as the error says."""
+    """Step 5 fails before or while weights move; the run resumes with smaller parts, as the error says."""
     listener, real = Listener(), getattr(owner, name)
 
     def fail(*given, **named):
@@ -152,8 +152,8 @@ def test_an_image_that_cannot_be_read_keeps_every_step(photos, tmp_path):
     assert same_runs("whole", "cut")
 
 
-def test_images_that_go_away_leave_the_epoch_before(photos, tmp_path):
-    """All that is left is skipped, so that the second of three epochs learns nothing; then they are back."""
+def test_unreadable_images_keep_the_epoch_before(photos, tmp_path):
+    """In the second of three epochs every image is unreadable and skipped; then the images are restored."""
     own = shutil.copytree(photos, tmp_path / "own")
     chosen = settings(own, epochs=3, read=ReadSettings(workers=0, on_corrupt="skip"))
     finetune(start(), UNORDERED, chosen, Run(Path("whole")), Listener())
@@ -164,7 +164,7 @@ def test_images_that_go_away_leave_the_epoch_before(photos, tmp_path):
             for file in own.glob("train/*/*.png"):
                 file.write_text("no image")
 
-    with pytest.raises(DataError, match="not one of the images") as error:
+    with pytest.raises(DataError, match="none of the images") as error:
         finetune(start(), UNORDERED, chosen, Run(Path("cut")), Removing())
     assert error.value.resumable and Run(Path("cut")).read_state()["step"] == 3
     for file in photos.glob("train/*/*.png"):
@@ -174,7 +174,7 @@ def test_images_that_go_away_leave_the_epoch_before(photos, tmp_path):
 
 
 def test_a_disk_that_fails_once_the_classes_are_learnt(photos, monkeypatch):
-    """The error is the disk's, and the run goes on once it is mended."""
+    """The disk error is raised as it is, and the run can be resumed afterwards."""
     begin = Run.begin
 
     def fail(self, *given):

@@ -1,4 +1,4 @@
-"""A family fitted in closed form: shared weights, and vectors that each width has of its own."""
+"""A family fitted in closed form: shared weights, and norms and biases of each width."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def part(x: Tensor, t: Tensor, rows: list[int], columns: list[int], weight: floa
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_shared_layer_is_the_least_squares_of_all_its_widths(bias):
-    """Each width adds its tokens, with zeros where it has no channels, times the root of its weight."""
+    """Each width adds its tokens times the root of its weight, with zeros for channels that it lacks."""
     drawn = torch.Generator().manual_seed(5)
     start = torch.randn(4, 6, generator=drawn, dtype=torch.double)
     places = [([0, 2], [0, 1, 4], 1.0), ([0, 1, 2, 3], [0, 1, 2, 3, 4, 5], 3.0)]
@@ -135,7 +135,7 @@ def test_other_widths_leave_out_what_is_not_theirs():
 
 
 @torch.no_grad()
-def test_a_change_of_its_own_vectors_is_seen(images):
+def test_a_change_of_a_widths_own_vectors_is_seen(images):
     family = fitted()
     before = [family(images, point) for point in family.points]
     family.extra[own_name(HALF, "head.bias")].add_(1)
@@ -158,7 +158,7 @@ def test_channels_of_a_fitted_family_stay_in_their_order():
 
 
 def test_training_moves_a_widths_own_vectors(photos):
-    """Those of a width by that width's loss alone, at the rate and without the decay of the shared ones."""
+    """A width's vectors learn from its own loss only, at the shared vectors' rate and without decay."""
     family = with_new_head(fitted(), ["blue", "green", "red"], 0)
     assert not any("head" in name for name in family.extra)
     chosen = settings(photos, optimizer=OptimizerSettings(epochs=1, batch_size=4, layer_decay=0.5))
@@ -299,7 +299,7 @@ def test_what_convert_refuses(scala, words, told):
     assert failed.code == 2 and told in failed.told
 
 
-def test_a_layer_scale_is_no_ones_own():
+def test_layer_scales_are_absorbed():
     family = fitted("deit3, layer scale")
     assert all((p == 1).all() for n, p in family.vit.named_parameters() if n.endswith("gamma"))
     assert family.rule.attn_scale == "fixed"

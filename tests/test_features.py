@@ -1,4 +1,4 @@
-"""A backbone without a classifier: its head becomes the identity, and every width gives its features."""
+"""A backbone without a classifier: its head is the identity, and every width gives its features."""
 
 import json
 from dataclasses import replace
@@ -39,7 +39,7 @@ def test_a_model_with_a_classifier_keeps_it():
 
 
 def test_a_backbone_as_a_user_has_it(scala, photos, images):
-    """Converted in order, cut, loaded by timm, told of; trained on classes it gets a new head."""
+    """Converts in order, slices, loads in timm and shows it; training on classes adds a new head."""
     vit = write_timm_directory(Path("backbone"), num_classes=0)
     told = scala("convert", "backbone", "-o", "net", "--order", "importance", "--json")
     assert told.code == 0 and told.json["max_abs_diff"] <= 1e-4

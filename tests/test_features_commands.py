@@ -1,4 +1,4 @@
-"""Features as the task, as a user has them: a folder of images, commands, mistakes."""
+"""The features task as a user runs it: folders of images, commands and mistakes."""
 
 import shutil
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_some_images_judge_where_there_is_no_validation_part(pictures, holdout):
     names = [{split.samples.name(n) for n in range(len(split))} for split in (training, validation)]
     assert not names[0] & names[1] and len(names[0] | names[1]) == 24
     assert training.classes == validation.classes == ()
-    assert any(f"{len(validation)} of the 24 images judge" in note for note in listener.notes)
+    assert any(f"{len(validation)} of the 24 images validate" in note for note in listener.notes)
     assert not any("labels" in note for note in listener.notes)
 
 
@@ -98,7 +98,7 @@ def test_mistakes_of_a_features_run(scala, pictures, photos, tiny):
 
 
 def test_a_backbone_and_a_folder_as_a_user_has_them(scala, pictures):
-    """Trained, evaluated, cut, timed and published, with no class anywhere."""
+    """Trains, evaluates, slices, times and publishes without any classes."""
     write_timm_directory(Path("backbone"), num_classes=0)
     told = scala("finetune", "backbone", "--data", pictures, *QUICK, "-o", "run", "--json")
     assert told.code == 0, told.told
@@ -111,7 +111,7 @@ def test_a_backbone_and_a_folder_as_a_user_has_them(scala, pictures):
     assert evaluated["points"][-1]["r2"] == 1 > against["points"][-1]["r2"] > 0.9
     assert scala("slice", "run", "--ratio", "0.5", "-o", "half").code == 0
     words = ("--img-size", 24, "--ratios", "0.5,1", "-o", "larger")
-    assert scala("convert", "backbone", *words).code == 0  # what it is compared with is opened as large
+    assert scala("convert", "backbone", *words).code == 0  # the reference is opened at the same size
     larger = scala("eval", "larger", "--data", pictures, "-j", 0, "--against", "backbone", "--json").json
     assert larger["points"][-1]["r2"] == 1
     assert scala("slice", "run", "--max-gmacs", 1, "-o", "best", "--json").json["candidates"][0]["r2"]

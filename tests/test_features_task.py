@@ -1,4 +1,4 @@
-"""Features as the task: a backbone's widths learn the full model's tokens, without labels."""
+"""The features task: a backbone's widths learn the full model's tokens, without labels."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -50,13 +50,13 @@ def test_the_output_is_what_the_model_returns_and_its_patches(kind, images):
     torch.testing.assert_close(answer_and_patches(net.vit, images), told)
     torch.testing.assert_close(told[:, 0], vit(images))
     ordered = order_channels(net, [images, images.flip(0)])
-    assert (answer_and_patches(ordered.vit, images) - told).abs().max() <= 1e-3  # in the same space still
+    assert (answer_and_patches(ordered.vit, images) - told).abs().max() <= 1e-3  # still in the same space
     assert answer_and_patches(ordered.at(Fraction(1, 2)), images).shape == told.shape
 
 
 @pytest.mark.parametrize("kind", ["distilled", "attention pool"])
 @torch.no_grad()
-def test_what_is_pooled_is_fitted_beside_the_patches(kind):
+def test_the_pooled_token_is_fitted_with_the_patches(kind):
     images = torch.randn(96, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     net = order_channels(backbone(kind), [images])
     fitted, fit = calibrate(net, 0.5, [images], every_token=True)
@@ -89,7 +89,7 @@ def test_the_loss_is_the_squared_error_summed_by_hand():
 
 @pytest.mark.parametrize("whiten", [0.0, 0.5, 1.0])
 def test_units_against_their_definition(whiten):
-    """The mean of all vectors is an error of 1; with `whiten` every direction has its share of that."""
+    """Predicting the mean of all vectors has error 1; with `whiten` 1 every direction contributes equally."""
     mixing = torch.diag(torch.tensor([10.0, 3.0, 1.0, 0.5])) @ torch.randn(4, 4)
     vectors = torch.randn(2000, 4, generator=torch.Generator().manual_seed(0)) @ mixing + 5
     spread = Spread()
@@ -117,7 +117,7 @@ def test_vectors_that_do_not_vary_have_no_unit():
 
 
 def directly(output: torch.Tensor, wanted: torch.Tensor) -> dict[str, float]:
-    """R² and cosine of all tokens in one go."""
+    """Returns R² and cosine, computed on all tokens at once."""
     told = {}
     for name, part in (("", slice(1, None)), ("class_", slice(0, 1))):
         given, true = (each[:, part].flatten(0, 1).double() for each in (output, wanted))
@@ -138,7 +138,7 @@ def test_the_meter_in_batches_is_the_metric_in_one_go():
 
 
 def test_meters_of_several_processes_are_one():
-    """Of three, one of which could read no image; each runs in a thread of its own."""
+    """Three processes, as threads; one of them could read no image."""
     wanted, output = torch.randn(9, 5, 6), torch.randn(9, 5, 6)
     meters = [Likeness() for _ in range(3)]
     meters[0].update(output[:6], wanted[:6])
@@ -159,7 +159,7 @@ def test_meters_of_several_processes_are_one():
     assert found[0] == pytest.approx(directly(output, wanted), abs=1e-5)
 
 
-def test_what_does_not_vary_has_no_r2():
+def test_constant_features_have_no_r2():
     one = torch.randn(1, 5, 6)
     meter = Likeness()
     meter.update(one + 1, one)
@@ -188,7 +188,7 @@ def test_training_lowers_the_loss_of_every_method(pictures, method):
 
 
 def test_a_step_is_that_of_separate_models(pictures):
-    """Scala's step on tokens in the teacher's units, every narrow model standing alone."""
+    """Compares Scala's step with separate narrow models, on tokens in the teacher's units."""
     net, images = backbone(), torch.randn(4, 3, 16, 16)
     how = settings(pictures, method=MethodSettings(whiten=1.0))
     step = Step(net, TASK, net, how, torch.device("cpu"))
@@ -203,7 +203,7 @@ def test_a_step_is_that_of_separate_models(pictures):
     by_hand = how.method.class_token * answer + how.method.patch_tokens * patches
     assert losses["0.5"].item() == pytest.approx(by_hand.item(), rel=1e-4)
     assert losses["1"].item() == pytest.approx(0, abs=1e-8)
-    assert getattr(step.net.vit.blocks[-1], "read", None) is None  # every token is wanted
+    assert getattr(step.net.vit.blocks[-1], "read", None) is None  # every token is needed
 
 
 @pytest.mark.parametrize("whiten", [0.0, 1.0])

@@ -1,4 +1,4 @@
-"""Files and directories: written wholly or not at all, and nothing of others is lost."""
+"""Files and directories are written whole or not at all, and files of others are kept."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ def write(target: Path, text: str) -> None:
 
 @pytest.fixture(params=["exchange", "no exchange"])
 def way(request, monkeypatch, tmp_path) -> str:
-    """How directories change places: in one step, where this system can, or as everywhere else."""
+    """Swaps directories in one step, if this system can, or by renames."""
     if request.param == "no exchange":
         monkeypatch.setattr("scala_cli.swap.exchanged", lambda *_: False)
         return request.param
@@ -63,7 +63,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["net"]
 
 
-# Each kills itself at another of the moments at which something has been renamed, or is about to be.
+# Kills itself just before or after one of the renames; the argument says which.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -110,7 +110,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT.parent)}
 
 
-def test_the_next_to_write_puts_the_former_back(tmp_path, monkeypatch):
+def test_the_next_write_restores_the_former_directory(tmp_path, monkeypatch):
     write(tmp_path / "net", "old")
     (tmp_path / "net").rename(temporary(tmp_path / "net").with_suffix(".former"))
     with pytest.raises(ScalaError, match="not empty"):
@@ -148,7 +148,7 @@ def test_a_reader_always_finds_a_directory(tmp_path):
 
 @pytest.mark.parametrize("failing", [1, 2])
 def test_an_interrupted_swap_leaves_the_former(tmp_path, monkeypatch, failing):
-    """Before or after either rename, where there is no exchange."""
+    """Interrupts before or after either rename, without exchange."""
     monkeypatch.setattr("scala_cli.swap.exchanged", lambda *_: False)
     for before in (True, False):
         target = tmp_path / f"{failing}{before}"
@@ -182,7 +182,7 @@ def test_what_a_link_points_to_is_left_alone(tmp_path, way):
     assert (tmp_path / "mine/thesis.tex").exists() and not list(tmp_path.glob(".*"))
 
 
-def test_a_directory_takes_no_files_place(tmp_path):
+def test_a_directory_does_not_replace_a_file(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(NotADirectoryError):
         write(tmp_path / "thesis.tex", "new")
@@ -196,7 +196,7 @@ def test_modes_are_those_that_the_umask_leaves(tmp_path, mask):
         with whole_directory(tmp_path / "net") as fresh:
             (fresh / "below").mkdir(mode=0o700)
             for file in (fresh / "file", fresh / "below/file"):
-                file.touch(mode=0o600)  # as safetensors does
+                file.touch(mode=0o600)  # as safetensors makes its files
         with whole_file(tmp_path / "one") as file:
             file.write_text("text")
         with whole_files(tmp_path / "many", force=False) as fresh:
@@ -208,7 +208,7 @@ def test_modes_are_those_that_the_umask_leaves(tmp_path, mask):
 
 
 def test_a_planted_name_is_not_written_through(tmp_path, monkeypatch):
-    """Names cannot be guessed; even a guessed one is not followed."""
+    """Names cannot be guessed, and even a guessed one is not followed."""
     assert temporary(tmp_path / "state.pt") != temporary(tmp_path / "state.pt")
     (tmp_path / "theirs").write_text("theirs")
     for planted in (temporary(tmp_path / "state.pt"), tmp_path / f".state.pt.{os.getpid()}"):
@@ -283,11 +283,11 @@ def test_force_on_links_and_on_what_a_killed_process_left(tmp_path):
         ("here/..", "is the working directory, or holds it"),
         ("/", "is the working directory, or holds it"),
         ("here/below/..", "has no name of its own"),
-        ("mounted", "is where a disk is mounted"),
+        ("mounted", "is a mount point"),
         ("x" * 230, "has 230 bytes, more than 200"),
     ],
 )
-def test_what_no_directory_can_take_the_place_of(elsewhere, monkeypatch, target, told):
+def test_directories_that_cannot_be_replaced(elsewhere, monkeypatch, target, told):
     Path("here/below").mkdir(parents=True)
     Path("mounted").mkdir()
     monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "mounted")
@@ -301,8 +301,8 @@ def test_a_run_may_fill_the_working_directory(elsewhere, monkeypatch):
     refuse_occupied(elsewhere, False, OURS, in_place=True)
 
 
-def test_a_place_that_cannot_be_written_to_is_told_first(elsewhere, monkeypatch):
-    """Before anything is downloaded or computed; access is asked for, since root may write everywhere."""
+def test_an_unwritable_place_is_refused_first(elsewhere, monkeypatch):
+    """Checked before anything is downloaded or computed. os.access is patched, as root may write anywhere."""
     asked = []
     monkeypatch.setattr("os.access", lambda place, _: asked.append(place))
     for refuse in (
@@ -356,11 +356,11 @@ def test_two_that_begin_at_once_have_directories_of_their_own(tmp_path):
     assert not (tmp_path / "others").exists()
 
 
-def test_swapping_as_systems_do_that_cannot_exchange(tmp_path, monkeypatch):
-    """A kernel, or a C library, that does not know of it; the three renames do the same."""
+def test_swapping_without_exchange(tmp_path, monkeypatch):
+    """Without the function in the C library, three renames do the same."""
 
     class Library:
-        """Of a system without the function."""
+        """A C library without the function."""
 
     monkeypatch.setattr("ctypes.CDLL", lambda _: Library())
     for name in ("one", "other"):

@@ -1,4 +1,4 @@
-"""Folders of images: which are read, which are passed over, and how their classes are numbered."""
+"""Folders of images: which files are read, which are skipped, and how classes are numbered."""
 
 import os
 import random
@@ -27,7 +27,7 @@ def test_parts_and_classes(folder):
 
 
 def test_classes_are_numbered_as_in_train(folder):
-    """A class that has no validation images must not shift the numbers of those after it."""
+    """A class without validation images must not shift the numbers of the classes after it."""
     shutil.rmtree(folder / "val/blue")
     targets = [target for _, batch in loader(folder) for target in batch.tolist()]
     assert targets == [1, 1, 2, 2]
@@ -74,12 +74,12 @@ def test_images_of_every_kind_are_read(folder):
 
 
 ALIKE = ("1", "01", "001", "2", "10", "CAT", "Cat", "cat")
-"""Names of which timm's natural sort holds several for equal, in the one order that they are numbered in."""
+"""Names, several of which are equal in timm's natural sort."""
 IN_ORDER = ("001", "01", "1", "2", "10", "CAT", "Cat", "cat")
 
 
 def with_names_alike(folder):
-    """A folder whose classes, and the images of one, are equal under timm's natural sort."""
+    """Returns a folder with classes, and images of one class, that timm's natural sort holds for equal."""
     shutil.rmtree(folder / "train")
     for label in ALIKE:
         (folder / "train" / label).mkdir(parents=True)
@@ -91,7 +91,7 @@ def with_names_alike(folder):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_names_that_are_alike_have_one_order(folder, monkeypatch, seed):
-    """In whatever order the disk lists them."""
+    """Whatever order the disk lists them in."""
 
     class Shuffled(list):
         def __enter__(self):
@@ -111,7 +111,7 @@ def test_names_that_are_alike_have_one_order(folder, monkeypatch, seed):
 
 
 def test_every_process_numbers_classes_alike(folder):
-    """Whatever its hash seed, which orders sets."""
+    """Whatever the hash seed, which decides the order of sets."""
     code = """if 1:
         import sys
         from pathlib import Path
@@ -160,7 +160,7 @@ def test_what_is_passed_over_is_told_once_and_what_is_hidden_is_not(folder):
     assert listener.notes[0].endswith(": 2 .heic, 1 without a suffix, 1 .txt.")
 
 
-def test_a_class_of_which_no_image_can_be_read_says_what_it_holds(folder):
+def test_a_class_without_readable_images_lists_what_it_holds(folder):
     for file in (folder / "train/red").iterdir():
         file.rename(file.with_suffix(".heic"))
     with pytest.raises(DataError, match=r"class 'red' has no images in .*, but 4 \.heic"):
@@ -168,7 +168,7 @@ def test_a_class_of_which_no_image_can_be_read_says_what_it_holds(folder):
 
 
 def test_two_spellings_of_one_name(folder):
-    """macOS stores accents apart from their letters, other systems together with them."""
+    """macOS stores accents apart from their letters, other systems composed."""
     composed, apart = "caf\u00e9", "cafe\u0301"
     (folder / "train/red").rename(folder / "train" / composed)
     (folder / "val/red").rename(folder / "val" / apart)
@@ -179,7 +179,7 @@ def test_two_spellings_of_one_name(folder):
         open_split(str(folder), True)
 
 
-def test_test_images_validate_only_where_there_are_no_others_and_that_is_told(folder):
+def test_test_images_validate_only_if_there_are_no_others_with_a_note(folder):
     shutil.copytree(folder / "val", folder / "test")
     (folder / "val").rename(folder / "valid")
     split = open_split(str(folder), False)

@@ -1,4 +1,4 @@
-"""The Hub, stood in for by files that are already here."""
+"""Models on the Hub, replaced by local files."""
 
 import json
 
@@ -18,7 +18,7 @@ COMMIT = "c0ffee"
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """`org/net` as huggingface_hub hands it out: a directory for each commit, named after it."""
+    """Serves `org/net` like huggingface_hub, in a directory named after the commit; returns the requests."""
     save(slimmable(), Record(), tmp_path / COMMIT)
     asked = []
 
@@ -65,7 +65,7 @@ def test_a_connection_that_breaks(repository, monkeypatch, call):
 
 
 def test_a_model_of_timms_on_the_hub(repository, tmp_path, images):
-    """Its weights are those of the commit that its config.json is of."""
+    """Its weights come from the same commit as its config.json."""
     vit = write_timm_directory(tmp_path / "other")
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "other" / name).replace(tmp_path / COMMIT / name)
@@ -85,7 +85,7 @@ def test_without_a_name_server_only_the_cache_is_asked(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy")
     with quiet_hub():
-        assert not constants.HF_HUB_OFFLINE  # a proxy resolves names itself
+        assert not constants.HF_HUB_OFFLINE  # with a proxy the Hub may be reached without a name server
     monkeypatch.delenv("HTTPS_PROXY")
     with quiet_hub():
         assert constants.HF_HUB_OFFLINE
@@ -93,7 +93,7 @@ def test_without_a_name_server_only_the_cache_is_asked(monkeypatch):
 
 
 def test_what_the_caller_chose_for_the_hub_is_left_alone(monkeypatch):
-    """Also where a call fails."""
+    """Even if a call fails."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     logging.set_verbosity_info()
     enable_progress_bars()

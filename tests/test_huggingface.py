@@ -1,4 +1,4 @@
-"""Models of Hugging Face's transformers, small and random, against what timm makes of them."""
+"""Small random models of Hugging Face's transformers, compared with their conversion to timm."""
 
 import json
 from pathlib import Path
@@ -58,7 +58,7 @@ def write(kind=ViTForImageClassification, folder="theirs", scale=0.1, shards="5G
 @pytest.mark.parametrize("changes", [{}, {"qkv_bias": False}, {"layer_norm_eps": 1e-3}])
 @torch.no_grad()
 def test_logits_are_those_of_the_source(kind, changes, scale, images):
-    """Also as transformers initialises them, where the stream is so small that eps counts."""
+    """Also with transformers' initial weights, whose stream is so small that eps matters."""
     model = write(kind, scale=scale, **changes)
     net, record = open_model("theirs", None)
     difference = (net(images) - model(images).logits).abs().max()
@@ -96,9 +96,7 @@ def test_classes_are_told_by_their_numbers():
     write(id2label=names)
     config = json.loads(Path("theirs/config.json").read_text())
     as_text = {str(number): name for number, name in names.items()}
-    config["id2label"] = dict(
-        sorted(as_text.items())
-    )  # "0", "1", "10", "11", "2": as files are often written
+    config["id2label"] = dict(sorted(as_text.items()))  # "0", "1", "10", "11", "2": as many files list them
     Path("theirs/config.json").write_text(json.dumps(config))
     assert open_model("theirs", None)[0].spec.label_names == tuple(names.values())
 
@@ -171,12 +169,12 @@ def test_what_timm_does_not_compute_is_refused():
 @pytest.mark.parametrize("kind", HEADLESS)
 @torch.no_grad()
 def test_features_alone(kind, images, scala):
-    """Of the class token after the last norm; what transformers pools them with is left out, and told."""
+    """Features are the class token after the last norm; transformers' pooler is left out, with a note."""
     model = write(kind)
     answer = scala("convert", "theirs", "-o", "ours", "--json")
     assert answer.code == 0 and "pooler" in answer.told and answer.json["max_abs_diff"] <= 1e-4
     again = timm.create_model("local-dir:ours", pretrained=True).eval()
-    assert again.num_classes == 32  # the identity
+    assert again.num_classes == 32  # the head is the identity
     assert (again(images) - model(images).last_hidden_state[:, 0]).abs().max() <= 1e-4
     assert open_model("theirs", None, Changes(num_classes=4))[1].new_head
 
@@ -191,7 +189,7 @@ def test_weights_in_several_files(images):
 
 @torch.no_grad()
 def test_the_number_told_is_against_the_sources_own_eps(scala, monkeypatch):
-    """As transformers initialises them eps counts: weights that are not scaled for it are found out."""
+    """With transformers' initial weights eps matters, so weights not scaled for it are detected."""
     write(scale=0.0, layer_norm_eps=1e-3)
     told = scala("convert", "theirs", "-o", "ours", "--json").json["max_abs_diff"]
     assert 0 < told <= 1e-4
@@ -220,7 +218,7 @@ PROCESSORS = {
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_pictures_are_prepared_as_there(name):
-    """Pixel by pixel, on a picture that is not square, within the rounding of one in 255."""
+    """Compares pixels of a picture that is not square, to one step of 255."""
     processor = PROCESSORS[name]
     write(image_size=224, patch_size=32)
     processor.save_pretrained("theirs")
@@ -259,7 +257,7 @@ def test_what_timm_does_otherwise_is_told(settings, told, scala):
     "settings",
     [{"resample": 9}, {"resample": -1}, {"size": "big"}, {"size": {"longest_edge": 4}}, {"size": 0}],
 )
-def test_settings_that_are_none(settings):
+def test_invalid_settings(settings):
     write()
     Path("theirs/preprocessor_config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match=r"preprocessor_config\.json cannot be read"):
@@ -267,7 +265,7 @@ def test_settings_that_are_none(settings):
 
 
 @pytest.mark.parametrize("names", [5, ["a"], {"a": "b"}, {"0": 1}])
-def test_names_of_classes_that_are_none(names):
+def test_invalid_class_names(names):
     write()
     file = Path("theirs/config.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"id2label": names}))

@@ -1,4 +1,4 @@
-"""What becomes of pixels and of EXIF data."""
+"""Conversion of pixels to 8-bit RGB, and rotation by EXIF data."""
 
 import shutil
 import warnings
@@ -23,8 +23,8 @@ def read(file, upright=True) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["png", "tif", "jp2", "pgm"])
-def test_grey_of_16_bits_is_what_it_is_in_8(tmp_path, kind):
-    """And not white, wherever it is not black."""
+def test_16_bit_grey_equals_8_bit_grey(tmp_path, kind):
+    """Clipping would turn everything but black white."""
     file = tmp_path / f"grey.{kind}"
     Image.fromarray(GREY.astype(np.uint16) * 257).save(file)
     assert open_image(str(file)).mode in ("I;16", "I")
@@ -38,7 +38,7 @@ def test_16_bits_through_torchvisions_folders(folder):
     assert (np.asarray(as_rgb(image, upright=True)) == GREY[..., None]).all()
 
 
-def test_16_bits_the_other_way_round(tmp_path):
+def test_16_bits_in_big_endian_order(tmp_path):
     pixels = Image.frombytes("I;16B", (16, 16), (GREY.astype(">u2") * 257).tobytes())
     pixels.save(tmp_path / "big.tif")
     assert open_image(str(tmp_path / "big.tif")).mode == "I;16B"
@@ -51,14 +51,14 @@ def test_tiff_where_white_is_zero_and_of_12_bits(tmp_path):
     assert (read(file) == 255 - GREY[..., None]).all()
     Image.fromarray(np.full((16, 16), 0x7777, np.uint16)).save(file)
     written = file.read_bytes()
-    bits = b"\x02\x01\x03\x00\x01\x00\x00\x00"  # BitsPerSample, one short
+    bits = b"\x02\x01\x03\x00\x01\x00\x00\x00"  # the TIFF tag BitsPerSample, one short value
     assert bits + b"\x10" in written
     file.write_bytes(written.replace(bits + b"\x10", bits + b"\x0c"))
     assert (read(file) == 0x77).all()
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [(np.float32, "floats"), (np.int32, "32-bit integers")])
-def test_pixels_of_no_known_range_are_refused(folder, dtype, kind):
+def test_pixels_of_unknown_range_are_refused(folder, dtype, kind):
     Image.fromarray(GREY.astype(dtype)).save(folder / "val/red/9.tif")
     with pytest.raises(DataError, match=rf"red/9\.tif cannot be read \(its pixels are {kind}"):
         list(loader(folder))
@@ -66,7 +66,7 @@ def test_pixels_of_no_known_range_are_refused(folder, dtype, kind):
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB"])
 def test_pixels_of_8_bits_are_read_as_timm_reads_them(mode):
-    """Transparency is dropped, not laid over a colour; and nothing is said of it."""
+    """Transparency is dropped, not blended with a colour, and no warning is shown."""
     colours = Image.fromarray(np.dstack([GREY, GREY.T, GREY[::-1]]))
     image = colours if mode == "LAB" else colours.convert("RGBA" if mode == "PA" else mode.replace("PA", "P"))
     if mode == "LAB":
@@ -85,7 +85,7 @@ def test_pixels_of_8_bits_are_read_as_timm_reads_them(mode):
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])
 def test_photographs_are_turned_upright_unless_told_not_to(tmp_path, kind):
-    """Taken with the phone held sideways: what is stored is turned by a quarter."""
+    """A photograph taken with the phone held sideways is stored rotated by 90 degrees."""
     upright, file = np.zeros((32, 16, 3), np.uint8), tmp_path / f"photo.{kind}"
     upright[:16] = 255
     exif = Image.Exif()
@@ -93,7 +93,7 @@ def test_photographs_are_turned_upright_unless_told_not_to(tmp_path, kind):
     Image.fromarray(np.rot90(upright)).save(file, exif=exif)
     difference = read(file).astype(int) - upright
     assert difference.shape == upright.shape and abs(difference).mean() < 5
-    if kind != "tif":  # Pillow turns these by itself
+    if kind != "tif":  # Pillow rotates these by itself
         assert read(file, upright=False).shape == (16, 32, 3)
 
 
@@ -132,8 +132,8 @@ def test_a_run_keeps_whether_it_turns_photographs():
     assert "--no-exif" in words and "--workers" not in words
 
 
-def test_a_name_does_not_bring_other_programs_to_run(folder):
-    """Pillow would hand a PostScript file to Ghostscript, whatever its suffix."""
+def test_a_file_name_does_not_make_other_programs_run(folder):
+    """Pillow would run Ghostscript for a PostScript file, whatever its suffix."""
     assert "EPS" not in formats() and {"JPEG", "PNG", "TIFF", "GIF", "WEBP"} <= {*formats()}
     Image.new("RGB", (20, 20)).save(folder / "page.eps")
     shutil.move(folder / "page.eps", folder / "val/red/9.jpg")

@@ -1,4 +1,4 @@
-"""scala.slimmable: a timm model in memory, which stays the caller's."""
+"""scala_cli.slimmable on a timm model in memory; the caller's model is left alone."""
 
 import pytest
 import timm
@@ -29,7 +29,7 @@ RATES = {
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_a_model_in_memory(kind, images):
-    """Of every kind, also where create_model was given more than a name."""
+    """Every kind of model, also those made with more arguments than a name."""
     vit, _ = build(kind)
     net = slimmable(vit.train(), "0.5,1")
     assert net.training and net.vit.training
@@ -52,14 +52,14 @@ def test_a_model_in_memory_that_does_not_show_how_it_was_made():
 
 
 def dropouts(vit: nn.Module) -> dict[str, str]:
-    """Every place of dropout, with its kind and rate as torch and timm print them."""
+    """Returns every dropout layer, with its kind and rate as torch and timm print them."""
     return {name: repr(module) for name, module in vit.named_modules() if "drop" in name.rpartition(".")[2]}
 
 
 @pytest.mark.parametrize("kind", ["deit", "distilled", "average pool, fc_norm"])
 @pytest.mark.parametrize("rate", RATES)
 def test_every_width_drops_as_the_model_does(kind, rate, tmp_path):
-    """In memory, and once it is saved and read again."""
+    """In memory, and after saving and loading."""
     vit, _ = build(kind, depth=3, **{rate: RATES[rate]})
     net = slimmable(vit, "0.5,1")
     assert dropouts(net.vit) == dropouts(vit) == dropouts(net.at(net.rule.ratios[0]))
@@ -85,7 +85,7 @@ def test_images_of_any_size(tmp_path):
 
 
 def everything(vit: nn.Module) -> dict[str, object]:
-    """All that a caller can tell of their model: flags, attributes, parts, where its weights lie."""
+    """Returns all that a caller can see of a model: flags, attributes, parts, addresses of weights."""
     told: dict[str, object] = {"threads": torch.get_num_threads(), "fused": timm.layers.use_fused_attn()}
     told |= {"random": torch.get_rng_state().tolist(), "cfg": dict(vit.pretrained_cfg)}
     for name, module in vit.named_modules():
@@ -97,7 +97,7 @@ def everything(vit: nn.Module) -> dict[str, object]:
 
 @pytest.mark.parametrize("classes", [5, 0])
 def test_the_callers_model_is_left_alone(classes, images, tmp_path):
-    """Its parts are in different modes, and some of it is frozen: as it was, it is afterwards."""
+    """Modes that differ between parts, and frozen weights, stay as they were."""
     vit, _ = build("deit", num_classes=classes, drop_rate=0.1)
     vit.train()
     vit.blocks[0].eval()
@@ -112,7 +112,7 @@ def test_the_callers_model_is_left_alone(classes, images, tmp_path):
         save(net, Record(), tmp_path / "net")
     net.vit.reset_classifier(7)
     after = everything(vit)
-    after["random"] = before["random"]  # a new head is a draw
+    after["random"] = before["random"]  # a new head draws random numbers
     assert after == before
 
 
@@ -146,7 +146,7 @@ def test_attention_is_chosen_for_a_model_and_its_widths_not_for_the_process(imag
 
 
 def narrowed(layer: nn.Linear, outputs: int, inputs: int) -> nn.Linear:
-    """What a pruner leaves of a layer."""
+    """Returns a layer as a pruner leaves it."""
     less = nn.Linear(inputs, outputs)
     less.weight.data, less.bias.data = layer.weight.data[:outputs, :inputs], layer.bias.data[:outputs]
     return less
@@ -182,7 +182,7 @@ def test_a_model_pruned_evenly_is_a_vit_of_another_size(images, tmp_path):
 
 @torch.no_grad()
 def test_a_stream_pruned_evenly_leaves_stale_sizes_that_nobody_reads(images, tmp_path):
-    """As Torch-Pruning leaves it: embed_dim still says what it was."""
+    """Torch-Pruning leaves the old embed_dim."""
     wide, _ = build()
     vit, _ = build(embed_dim=16)
     vit.embed_dim = wide.embed_dim

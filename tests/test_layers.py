@@ -29,7 +29,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 
 def imported(file: Path) -> set[str]:
-    """The top-level parts of the package that a file imports, wherever in it."""
+    """Returns the top-level parts of the package that a file imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         assert not (isinstance(node, ast.ImportFrom) and node.level), (
@@ -47,13 +47,13 @@ def test_imports_point_one_way():
     for file in FILES:
         part = file.relative_to(ROOT).parts[0].removesuffix(".py")
         for other in imported(file) - {"__version__"}:
-            if part == "__init__":  # the public names, for type checkers and on first use only
+            if part == "__init__":  # only the public names, for type checkers and on first use
                 continue
             assert LEVEL[other] <= LEVEL[part], f"{file.relative_to(ROOT)} imports {other}"
 
 
 def modules(file: Path) -> set[str]:
-    """Every module that a file imports from, by its whole name."""
+    """Returns the full names of the modules that a file imports from."""
     nodes = [*ast.walk(ast.parse(file.read_text()))]
     plain = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
     return plain | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}

@@ -1,4 +1,4 @@
-"""One process at a time trains a run."""
+"""Locks: only one process at a time trains a run."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ import os, sys, time
 from pathlib import Path
 from scala_cli.lock import locked
 with locked(Path("run")):
-    child = os.fork()  # as torch's readers of images are
+    child = os.fork()  # as torch's workers are
     if child:
         print(child, flush=True)
     time.sleep(60)
@@ -46,7 +46,7 @@ def another_process(code: str):
 
 
 def test_one_process_at_a_time_trains_a_run(elsewhere):
-    """The lock of one that is killed is released at once, though its readers live on."""
+    """A killed process's lock is released at once, even while its workers live on."""
     Path("run").mkdir()
     with another_process(HOLDS) as process:
         with pytest.raises(TrainingError, match="another process is training run"), locked(Path("run")):

@@ -1,4 +1,4 @@
-"""LV-ViT: its authors' checkpoints against their arithmetic by hand; cut, trained and exported."""
+"""LV-ViT: the authors' checkpoints, compared with a forward by hand; sliced, trained and exported."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ STRIDES = {"4c": (2, 2, 2, 2), "6c": (2, 1, 1, 2, 2, 2), "4_2": (2, 1, 1, 8)}
 
 
 def shapes_of_stem(kind: str, dim: int) -> list[tuple[int, int]]:
-    """(channels, kernel) of each convolution, after the papers' code."""
+    """Returns (channels, kernel) of each convolution, as in the papers' code."""
     eighth = dim // 8
     if kind == "4c":
         return [(eighth, 3), (dim // 4, 3), (dim // 2, 3), (dim, 3)]
@@ -30,7 +30,7 @@ def shapes_of_stem(kind: str, dim: int) -> list[tuple[int, int]]:
 
 
 def theirs(kind="4c", dim=40, depth=3, hidden=96, side=2, heads=5) -> dict[str, torch.Tensor]:
-    """A state dict with their names, every tensor random, the aux head too."""
+    """Returns a random state dict with their names, including the aux head."""
     torch.manual_seed(0)
     state = {}
 
@@ -70,7 +70,7 @@ def theirs(kind="4c", dim=40, depth=3, hidden=96, side=2, heads=5) -> dict[str, 
 
 
 def tokens_by_hand(state, images, kind):
-    """(B, 1 + N, C) before the first block."""
+    """Returns the tokens (B, 1 + N, C) before the first block."""
     x, act = images, F.relu if kind == "4_2" else F.gelu
     if not kind:
         x = F.conv2d(x, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=16)
@@ -105,7 +105,7 @@ def block_by_hand(state, x, number, heads, skip):
 
 
 def by_hand(state, images, kind, heads, skip=2.0, after=lambda number, x: x):
-    """Their logits. `after` is what becomes of the tokens after a block."""
+    """Returns their logits. `after` changes the tokens after a block."""
     x = tokens_by_hand(state, images, kind)
     depth = sum(name.endswith(".norm1.weight") for name in state if name.startswith("blocks."))
     for number in range(depth):
@@ -132,7 +132,7 @@ def test_released_checkpoints_give_the_same_logits(kind, dim, heads, side, wrapp
 
 @torch.no_grad()
 def test_the_released_sizes_have_their_own_heads_and_divisors():
-    """LV-ViT-T has heads of 60 channels and divides by 1; nothing in its file tells either."""
+    """LV-ViT-T has heads of 60 channels and divides by 1; its file says neither."""
     state = theirs("4_2", 240, depth=12, hidden=64)
     torch.save(state, "tiny.pth")
     net, _ = open_model("tiny.pth", parse_points("1"))

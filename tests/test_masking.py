@@ -1,4 +1,4 @@
-"""Hidden patches: what a student does not see, and the loss on it, beside the same written out by hand."""
+"""Hidden patches: which are hidden, and the loss on them, compared with the same by hand."""
 
 from dataclasses import replace
 from fractions import Fraction
@@ -43,7 +43,7 @@ def test_half_of_the_patches_of_every_image_are_hidden(patch):
             place = (image, slice(None), slice(top, top + tall), slice(left, left + wide))
             seen = torch.zeros(3, tall, wide) if hidden[image, number] else images[place]
             assert torch.equal(masked[place], seen)
-    assert len({tuple(each.tolist()) for each in hidden}) == 5  # each image has its own
+    assert len({tuple(each.tolist()) for each in hidden}) == 5  # each image has its own hidden patches
     patches, embedding = net.vit.patch_embed(masked), net.vit.patch_embed.proj
     assert torch.equal(patches[hidden], embedding.bias.expand_as(patches[hidden]))
     assert net.at(Fraction(1, 2))(masked).shape == (5, 32)
@@ -52,11 +52,11 @@ def test_half_of_the_patches_of_every_image_are_hidden(patch):
 @pytest.mark.parametrize("method", ["scala", "usnet", "separate"])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_step_is_that_of_models_run_one_by_one(method, parts):
-    """Losses and gradients, of whole models that are not views, patch by patch."""
+    """Compares losses and gradients with those of whole models that are not views, patch by patch."""
     net = backbone(ratios="0.5" if method == "separate" else "0.5,1")
     teacher, images = backbone(), torch.randn(4, 3, 16, 16)
     with torch.no_grad():
-        teacher.vit.blocks[0].mlp.fc2.weight.mul_(1.5)  # so that the full width has something to learn
+        teacher.vit.blocks[0].mlp.fc2.weight.mul_(1.5)  # so that the full width can learn something
     how = replace(MASKED, method=method, favour_narrowest=False, class_token=2.0, patch_tokens=0.5)
     optimizer = OptimizerSettings(grad_accum_steps=parts)
     step = Step(net, TASK, teacher, settings("", method=how, optimizer=optimizer), CPU)

@@ -1,4 +1,4 @@
-"""Each method's step against the same step written out by hand on separate narrow models."""
+"""Each method's step, compared with the same step by hand on separate narrow models."""
 
 import subprocess
 import sys
@@ -33,7 +33,7 @@ WEIGHTS = [
     ("1", 1),
     ("0.5,1", 1),
     ("0.25,0.5,1", 2),
-    ("0.25,0.3125,0.375,1", 2),  # of which none lies in the upper half: three passes a step
+    ("0.25,0.3125,0.375,1", 2),  # none lies in the upper half: three passes a step
     ("0.25,0.375,0.5,0.75,1", 3),
 ]
 
@@ -51,7 +51,7 @@ def test_the_narrowest_weighs_as_much_as_all_others_of_a_step():
 
 
 def kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """sum over classes of p log(p / q), mean over images"""
+    """Returns the sum over classes of p log(p / q), mean over images."""
     p, q = teacher.softmax(-1), student.softmax(-1)
     return (p * (p / q).log()).sum(-1).mean()
 
@@ -77,7 +77,7 @@ def teacher(images):
 
 @pytest.mark.parametrize("isolated", [True, False])
 def test_scala_step_and_its_gradients(images, teacher, isolated):
-    """Four widths on slices with weights of their own; their gradients put back by index and summed."""
+    """Sums the gradients of four separate slices, put back into the full weights by index."""
     net = slimmable("deit", isolated=isolated)
     settings = MethodSettings(smoothing=0.1, teacher="full")
     losses = run(Scala(FOUR, settings, TASK), net, images, teacher)
@@ -188,7 +188,7 @@ def test_stable_sampling_draws_one_width_from_each_half(count):
 
 
 def test_a_grid_is_sampled_on_every_axis():
-    """All points come up; two between differ on every axis, one from either half; the ends always train."""
+    """All points are drawn, the two between from different halves of each axis; both ends always train."""
     points = grid(parse_points("0.25,0.5,0.75,1"), (16, 20, 24, 32), (Fraction(1, 2), Fraction(1)))
     seen: Counter = Counter()
     for seed in range(2000):
@@ -245,6 +245,6 @@ def test_every_method_can_be_named_on_the_command_line():
 
 
 def test_importing_the_names_of_methods_imports_no_torch():
-    """Or every `scala -h` would take seconds."""
+    """Otherwise every `scala -h` would take seconds."""
     code = "import scala_cli.cli.app, sys; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,4 +1,4 @@
-"""Whatever goes wrong: one or two lines, the exit code that says whose it is, and nothing half done."""
+"""Errors: one or two lines, the right exit code, and nothing half done."""
 
 import errno
 import os
@@ -153,8 +153,8 @@ def test_a_place_that_cannot_be_written_to(scala, as_a_user, tiny, photos, words
 @pytest.mark.parametrize(
     ("taker", "code", "told"), [("nobody", 0, ""), ("/dev/full", 2, "No space left on device")]
 )
-def test_a_result_that_nobody_takes(forks, tiny, taker, code, told):
-    """A reader that has left is no mistake, a full disk is one; files are written all the same."""
+def test_stdout_that_is_closed_or_full(forks, tiny, taker, code, told):
+    """A closed pipe is no error, a full disk is one; other files are written in both cases."""
     if taker == "nobody":
         reader, writer = os.pipe()
         os.close(reader)

@@ -1,4 +1,4 @@
-"""Putting channels in order: the function stays, and what matters comes first."""
+"""Ordering channels: the full model computes the same, and important channels come first."""
 
 import pytest
 import timm
@@ -55,12 +55,12 @@ def test_hidden_channels_come_by_their_score(images):
 
 @torch.no_grad()
 def test_dead_channels_go_last(images):
-    """Half of all hidden and head channels are made useless, at scattered places: the second half now."""
+    """Makes every other hidden and head channel useless; ordering moves them to the second half."""
     net = slimmable()
     for block in net.vit.blocks:
         block.mlp.fc2.weight[:, ::2] = 0
         block.attn.proj.weight[:, ::2] = 0
-        for head in block.attn.qkv.weight.unflatten(0, (6, 16))[:4]:  # of q and k
+        for head in block.attn.qkv.weight.unflatten(0, (6, 16))[:4]:  # q and k
             head[::2] = 0
         block.attn.qkv.bias.unflatten(0, (6, 16))[:4, ::2] = 0
     state = order_channels(net, [images]).vit.state_dict()
@@ -81,7 +81,7 @@ def test_query_and_key_bases_undo_each_other_and_truncate_best():
     torch.testing.assert_close(q.T @ k, torch.eye(8, dtype=torch.double))
 
     def error(q: torch.Tensor, k: torch.Tensor, n: int) -> torch.Tensor:
-        """Mean squared error of the logits over all pairs, from the first n channels."""
+        """Returns the mean squared error of all logits, if only the first n channels are kept."""
         left_out = q[n:].T @ k[n:]
         return torch.trace(left_out.T @ moment(queries) @ left_out @ moment(keys))
 
@@ -148,7 +148,7 @@ def test_the_streams_basis_is_orthogonal_keeps_the_mean_and_comes_by_variance():
         torch.testing.assert_close(basis[:n] @ allowed @ allowed.T, basis[:n])
 
 
-def test_the_streams_basis_stands_a_stream_of_few_directions():
+def test_the_streams_basis_handles_a_stream_of_few_directions():
     moment = torch.zeros(12, 12, dtype=torch.double)
     for flat in (moment, moment + torch.outer(*[torch.arange(12.0, dtype=torch.double) - 5.5] * 2)):
         basis = stream_basis(flat)
@@ -158,7 +158,7 @@ def test_the_streams_basis_stands_a_stream_of_few_directions():
 
 @torch.no_grad()
 def test_a_stream_of_few_directions_is_cut_at_almost_no_cost(images):
-    """All that is written to the stream lies in 6 directions of 32, none of them a channel."""
+    """The stream lies in 6 of 32 directions, none of them a channel."""
     net = slimmable()
     directions = torch.linalg.qr(torch.randn(32, 6, generator=torch.Generator().manual_seed(2)))[0]
     inside = directions @ directions.T
@@ -189,8 +189,8 @@ def test_which_streams_can_be_rotated(kind):
 @pytest.mark.parametrize("pool", ["max", "avgmax"])
 @pytest.mark.parametrize("fc_norm", [True, False])
 @torch.no_grad()
-def test_a_stream_of_which_the_largest_values_are_pooled_is_only_permuted(pool, fc_norm, images):
-    """The largest over tokens is another in another basis."""
+def test_a_max_pooled_stream_is_only_permuted(pool, fc_norm, images):
+    """A maximum over tokens is not the same in another basis."""
     vit, args = build("vit", global_pool=pool, fc_norm=fc_norm)
     spec = describe(vit, args)
     net = SlimmableViT(vit, spec, Rule(ratios_of(parse_points("0.5,1")), spec.num_heads)).eval()
@@ -199,7 +199,7 @@ def test_a_stream_of_which_the_largest_values_are_pooled_is_only_permuted(pool, 
 
 
 def useless(part: str, net: SlimmableViT) -> None:
-    """Makes a part of a model compute nothing, as pruning and training do."""
+    """Zeroes a part of a model, as pruning and training do."""
     block, width = net.vit.blocks[1], net.spec.embed_dim
     head = slice(0, net.spec.head_dim)
     if part == "values":
@@ -233,8 +233,8 @@ USELESS += ("mlp", "block", "all blocks", "head")
 
 @pytest.mark.parametrize("kind", ["deit", "norm before the blocks"])
 @pytest.mark.parametrize("part", USELESS)
-def test_what_computes_nothing_is_no_obstacle_and_can_learn_again(kind, part, images):
-    """Wherever a gradient arrived before, one arrives in the other basis."""
+def test_useless_parts_are_ordered_and_can_learn_again(kind, part, images):
+    """Every head that had a gradient before has one in the new basis."""
     net = slimmable(kind)
     with torch.no_grad():
         useless(part, net)
@@ -249,13 +249,13 @@ def test_what_computes_nothing_is_no_obstacle_and_can_learn_again(kind, part, im
 
 
 def gradients_of(attn) -> list[torch.Tensor]:
-    """The gradients of q, k and v of each head, then of the projection's columns for it."""
+    """Returns each head's gradients of q, k and v, then of its columns of the projection."""
     size = attn.head_dim
     return [*attn.qkv.weight.grad.split(size), *attn.proj.weight.grad.split(size, dim=1)]
 
 
 @torch.no_grad()
-def test_large_outputs_may_differ_by_as_much_more(images):
+def test_large_outputs_may_differ_in_proportion(images):
     net = slimmable()
     net.vit.head.weight.mul_(1e4)
     ordered = order_channels(net, [images])
@@ -268,7 +268,7 @@ def test_streams_read_without_a_bias_or_a_head_are_only_permuted(change):
 
 
 @torch.no_grad()
-def test_what_the_dropped_channels_are_on_average_stays_in_the_biases(images):
+def test_biases_absorb_the_mean_of_dropped_channels(images):
     ordered = order_channels(slimmable(), [images])
     read: list[torch.Tensor] = []
     ordered.vit.blocks[1].norm2.register_forward_hook(lambda _, read_, wrote: read.append(wrote))

@@ -1,3 +1,5 @@
+"""Points: spelling, names, rows and order."""
+
 from fractions import Fraction
 
 import pytest
@@ -20,11 +22,11 @@ def test_label_reads_back(text, label):
 
 
 NO_POINTS = ["0", "1.5", "-0.5", "half", "", "1/0", "nan", "0.5@0", "0.5@", "0.5~2", "0.5~0", "@160"]
-HUGE = ["1e9999999", "1e-99999999", "1e400", "9" * 5000]  # whose exact value would fill the memory
+HUGE = ["1e9999999", "1e-99999999", "1e400", "9" * 5000]  # their exact values would fill the memory
 
 
 @pytest.mark.parametrize("text", [*NO_POINTS, *HUGE])
-def test_no_width(text):
+def test_invalid_widths(text):
     with pytest.raises(PointError) as error:
         Point.of(text)
     assert error.value.hint or error.value.remedy
@@ -72,7 +74,7 @@ def test_points_are_ordered_by_ratio_then_size_then_keep():
 
 
 def test_a_family_of_widths_takes_no_other_points():
-    """Or a size would be dropped in silence."""
+    """Otherwise a size would be dropped silently."""
     for text in ("0.5@160", "0.5~0.7"):
         with pytest.raises(PointError, match=f"{text} is more than a width"):
             ratios_of(parse_points(f"{text},1"))

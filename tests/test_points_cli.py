@@ -1,4 +1,4 @@
-"""Sizes and shares of tokens by the commands: untrained, trained by supervit, resumed, exported, timed."""
+"""Commands with sizes and shares of tokens: untrained, trained by supervit, resumed, exported, timed."""
 
 import json
 import subprocess
@@ -211,7 +211,7 @@ def test_bench_measures_8_bits_of_every_size(scala):
 
 
 def test_a_family_is_trained_to_merge(scala, photos):
-    """--tokens merge: the rule is trained, saved, told in the command, and cut into slices."""
+    """--tokens merge is trained, saved, repeated in the command, and kept in slices."""
     write_timm_directory(Path("vit"), num_classes=3, depth=4)
     words = ("--method", "supervit", "--sizes", "16", "--keeps", "0.7,1", "--tokens", "merge")
     done = scala("finetune", "vit", "--data", photos, *words, *QUICK, "-o", "run")

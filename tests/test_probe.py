@@ -1,4 +1,4 @@
-"""Probes of embeddings, each beside a loop that does the same the slow way."""
+"""Probes of embeddings, compared with slow loops that do the same."""
 
 import math
 from pathlib import Path
@@ -71,9 +71,9 @@ def test_recall_counts_the_images_that_are_nearer(chunk, monkeypatch):
 
 
 def test_a_linear_probe_is_the_ridge_regression_of_the_classes():
-    """With the strength that the held-out images chose, by torch's least squares of the padded problem."""
+    """Compares it with torch's least squares on padded rows, at the strength chosen on held-out images."""
     labels = torch.arange(160) % 4
-    shift = 1000 * torch.ones(6)  # of which a standardised channel keeps nothing
+    shift = 1000 * torch.ones(6)  # standardising removes the shift
     x = (drawn(4, 6)[labels] + drawn(160, 6, seed=1)) * torch.tensor([1, 1, 1, 1, 100, 0]) + shift
     fitted = LinearProbe(x, labels, 4)
     spread = x.double().std(0, correction=0)
@@ -99,7 +99,7 @@ def test_a_linear_probe_of_a_few_images_that_are_all_alike():
 
 @pytest.fixture(scope="module")
 def textures(tmp_path_factory) -> Path:
-    """Stripes across, stripes down and noise: 16 training images a class, 8 to judge."""
+    """Returns a folder of stripes across, stripes down and noise: 16 training images a class, 8 to judge."""
     root, noise = tmp_path_factory.mktemp("textures"), np.random.default_rng(0)
     for part, count in (("train", 16), ("val", 8)):
         for label in ("across", "down", "noise"):
@@ -191,7 +191,7 @@ def test_what_cannot_be_probed(scala, pictures, textures):
     ):
         refused = scala("eval", "net", "--probe", "knn", *words)
         assert refused.code == 2 and told in refused.told, refused.stderr
-    with pytest.raises(DataError, match="not one of the images could be read"):
+    with pytest.raises(DataError, match="none of the images could be read"):
         net = slimmable(build("deit")[0])
         Path("one/train/red/0.png").write_bytes(b"")
         (Path("one/train") / "blue").mkdir()

@@ -1,4 +1,4 @@
-"""Uploading, to a server on this machine that speaks as the Hub does."""
+"""Uploads to a local server that answers like the Hub."""
 
 import base64
 import json
@@ -16,12 +16,12 @@ from huggingface_hub import ModelCard, constants
 
 from scala_cli.models.checkpoint import Record, load, save
 
-RESOLVE = socket.getaddrinfo  # before the tests' own takes its place
+RESOLVE = socket.getaddrinfo  # kept before tests patch it
 METRICS = [{"ratio": r, "top1": 50 + 40 * r, "top5": 99.0} for r in (0.25, 0.5, 0.75, 1.0)]
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Takes repositories and commits; all files come within the commit, as small ones do on the Hub."""
+    """A server that accepts repositories and commits; files come inline, as small ones do on the Hub."""
 
     server: "Server"
 
@@ -90,7 +90,7 @@ def net(elsewhere) -> Path:
 
 @pytest.fixture
 def push(scala, monkeypatch) -> Callable[..., Answer]:
-    """Runs `scala push` against a server, given by itself or by its address, where no other is."""
+    """Returns a function that runs `scala push` against a server, given by itself or by its address."""
 
     def run(server: Server | str, *words: str, token: str | None = "right") -> Answer:
         monkeypatch.setattr("socket.getaddrinfo", RESOLVE)
@@ -138,7 +138,7 @@ def test_the_card_of_a_family_without_its_full_width(push):
 def test_what_is_to_be_private_is_not_put_where_everybody_sees_it(push, hub, net):
     hub.open = True
     done = push(hub, "net", "org/net", "--private")
-    assert done.code == 2 and "everybody sees it" in done.stderr and not hub.files
+    assert done.code == 2 and "is public" in done.stderr and not hub.files
 
 
 def test_one_width_is_looked_at_first(push, net, images):
@@ -158,9 +158,9 @@ def test_one_width_is_looked_at_first(push, net, images):
     [
         (("net", "org/net"), None, "there is no token for the Hub."),
         (("net", "org/net"), "wrong", "the Hub refuses org/net"),
-        (("net", "or g/net"), "right", "no name of a repository"),
+        (("net", "or g/net"), "right", "not a valid name of a repository"),
         (("net",), "right", "no run yet"),
-        (("net", "net"), "right", "no name of a repository"),
+        (("net", "net"), "right", "not a valid name of a repository"),
         (("net", "org/net", "--private", "--dry-run"), "right", "leave out --private"),
         (("org/net",), "right", "no run yet"),
         (("net", "org/net", "--ratio", "0.3"), "right", "not trained"),

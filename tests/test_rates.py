@@ -17,7 +17,7 @@ from scala_cli.training.step import Step
 def step_with(photos, lr: float, **optimizer) -> Step:
     chosen = settings(photos, optimizer=OptimizerSettings(batch_size=4, lr=lr, model_ema=False, **optimizer))
     net = start()
-    with torch.no_grad():  # as where a LayerScale near zero is part of a weight
+    with torch.no_grad():  # as if a LayerScale near zero were folded into a weight
         net.vit.blocks[0].mlp.fc2.weight.mul_(1e-2)
         net.vit.blocks[0].mlp.fc2.bias.fill_(1e-2)
     step = Step(net, task_named("features"), net, chosen, torch.device("cpu"))
@@ -27,7 +27,7 @@ def step_with(photos, lr: float, **optimizer) -> Step:
 
 
 def moved(step: Step) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Every parameter before a step, and by how much it moved."""
+    """Returns every parameter before a step, and how far it moved."""
     before = {name: p.detach().clone() for name, p in step.net.named_parameters()}
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(4, *step.net.spec.input_size, generator=generator)

@@ -1,4 +1,4 @@
-"""What to type next: the core names a remedy, the command line says it."""
+"""Remedies: the core names one, and the command line prints its text."""
 
 import ast
 import pickle
@@ -47,13 +47,13 @@ def texts(tree: ast.AST) -> list[str]:
 
 
 def raising() -> set[str]:
-    """The names of what makes an error of a message and a hint."""
+    """Returns the names of functions and classes that make an error from a message and a hint."""
     takes_hint = {f.name for tree in CORE.values() for f in functions(tree) if "hint" in arguments(f)}
     return {kind.__name__ for kind in ERRORS} | takes_hint - {"__init__"}
 
 
 def test_no_error_of_the_core_names_an_option_or_a_command():
-    """Neither where it is raised nor in a constant that is given there."""
+    """Neither in the raising call nor in a constant passed to it."""
     makers = raising()
     assert {"refuse_misfit", "naming_failure", "DataError"} <= makers
     for file, tree in CORE.items():
@@ -73,7 +73,7 @@ def test_no_error_of_the_core_names_an_option_or_a_command():
 
 
 def remedies_named() -> list[tuple[str, set[str], str]]:
-    """(remedy, names of its facts, where) of every error that names one, or a default that does."""
+    """Returns (remedy, names of its facts, place) for every call, or default, that names a remedy."""
     found = []
     for file, tree in CORE.items():
         for call in calls(tree):
@@ -81,7 +81,7 @@ def remedies_named() -> list[tuple[str, set[str], str]]:
             if "remedy" in given and isinstance(given["remedy"], ast.Constant):
                 facts = given.keys() - {"remedy", "message", "hint", "kind"}
                 found.append((given["remedy"].value, facts, f"{file}:{call.lineno}"))
-            elif "remedy" in given:  # handed on
+            elif "remedy" in given:  # passed on
                 assert ast.unparse(given["remedy"]) == "remedy", f"{file}:{call.lineno}"
         for function in functions(tree):
             named = dict(zip(reversed(function.args.args), reversed(function.args.defaults), strict=False))
@@ -129,7 +129,7 @@ def test_the_failure_of_another_library_keeps_its_remedy():
     assert advice(caught.value) == "Leave out --amp." and isinstance(caught.value.__cause__, KeyError)
 
 
-def test_advice_is_what_there_is():
+def test_advice_without_a_remedy_is_the_hint():
     assert advice(ScalaError("it broke.")) == ""
     assert advice(ScalaError("it broke.", "Mend it.")) == "Mend it."
 
@@ -157,7 +157,7 @@ def test_the_command_line_says_what_to_type(scala, tiny, words, line):
 
 
 def test_a_run_that_lacks_memory_is_told_both_to_take_less_and_to_go_on(scala, tiny, photos, monkeypatch):
-    """In its second step, when the first is saved."""
+    """Fails in the second step, after the first was saved."""
     real = Step.gather_gradients
 
     def fail(step, *given):

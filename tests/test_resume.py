@@ -1,4 +1,4 @@
-"""Runs that are stopped, or fail, and go on with nothing lost."""
+"""Runs that are stopped, or fail, resume with nothing lost."""
 
 import os
 import pickle
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize("every", [None, 1, 2])
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, Stopped])
 def test_resuming_gives_the_run_that_was_never_stopped(photos, epochs, every, kind):
-    """Killed in step 5 of 9: what is saved then is the last epoch's end, step 4 (or 5), or, asked, step 5."""
+    """Ends in step 5 of 9. KeyboardInterrupt leaves the last saved step, 3, 4 or 5; Stopped saves step 5."""
     chosen = settings(photos, epochs=epochs, augment=AugmentSettings(mixup=0.5, cutmix=0.5))
     chosen = replace(chosen, optimizer=replace(chosen.optimizer, save_every_steps=every))
     finetune(start(), Record(), chosen, Run(Path("whole")), Listener())
@@ -52,7 +52,7 @@ LONG += ("--save-every-steps", 3)
 
 @pytest.fixture(scope="module")
 def never_stopped(fork_server, photos, tmp_path_factory) -> Path:
-    """A model, and in whole/ the run that it begins."""
+    """Returns a directory with a model, and in whole/ its run without a stop."""
     root = tmp_path_factory.mktemp("runs")
     write_timm_directory(root / "model", num_classes=3)
     with chdir(root):
@@ -72,7 +72,7 @@ def never_stopped(fork_server, photos, tmp_path_factory) -> Path:
     ],
 )
 def test_resuming_a_process_that_was_stopped(forks, photos, never_stopped, number, code, workers, send):
-    """Some time after the first epoch; a terminal and a scheduler also stop what reads the images."""
+    """Stops after the first epoch; a terminal and a scheduler signal the workers too."""
     shutil.copytree(never_stopped, ".", dirs_exist_ok=True)
     words = ("finetune", "model", "--data", photos, *LONG, "-j", workers, "-o", "cut")
     process = forks.start(*words, start_new_session=True)
@@ -91,7 +91,7 @@ def test_resuming_a_process_that_was_stopped(forks, photos, never_stopped, numbe
 @pytest.mark.parametrize("changes", [{"grad_accum_steps": 4}, {"batch_size": 128, "epochs": 6}])
 @pytest.mark.parametrize("stop_at", [3, 5])
 def test_resuming_with_other_sizes_of_a_batch(photos, changes, stop_at):
-    """One image at a time; and more asked for than there are, so that a step is an epoch."""
+    """One image at a time; and a batch larger than the data set, so that a step is an epoch."""
     chosen = settings(photos)
     chosen = replace(chosen, optimizer=replace(chosen.optimizer, **changes))
     finetune(start(), Record(), chosen, Run(Path("whole")), Listener())
@@ -117,7 +117,7 @@ def test_what_a_killed_process_had_begun_to_write_is_removed(photos, again):
 
 
 def test_a_kill_between_two_renames_loses_no_checkpoint(photos):
-    """On a file system that exchanges nothing: the former best is under another name, and comes back."""
+    """On a file system without exchange the old checkpoints have temporary names; they are restored."""
     chosen = settings(photos, epochs=3)
     finetune(start(), Record(), chosen, Run(Path("whole")), Listener())
     with pytest.raises(Stopped):
@@ -211,7 +211,7 @@ def test_a_run_with_a_new_head_is_resumed_in_either_part(photos, stop_at):
 
 
 def test_a_run_with_a_new_head_keeps_its_batch_in_another_number_of_processes(photos):
-    """Begun by two processes with two images each, stopped while the classes are learnt, resumed by one."""
+    """Two processes with two images each are stopped while classes are learnt; one process resumes."""
     chosen = settings(photos, method=MethodSettings(order="none"))
     finetune(slimmable(), Record(), chosen, Run(Path("whole")), Listener())
     with pytest.raises(Stopped):

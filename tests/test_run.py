@@ -1,4 +1,4 @@
-"""A run directory belongs to one process at a time, and --force takes only what a run wrote."""
+"""A run directory belongs to one process at a time, and --force replaces only what a run wrote."""
 
 import json
 import subprocess
@@ -33,7 +33,7 @@ with locked(Path(sys.argv[1])):
 
 @contextmanager
 def trained_elsewhere(run: str):
-    """Another process holds the run."""
+    """Holds the run's lock in another process."""
     words = [sys.executable, "-c", HOLDS, run]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"\n"
@@ -52,7 +52,7 @@ def test_two_processes_do_not_train_one_run(photos):
             with pytest.raises(TrainingError, match="another process is training cut"):
                 again()
         assert Path("cut/state.pt").read_bytes() == before
-        elsewhere = Run(Path("cut"), writes=False)  # of torchrun's processes one writes, and one holds
+        elsewhere = Run(Path("cut"), writes=False)  # of torchrun's processes only one writes and locks
         resume_run(elsewhere, Listener())
         assert Path("cut/state.pt").read_bytes() == before
     Path("new").mkdir()
@@ -69,7 +69,7 @@ def test_two_processes_do_not_train_one_comparison():
     with elsewhere, refused, claimed(folder, what):
         pytest.fail("two train one comparison")
     for name in ("compare.json", "compare.csv"):
-        (folder / name).rename(temporary(folder / name))  # all that a process that was killed has come to
+        (folder / name).rename(temporary(folder / name))  # as far as a killed process got
     with claimed(folder, what):
         assert {path.name for path in folder.iterdir()} == {"compare.json", "compare.csv", LOCK}
     Path("mine").mkdir()
@@ -88,7 +88,7 @@ def test_both_parts_of_a_run_with_a_new_head_are_held(photos):
 
 
 def test_force_takes_a_run_and_nothing_that_lies_in_it(photos):
-    """A link in it goes, what it points to stays; a file of somebody else's keeps the whole run as it is."""
+    """A link in it is removed, but not its target; a file of somebody else keeps the whole run."""
     chosen = settings(photos, epochs=1)
     finetune(slimmable(), Record(), chosen, Run(Path("mine")), Listener())
     Path("mine/best").rename("far")

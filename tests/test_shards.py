@@ -1,4 +1,4 @@
-"""Tar files of images: read in place, in any order, as webdataset would."""
+"""Tar files of images: read in any order, with the samples that webdataset gives."""
 
 import io
 import tarfile
@@ -112,7 +112,7 @@ def test_a_backbone_learns_from_tar_files(scala):
         shard(f"s/{number:03}.tar", 8 * number, 8)
     words = ("finetune", "backbone", *QUICK, "--save-every-steps", 1, "--ratios", "0.5,1", "--data")
     told = scala(*words, "s/{000..002}.tar", "-o", "run", "-j", 2)
-    assert told.code == 0 and "2 of the 24 images judge" in told.told, told.told
+    assert told.code == 0 and "2 of the 24 images validate" in told.told, told.told
     assert "--data '{000..002}.tar'" in Path("run/best/config.json").read_text()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("scala_cli.training.loop.evaluate", interrupt)
@@ -143,7 +143,7 @@ def test_class_numbers_are_not_used_for_features():
     [
         ({}, "no images"),
         ({"a.txt": b"1"}, "no images"),
-        ({"a.jpg": b"1", "a.png": b"2"}, "two images of one name, a.jpg and a.png"),
+        ({"a.jpg": b"1", "a.png": b"2"}, "two images of the same name, a.jpg and a.png"),
         ({"a.jpg": b"1", "a.cls": b"cat"}, "a.cls holds no class number"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in this process."""
+"""Ctrl-C and SIGTERM during a command."""
 
 import signal
 
@@ -38,10 +38,10 @@ def test_in_training_the_first_waits_for_the_step_and_the_second_does_not(number
 
 
 def test_a_signal_that_interrupts_a_line_being_printed(monkeypatch, capfd):
-    """Whoever holds a stream's lock, or writes to it, may be what the signal interrupts: it is not used."""
+    """The signal may interrupt a write that holds the stream's lock, so the handler uses no stream."""
 
     class Busy:
-        """Any use of it would wait for what cannot go on, or raise."""
+        """A stream that raises on any use."""
 
         def __getattr__(self, name):
             pytest.fail(f"stderr.{name} is used by the handler")
@@ -72,7 +72,7 @@ def test_a_quiet_command_does_not_tell_of_a_signal(capfd):
 
 
 def test_what_is_saved_once_another_process_is_lost_is_saved_whole(photos, tmp_path, monkeypatch):
-    """torchrun, which notices the loss as well, ends the others meanwhile."""
+    """torchrun notices the loss too, and sends SIGTERM to the others meanwhile."""
     run, write, gather, steps = Run(tmp_path / "run"), Run.write_state, Step.gather_gradients, []
 
     def lose(*given):
@@ -94,7 +94,7 @@ def test_what_is_saved_once_another_process_is_lost_is_saved_whole(photos, tmp_p
 
 
 def test_torchrun_repeats_what_the_terminal_has_sent(monkeypatch):
-    """Within two seconds that is one request; after them it is a second one."""
+    """Signals within two seconds are one request; a later one is a second request."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)

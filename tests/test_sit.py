@@ -1,4 +1,4 @@
-"""Feature recalibration distillation: a step against the loss by hand, runs, resuming, what is refused."""
+"""Feature recalibration distillation: a step compared with the loss by hand, runs, resuming, errors."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +38,7 @@ def settings(**changes) -> Settings:
 
 
 def step_of(kind="deit", task="classification", **changes) -> tuple[Step, object]:
-    """A step of the method from a tiny model, and the model from before."""
+    """Returns a step of the method for a tiny model, and the model without modules."""
     chosen, purpose = settings(**changes), task_named(task)
     before = slimmable(kind, "1")
     method = SiT(FULL, chosen.method, purpose)
@@ -47,7 +47,7 @@ def step_of(kind="deit", task="classification", **changes) -> tuple[Step, object
 
 
 def blocks_of(vit, images):
-    """(normed tokens, patch tokens after every block), by timm's modules one by one."""
+    """Returns (normed tokens, patch tokens after every block), by running timm's modules one by one."""
     x, seen = vit.patch_drop(vit._pos_embed(vit.patch_embed(images))), []
     for block in vit.blocks:
         x = block(x)
@@ -85,7 +85,7 @@ def test_each_part_of_the_loss_is_switched_off(off, images):
     ]
     assert losses[0] > losses[1] > losses[2]
     told = part.method.passes(Batch(images, TARGETS), part.predict, None, FULL)
-    assert next(iter(told)).loss.item() == pytest.approx(losses[2])  # without a teacher the labels alone
+    assert next(iter(told)).loss.item() == pytest.approx(losses[2])  # without a teacher only the labels count
 
 
 def test_reverse_modules_learn_five_times_as_fast():
@@ -105,7 +105,7 @@ def test_a_reverse_module_has_the_papers_sizes():
 
 @pytest.mark.parametrize("kind", ["deit", "no class token, registers"])
 def test_features_are_learnt_without_labels(kind, images):
-    """Each patch gets the mean of the tokens it went into, so that it can be compared with the teacher's."""
+    """Each patch gets the mean of the tokens it went into, to be compared with the teacher's patch."""
     net, _ = for_task(slimmable(kind, "1"), Record(), "features")
     purpose, chosen = task_named("features"), settings()
     start = SiT(FULL, chosen.method, purpose).prepared(net, 0)
@@ -283,7 +283,7 @@ def test_a_second_teacher_of_other_classes_is_refused(elsewhere):
 
 
 def test_every_width_over_one_copy_of_the_weights(scala, elsewhere):
-    """In `export --all` too: the modules' tensors, which lie in another file, are cut like the others."""
+    """`export --all` cuts the modules' tensors too, which are in another file."""
     pytest.importorskip("onnxruntime")
     save(slimmed(), Record(method="sit"), elsewhere / "net")
     told = scala("export", "net", "--all", "-o", "all", "--json")

@@ -1,4 +1,4 @@
-"""The slicing rule against the naive thing: lists of kept channels, built by hand."""
+"""The slicing rule, compared with lists of kept channels built by hand."""
 
 import math
 from fractions import Fraction
@@ -45,7 +45,7 @@ def test_an_unknown_parameter_is_an_error(name):
 @pytest.mark.parametrize("isolated", [False, True])
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75, 1.0])
 def test_attention_keeps_the_same_channels_of_every_head(ratio, isolated):
-    """Layout aligned: q, k, v and each head are cut alike, and what reads a head reads those channels."""
+    """Layout aligned: q, k, v and each head keep the same channels, and layers reading a head read these."""
     end = "last" if isolated and ratio in (0.5, 0.75) else "first"
     stream, within = channels(DIM, ratio, end), channels(HEAD_DIM, ratio, end)
 
@@ -101,7 +101,7 @@ def test_slices_are_views_wherever_torch_can():
 
 @pytest.mark.parametrize("kind", ["deit", "qk_norm"])
 def test_fixed_scale_is_attention_scaled_as_at_full_width(kind, images):
-    """Folding into q against the same slice run with its attention scale set by hand."""
+    """Folding the scale into q equals the same slice with its attention scale set by hand."""
     net = slimmable(kind, attn_scale="fixed")
     plain = slimmable(kind, attn_scale="native").slice(0.25)
     for block in plain.blocks:

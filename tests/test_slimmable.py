@@ -1,4 +1,4 @@
-"""The slimmable forward against the exported slice, on one of each kind of model."""
+"""The slimmable forward, compared with the slice, for every kind of model."""
 
 import gc
 from concurrent.futures import ThreadPoolExecutor
@@ -67,8 +67,8 @@ def test_gradients_equal_those_of_the_slice(images):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_the_head_does_not_read_is_skipped_for_the_same_logits_and_gradients(kind, images):
-    """Skipped is what lies behind a plain attention, where the head reads a class token alone."""
+def test_skipping_tokens_that_the_head_does_not_read_keeps_logits_and_gradients(kind, images):
+    """After the last plain attention, patch tokens are skipped if the head reads only the class token."""
     whole = slimmable(kind)
     sparing = whole.copied()
     skip_unread(sparing.vit)
@@ -106,7 +106,7 @@ def test_a_slice_owns_its_weights(images):
         assert torch.equal(piece(images), before)
 
 
-def test_skeletons_are_not_initialised_and_nothing_tells_of_it(tmp_path, monkeypatch):
+def test_skeletons_are_not_initialised_and_configs_do_not_say_so(tmp_path, monkeypatch):
     net = slimmable()
     monkeypatch.delattr(VisionTransformer, "init_weights")
     assert net.spec.build().blocks[0].mlp.fc1.weight.is_meta
@@ -153,7 +153,7 @@ def test_weights_made_in_inference_mode_are_cut_anew(images):
 
 @torch.no_grad()
 def test_threads_may_share_a_family(images):
-    """On a fresh net every thread meets skeletons that others are building; later the weights change."""
+    """Threads share a new family, whose skeletons others are building; then the weights change."""
     kept = slimmable()
     for factor in (1, 2):
         for parameter in kept.vit.parameters():
@@ -164,7 +164,7 @@ def test_threads_may_share_a_family(images):
             start = Barrier(6)
 
             def answers(number, net=net, start=start):
-                with torch.no_grad():  # which a thread decides for itself
+                with torch.no_grad():  # no_grad holds for one thread only
                     start.wait()
                     points = [*net.points[number % 4 :], *net.points[: number % 4]] * 3
                     return [(point, net(images, point)) for point in points]
@@ -174,8 +174,8 @@ def test_threads_may_share_a_family(images):
                     assert all(torch.allclose(answer, expected[point], atol=1e-5) for point, answer in told)
 
 
-def test_a_thread_that_predicts_does_not_cut_another_off_from_its_gradients(images):
-    """Between another thread's filling of a width and its forward."""
+def test_predicting_in_one_thread_keeps_gradients_in_another(images):
+    """A thread predicts after another has filled the width's skeleton, before its forward."""
     net = slimmable()
     skeleton = net.at(net.rule.ratios[1])
     with ThreadPoolExecutor(1) as pool:
@@ -186,7 +186,7 @@ def test_a_thread_that_predicts_does_not_cut_another_off_from_its_gradients(imag
 
 @torch.no_grad()
 def test_buffers_are_carried_as_parameters_are(images):
-    """A buffer in place of a parameter, as BatchNorm has them, is cut by the same row of the table."""
+    """A buffer in place of a parameter, as in BatchNorm, is cut by the same row of the table."""
     net = slimmable()
     net(images, 0.5)  # the skeleton has a parameter of that name
     for name in ("weight", "bias"):
@@ -258,7 +258,7 @@ def test_an_untrained_width_is_refused(images):
         ("vit_giant_patch14_dinov2", {"depth": 1}, "a GluMlp"),
     ],
 )
-def test_what_is_not_plain_is_refused_with_the_reason(name, args, reason):
+def test_models_that_are_not_plain_are_refused_with_the_reason(name, args, reason):
     with torch.device("meta"):
         model = timm.create_model(name, **args)
     with pytest.raises(CheckpointError, match=reason):

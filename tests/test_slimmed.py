@@ -1,4 +1,4 @@
-"""Token slimming modules: SiT's checkpoints against arithmetic by hand; cut, ordered, fitted, written."""
+"""Token slimming modules: SiT's checkpoints, compared with a forward by hand; sliced, ordered, fitted."""
 
 from dataclasses import replace
 from fractions import Fraction
@@ -29,7 +29,7 @@ HALVES = tuple(point.ratio for point in parse_points("0.5,1"))
 
 
 def with_slimming(state, stages, keep, side, ratio=4):
-    """A state dict of SiT's authors: token slimming modules and their reverse, every tensor random."""
+    """Adds random token slimming modules and their reverse to a state dict, as SiT's authors name them."""
     dim, patches = state["norm.weight"].numel(), side**2
     counts = [int(patches * keep**i) for i in range(len(stages))]
     for number, count in enumerate(counts[1:]):
@@ -47,7 +47,7 @@ def with_slimming(state, stages, keep, side, ratio=4):
 
 
 def slimming_by_hand(state, stages):
-    """What becomes of their tokens after a block."""
+    """Returns a function (block number, tokens) -> tokens, slimmed after the blocks that end a stage."""
     ends = [sum(stages[:i]) - 1 for i in range(1, len(stages))]
 
     def after(number, x):
@@ -88,7 +88,7 @@ def test_a_file_that_does_not_tell_its_stages_is_refused():
 
 
 def slimmed(kind="deit", stages=(1, 1), keep=Fraction(1, 2), ratios=HALVES, depth=2) -> SlimmableViT:
-    """A tiny family with token slimming modules, every parameter random."""
+    """Returns a tiny random family with token slimming modules."""
     vit, args = build(kind, depth=depth)
     spec = describe(vit, args)
     counts = slim_counts(stages, keep, spec.patches, depth)
@@ -149,7 +149,7 @@ PAPER["sit_l"] = (148.2, 34.4)
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_models_cost_what_it_says(name):
-    """Within 2 %. The paper counts a second classifier too, of the patches, which is never used."""
+    """Within 2 %: the paper also counts a second classifier, of the patches, which is never used."""
     spec = describe(skeleton(name))
     params, gmacs = PAPER[name]
     counted = params_of(spec.build()) + 1000 * (spec.embed_dim + 1)
@@ -158,7 +158,7 @@ def test_the_papers_models_cost_what_it_says(name):
 
 
 def test_the_work_of_a_module_is_counted():
-    """By hand: a block of 17 tokens, then, after the module, one of 9."""
+    """Counted by hand: a block of 17 tokens, then, after the module, one of 9."""
     spec = slimmed().spec
     dim, given, tokens = 32, 16, 8
 
@@ -197,7 +197,7 @@ def test_stages_that_cannot_be_are_refused(stages, keep, said):
 
 @torch.no_grad()
 def test_the_pooling_start_is_the_mean_of_neighbours():
-    """Of 4 x 4 patches, halved twice: pairs side by side, then squares of four."""
+    """Halves 4 x 4 patches twice: pairs side by side, then squares of four."""
     first, second = pooling(8, (4, 4), 16), pooling(4, None, 8)
     assert torch.allclose(first.sum(1), torch.ones(8))
     assert first[0].nonzero().flatten().tolist() == [0, 1]

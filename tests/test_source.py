@@ -1,4 +1,4 @@
-"""From every way to name a model to a slimmable one, and every way that can go wrong."""
+"""Opening a slimmable model by every kind of name, and the errors of each."""
 
 import argparse
 import json
@@ -32,7 +32,7 @@ def timm_directory(tmp_path) -> Path:
 
 @pytest.fixture
 def released(tmp_path) -> Path:
-    """A training checkpoint as DeiT releases them: a pickle with the options beside the weights."""
+    """Writes a training checkpoint as DeiT releases them: a pickle of weights and options."""
     torch.manual_seed(0)
     vit = timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=48)
     options = argparse.Namespace(model="deit_tiny_patch16_224", lr=1e-3)
@@ -219,7 +219,7 @@ def test_what_is_converted_again_stays_what_it_was(timm_directory, tmp_path, rec
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [torch.half, torch.bfloat16])
-def test_half_the_bits_are_read_as_what_they_say(tmp_path, kind):
+def test_half_precision_files_are_read_as_float32(tmp_path, kind):
     vit = timm.create_model("test_vit").eval().to(kind)
     torch.save({"model": vit.state_dict(), "arch": "test_vit"}, tmp_path / "half.pth")
     assert slimmable(vit).vit.norm.weight is vit.norm.weight, "in memory it stays as it is"
@@ -241,13 +241,13 @@ def test_weights_without_a_classifier(tmp_path):
     assert net.spec.num_classes == 3 and record.new_head and not net.spec.features
     assert torch.equal(net.vit.blocks[3].mlp.fc1.weight, state["blocks.3.mlp.fc1.weight"])
     save_file({name.replace("mlp", "ffn"): t for name, t in state.items()}, tmp_path / "odd.safetensors")
-    with pytest.raises(CheckpointError, match="ffn"):  # a new head is no leave to be another model
+    with pytest.raises(CheckpointError, match="ffn"):  # a new head does not allow other differences
         open_model("deit_ti", FOUR, Changes(num_classes=3), weights=tmp_path / "odd.safetensors")
 
 
 @torch.no_grad()
 def test_weights_for_the_model_of_a_directory(timm_directory, tmp_path, images):
-    """The file's weights, not those that lie there."""
+    """The file's weights are used, not those in the directory."""
     other, _ = build("deit")
     other.head.bias += 1
     save_file(other.state_dict(), tmp_path / "other.safetensors")
@@ -289,7 +289,7 @@ def test_an_image_size_that_is_no_multiple_of_the_patch(timm_directory):
     spec = describe(*build("vit", **args))
     with pytest.raises(CheckpointError, match="image width 18 is not a multiple of patch size 4") as error:
         check_patches(spec)
-    assert error.value.remedy == "try"  # not an image size, which would make it square
+    assert error.value.remedy == "try"  # not an image size, as that would be square
     assert error.value.facts == {"setting": "patch-size", "value": 2}
     with pytest.raises(CheckpointError, match="100 is not a multiple of patch size 16"):
         open_model("test_vit", FOUR, Changes(img_size=100), scratch=True)

@@ -1,4 +1,4 @@
-"""Which images a data set has, and whether its classes are the model's."""
+"""Data sets: their images, and whether their classes match the model's."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def test_class_misfit():
     assert class_misfit(data, 0, None) == "the model has no classes, it gives features"
     assert "3 classes, the data has 2" in class_misfit(data, 3, None)
     assert "class 'dog' that the model does not know" in class_misfit(data, 2, ["wolf", "cat"])
-    assert "several classes of one name" in class_misfit(data, 3 - 1, ["cat", "dog", "dog"])
+    assert "several classes of the same name" in class_misfit(data, 3 - 1, ["cat", "dog", "dog"])
 
 
 def test_classes_are_numbered_as_in_the_models_head(folder):
@@ -49,7 +49,7 @@ def test_classes_are_numbered_as_in_the_models_head(folder):
 
 @pytest.mark.usefixtures("elsewhere")
 def test_a_run_keeps_the_order_of_the_head_and_goes_on_with_it(folder):
-    """Its weights have known the classes before, so its head is not new."""
+    """The weights were trained on these classes, so the head is not new."""
     names, listener = ("red", "blue", "green"), Listener(stop_at=4)
     with pytest.raises(KeyboardInterrupt):
         finetune(
@@ -61,7 +61,7 @@ def test_a_run_keeps_the_order_of_the_head_and_goes_on_with_it(folder):
 
 
 def test_processes_that_see_other_images_say_so(folder, monkeypatch):
-    """Each has the sum of all only: here the other one's number is larger by one."""
+    """Processes see only sums; here the other process's number is larger by one."""
     monkeypatch.setattr("torch.distributed.get_backend", lambda: "gloo")
     others = 0
     monkeypatch.setattr(World, "sum", lambda _, tensor: tensor * 2 + others)

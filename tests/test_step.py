@@ -1,4 +1,4 @@
-"""One training step and what drives it: optimizer, schedule, clipping, precision, mixup."""
+"""A training step: optimizer, schedule, clipping, precision and mixup."""
 
 import math
 from copy import deepcopy
@@ -125,7 +125,7 @@ def test_a_gpu_that_emulates_bfloat16_does_not_use_it_by_itself(monkeypatch, cap
 
 @pytest.mark.parametrize("parts", [2, 3, 4, 9])
 def test_a_batch_in_parts_makes_the_same_step(photos, parts):
-    """Also where it does not divide: 4 images in 3 parts are 2 and 2, in 9 parts one each."""
+    """Also if it does not divide: 4 images in 3 parts are 2 and 2, in 9 parts one each."""
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     steps = []
     for number in (1, parts):
@@ -149,7 +149,7 @@ def test_mixup_of_a_single_image_is_that_image(photos):
 
 
 def test_lack_of_memory_names_the_batch_and_keeps_what_was_saved(photos, tmp_path):
-    """Each step asks for a petabyte from the fifth step on."""
+    """From step 5 on, each step allocates a petabyte."""
     ready, run = trainer(photos), Run(tmp_path / "run")
     real = ready.step.predict
     ready.step.predict = lambda *args: torch.empty(1 << 50) if ready.step.number == 4 else real(*args)
@@ -187,7 +187,7 @@ def test_gradient_checkpointing_computes_blocks_again_for_the_same_gradients(pho
 
 
 def test_compiled_widths_are_compiled_once_and_compute_the_same(photos, monkeypatch):
-    quick = partialmethod(SlimmableViT.compile, backend="aot_eager")  # all of torch.compile but its kernels
+    quick = partialmethod(SlimmableViT.compile, backend="aot_eager")  # torch.compile without kernels
     monkeypatch.setattr(SlimmableViT, "compile", quick)
     images, targets = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
     losses, gradients = [], []
@@ -200,7 +200,7 @@ def test_compiled_widths_are_compiled_once_and_compute_the_same(photos, monkeypa
         ready.gather_gradients(images, targets)
         gradients.append([p.grad for p in ready.net.vit.parameters()])
         ready.optimizer.zero_grad()
-        losses.append([ready(images, targets) for _ in range(3)])  # whose weights are cut anew each time
+        losses.append([ready(images, targets) for _ in range(3)])  # each step changes the weights
         assert [*ready.net.vit.state_dict()] == [*start_of_two.vit.state_dict()]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     for eager, other in zip(*losses, strict=True):
@@ -233,7 +233,7 @@ def test_lack_of_memory_is_not_the_compilers(photos):
 
 
 def test_the_narrowest_pulls_with_its_weight(photos):
-    """The gradient is the sum of the widths' own, the narrowest's three times."""
+    """The gradient is the sum of the widths' gradients, the narrowest's counted three times."""
     images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
     chosen = OptimizerSettings(epochs=1, batch_size=4, clip_grad=None)
     ready = step(photos, optimizer=chosen)
@@ -271,7 +271,7 @@ def test_an_optimizer_of_second_order_is_refused(photos):
 
 
 def test_what_training_starts_from_stays_as_it_was(photos, tmp_path):
-    """Teacher and pupil are copies, in memory of their own: tensors of a file may lie at any address."""
+    """Teacher and student are copies in their own memory, since tensors of a file may be unaligned."""
     save(start(), Record(), tmp_path / "start")
     begun = load(tmp_path / "start")
     assert any(parameter.data_ptr() % 64 for parameter in begun.vit.parameters())
@@ -285,8 +285,8 @@ def test_what_training_starts_from_stays_as_it_was(photos, tmp_path):
 
 
 @pytest.mark.parametrize("averaged", [True, False])
-def test_what_moves_uncounted_is_cut_anew(photos, monkeypatch, averaged):
-    """As on a GPU, where not every kernel that writes to weights counts it."""
+def test_untracked_changes_of_weights_are_cut_anew(photos, monkeypatch, averaged):
+    """On a GPU not every kernel that writes weights raises their version counter."""
 
     def uncounted(values, others, weight):
         for value, other in zip(values, others, strict=True):
@@ -328,7 +328,7 @@ def test_a_model_can_be_copied_after_a_step(photos):
 
 
 class WithDecoder(Scala):
-    """A method with a part of its own, which the sum of its logits passes through."""
+    """A method with a module of its own, applied to the sum of the logits."""
 
     def modules(self, net):
         return torch.nn.ModuleDict({"decoder": torch.nn.Linear(net.spec.embed_dim, 3)})
@@ -354,7 +354,7 @@ def test_what_only_training_needs_is_trained_and_resumed_but_in_no_checkpoint(ph
 
 
 def test_training_does_not_touch_what_it_starts_from(photos, tmp_path):
-    """A model of the caller's keeps its head, its mode and its settings; so does the caller's process."""
+    """The caller's model keeps its head, mode and settings, and the caller's process its settings."""
     net = slimmable()
     net.vit.train()
     before = deepcopy(net.vit)

@@ -1,4 +1,4 @@
-"""Families of sizes and shares of tokens: the forward, the checkpoint, the authors' files, training."""
+"""Families of sizes and shares of tokens: forward, checkpoints, the authors' files, training."""
 
 from dataclasses import replace
 from fractions import Fraction
@@ -41,7 +41,7 @@ GRID = GridSettings("8,12,16", "0.5,0.7,1")
 
 
 def family(kind="deit", ratios="0.5,1", depth=4):
-    """A family of two widths, three sizes and three shares of tokens, its embeddings random."""
+    """Returns a family of two widths, three sizes and three shares of tokens, with random embeddings."""
     vit, _ = build(kind, depth=depth)
     net = in_grid(of_memory(vit, ratios), GRID).eval()
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_channels_in_order_take_the_embeddings_along(images):
 
 
 @torch.no_grad()
-def test_what_needs_no_training(images):
+def test_points_that_need_no_training(images):
     net, record = slimmable(), Record(method="scala")
     more, points = with_untrained(net, record, ["0.5~0.7", "1"], TokenSettings())
     assert [str(p) for p in points] == ["0.5~0.7", "1"] and more.spec.tokens.kind == "merge"
@@ -159,18 +159,18 @@ def test_what_needs_no_training(images):
         ("1~0", "share of tokens must be above 0"),
     ],
 )
-def test_points_that_cannot_be(points, message):
+def test_invalid_points_are_refused(points, message):
     with pytest.raises(PointError, match=message):
         slimmable().with_points(parse_points(points))
 
 
-def test_blocks_that_there_are_not():
+def test_missing_blocks_are_refused():
     with pytest.raises(PointError, match="block 9: the model has blocks 1 to 2"):
         in_grid(slimmable(), GridSettings(keeps="0.5,1", drop_blocks="9"))
 
 
 def theirs(depth=13, dim=36, heads=3, sizes=(8, 12, 20), patch=4, hidden=100, classes=7):
-    """A state dict as the SuperViT authors' code saves it, with odd dimensions."""
+    """Returns a state dict as the SuperViT authors' code saves it, with unusual dimensions."""
     made = torch.Generator().manual_seed(3)
 
     def random(*shape):
@@ -207,7 +207,7 @@ def theirs(depth=13, dim=36, heads=3, sizes=(8, 12, 20), patch=4, hidden=100, cl
 
 
 def their_logits(state, images, which, size, keep, heads, places=(4, 7, 10), patch=4):
-    """What their code computes, written out from the paper's facts alone."""
+    """Returns the logits of their code, written out from the paper."""
 
     def norm(x, name):
         return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps=1e-6)
@@ -340,7 +340,7 @@ def test_scala_trains_every_point_of_a_grid():
 
 @torch.no_grad()
 def test_features_of_merged_tokens_are_those_of_every_patch(images):
-    """The reference of the task has all patches, so dropping some is refused."""
+    """The task's reference has all patches, so dropping some is refused."""
     vit, _ = build("deit", depth=4, num_classes=0)
     net, record, task = of_memory(vit, "0.5,1").eval(), Record(task="features"), task_named("features")
     merged, points = with_untrained(net, record, ["0.5~0.7"], TokenSettings())

@@ -1,4 +1,4 @@
-"""Dropping and merging tokens, against slow versions that say what they do one token at a time."""
+"""Dropping and merging tokens, compared with slow loops over tokens."""
 
 from dataclasses import replace
 from fractions import Fraction
@@ -20,7 +20,7 @@ HALF = Fraction(1, 2)
 
 
 def attention(block, x, sizes=None):
-    """(attention weights, output, keys) of a block's attention, written out for one image (N, C)."""
+    """Returns (attention weights, output, keys) of a block's attention for one image (N, C)."""
     attn = block.attn
     n, h = len(x), attn.num_heads
     q, k, v = attn.qkv(block.norm1(x)).view(n, 3, h, -1).permute(1, 2, 0, 3)
@@ -61,7 +61,7 @@ def dropped(vit, image, places, keep):
 
 
 def merged(vit, image, counts):
-    """ToMe with lists: each token is a vector, how many patches it stands for, and which these are."""
+    """ToMe with lists: each token is (vector, number of its patches, its patches)."""
     x, prefix = embedded(vit, image), vit.num_prefix_tokens
     groups = [[j] for j in range(len(x) - prefix)]
     for number, block in enumerate(vit.blocks, 1):
@@ -108,7 +108,7 @@ def test_a_loop_over_tokens_says_the_same(kind, rule):
 
 
 def test_the_counts_of_the_paper():
-    """197 tokens: 99 patches and the class token go on; then half of 100, half of 51."""
+    """Of 197 tokens, 99 patches and the class token are kept; then half of 100, then half of 51."""
     assert TokenRule().counts(196, 1, 12, HALF) == {4: 99, 7: 50, 10: 26}
     assert TokenRule().places(24) == (7, 13, 19)
     assert TokenRule().places(6) == (2, 4, 5)

@@ -1,4 +1,4 @@
-"""Training runs, whole, on real digits and a tiny folder."""
+"""Whole training runs on real digits and a tiny folder."""
 
 import csv
 import json
@@ -58,7 +58,7 @@ def test_what_a_run_leaves_behind(photos):
 
 
 def test_training_learns_real_digits():
-    """From random weights, 3 epochs at .5 and 1: chance is 10 %."""
+    """Three epochs from random weights, at widths 0.5 and 1; chance is 10 %."""
     net, record = open_model(
         "test_vit", parse_points("0.5,1"), Changes(num_classes=10, img_size=8, patch_size=4), scratch=True
     )
@@ -81,7 +81,7 @@ def test_part_of_an_epoch(photos, epochs, steps, rows):
 
 
 def test_other_classes_are_learnt_at_full_width_first_which_then_teaches(photos):
-    """The net has five classes without names."""
+    """The model has five classes without names."""
     listener, run = Listener(), Run(Path("one"))
     finetune(slimmable(), Record(), settings(photos, epochs=2), run, listener)
     assert "knows 5 classes, the data has 3: the head is new" in listener.notes[0]
@@ -173,7 +173,7 @@ def test_pretrained_channels_are_put_in_order_while_that_is_free(photos, record,
 
 
 def test_pretraining_one_width_does_not_decide_isolation(photos):
-    """The full width alone first, then every width."""
+    """Trains the full width alone, then every width."""
     chosen = settings(photos, 1, method=MethodSettings(method="separate"))
     finetune(start(ratios="1"), Record(order="none"), chosen, Run(Path("one")), Listener())
     net, record = load_with_record(Path("one/last"))
@@ -191,7 +191,7 @@ def test_separate_training_leaves_the_other_channels_alone(photos):
     assert [p.label for p in after.points] == ["0.5"]
     one, other = before.vit.blocks[0].mlp.fc2.weight, after.vit.blocks[0].mlp.fc2.weight
     assert not torch.equal(one[:16, :64], other[:16, :64])
-    decay = 1 - other[16:, 64:] / one[16:, 64:]  # nothing but weight decay and the average reach them
+    decay = 1 - other[16:, 64:] / one[16:, 64:]  # only weight decay and the average change them
     assert decay.abs().max() < 1e-3
 
 
@@ -264,7 +264,7 @@ def test_settings_survive_being_saved():
 
 
 def test_a_model_tells_the_command_that_trained_it(photos):
-    """Given back to the command line it means the same settings."""
+    """The command line reads the recorded command as the same settings."""
     chosen = settings(
         photos,
         method=MethodSettings(isolation=False, noise_calibration=False, smoothing=0.2),
@@ -302,7 +302,7 @@ def test_corrupt_training_images_are_skipped_and_told(photos, tmp_path):
     listener = Listener()
     with pytest.raises(DataError, match=r"9\.png cannot be read"):
         finetune(start(), Record(), settings(folder, 1), Run(Path("one")), listener)
-    assert not Path("one").exists()  # so that the remedy can be tried at once
+    assert not Path("one").exists()  # so that the remedy can be tried in the same place
     read = ReadSettings(workers=0, on_corrupt="skip")
     finetune(start(), Record(), settings(folder, 1, read=read), Run(Path("one")), listener)
     assert any("unreadable and skipped: 1" in note for note in listener.notes)
@@ -313,6 +313,6 @@ def test_training_on_nothing_that_can_be_read(photos, tmp_path):
     for file in (folder / "train").rglob("*.png"):
         file.write_text("no image")
     chosen = settings(folder, 1, read=ReadSettings(workers=0, on_corrupt="skip"))
-    with pytest.raises(DataError, match=r"not one of the images could be read: .*\.png \(no image\)"):
+    with pytest.raises(DataError, match=r"none of the images could be read: .*\.png \(no image\)"):
         finetune(start(), Record(order="none"), chosen, Run(Path("one")), Listener())
     assert not Path("one").exists()

@@ -1,4 +1,4 @@
-"""Weights as training scripts save them: nested, under prefixes, beside an average, or broken."""
+"""Weights as training scripts save them: nested, with prefixes, with an average, or broken."""
 
 import collections
 import json
@@ -34,14 +34,14 @@ def under(prefix, state):
 
 @pytest.fixture
 def states():
-    """(the weights, their average), for the model of the directory `plain`."""
+    """Writes a model to `plain`; returns its weights, and other weights as their average."""
     vit = write_timm_directory(Path("plain"))
     state = vit.state_dict()
     return state, {name: tensor + 1 for name, tensor in state.items()}
 
 
 def read(content, average=False):
-    """(what the model's head came to be, the notes)"""
+    """Saves `content` as weights and opens it; returns (model, notes)."""
     torch.save(content, "w.pth")
     watch = Told()
     net, _ = open_model("plain", None, weights=Path("w.pth"), average=average, watch=watch)
@@ -127,7 +127,7 @@ def test_what_is_taken_and_left_out_is_told(states):
     assert read({"model": states[0], "epoch": 3})[1] == []
 
 
-def test_of_several_models_none_is_guessed(states):
+def test_a_file_of_several_models_is_refused(states):
     with pytest.raises(CheckpointError, match=r"holds several models: model; best, module\."):
         read({"model": states[0], "best": under("module.", states[0])})
     with pytest.raises(CheckpointError, match="several models: model_ema; swa"):
@@ -163,7 +163,7 @@ def test_broken_weights_are_named(value, scala):
     assert answer.code == 2 and "'blocks.1.mlp.fc1.bias' holds" in answer.told and not Path("out").exists()
 
 
-def test_numbers_of_numpys_are_read_beside_the_weights(states):
+def test_numpy_numbers_beside_the_weights_are_read(states):
     best = {"acc": np.float64(81.5), "epoch": np.int64(7), "loss": np.float32(0.5), "done": np.bool_(True)}
     vit, _ = read({"model": states[0], **best})
     assert is_of(vit, states[0])
@@ -171,7 +171,7 @@ def test_numbers_of_numpys_are_read_beside_the_weights(states):
     assert {name: found[name] for name in best} == {"acc": 81.5, "epoch": 7, "loss": 0.5, "done": True}
 
 
-def test_nothing_else_of_numpys_is(states):
+def test_other_numpy_objects_are_refused(states):
     read({"model": states[0], "odd": np.array("x")[()]})
     assert read_pickle(Path("w.pth"))["odd"] is None
     with pytest.raises(CheckpointError) as error:
@@ -214,7 +214,7 @@ def test_names_of_classes_may_begin_with_a_mark_of_their_encoding(scala):
 
 
 def test_a_wrong_conversion_is_refused(scala, monkeypatch):
-    """The number told is against timm's model on the source's own weights: what changes them shows."""
+    """The reported difference is to timm's model with the source's weights, so changed weights show."""
     write_timm_directory(Path("plain"))
     assert scala("convert", "plain", "-o", "right", "--json").json["max_abs_diff"] == 0
 
@@ -229,7 +229,7 @@ def test_a_wrong_conversion_is_refused(scala, monkeypatch):
 
 
 def test_what_a_config_loses_shows(scala, monkeypatch):
-    """An argument that the checkpoint would not keep: timm builds another function from it."""
+    """The checkpoint would lose an argument, and timm would build another function from it."""
     write_timm_directory(Path("plain"), act_layer="relu")
 
     def forgetful(vit, args=None):

@@ -1,4 +1,4 @@
-"""The processes that read images."""
+"""Worker processes that read images."""
 
 import multiprocessing
 import os
@@ -23,7 +23,7 @@ from scala_cli.watch import Watcher
 
 
 class Deadly:
-    """One image that kills the process which reads it."""
+    """A data set that kills the process reading it."""
 
     def __len__(self):
         return 4
@@ -49,7 +49,7 @@ def test_a_reader_that_fails_is_not_called_killed(folder):
 def test_a_reading_process_obeys_its_parent_alone(folder):
     with (
         stop_signals_blocked()
-    ):  # as `Loader.read`: threads that torch starts in the process, before ours, hear nothing
+    ):  # as in `Loader.read`, so that threads torch starts in the worker get no signals
         reading = iter(loader(folder, workers=1).loader)
     next(reading)
     (process,) = reading._workers
@@ -70,7 +70,7 @@ def test_a_reading_process_that_dies_is_told_in_one_line():
 
 
 def test_a_reading_process_hears_nothing_before_it_knows_what_to_do(folder, monkeypatch):
-    """SIGTERM in the moment between torch's own handlers and ours, where it would end the process."""
+    """SIGTERM arrives between torch's handlers and ours, where it would end the worker."""
     ready = ignore_stop_signals
 
     def signalled(worker):
@@ -82,7 +82,7 @@ def test_a_reading_process_hears_nothing_before_it_knows_what_to_do(folder, monk
 
 
 def test_a_reading_process_that_dies_while_the_model_answers(folder):
-    """torch raises in whatever the main process does then."""
+    """torch raises from whatever the main process is doing."""
 
     def answer(images):
         for process in multiprocessing.active_children():
@@ -95,7 +95,7 @@ def test_a_reading_process_that_dies_while_the_model_answers(folder):
 
 
 class Large:
-    """Images from a process that may write no files so large, as where /dev/shm is full."""
+    """Large images from a worker with a limit on the size of files, as if /dev/shm were full."""
 
     def __len__(self):
         return 4

@@ -1,4 +1,4 @@
-"""Several processes that train together, on the CPU."""
+"""Training in several processes, on the CPU."""
 
 import json
 import os
@@ -24,7 +24,7 @@ COMMON = ["-j", "0", "--threads", "1", "--no-amp", "--device", "cpu", "--ratios"
 
 @pytest.fixture
 def torchrun(forks) -> Callable[..., Child]:
-    """Starts torchrun in a process of its own, which forks its processes."""
+    """Returns a function that starts torchrun in a forked process, which forks its workers."""
 
     def start(*words: object, processes: int = 2) -> Child:
         several = ("--standalone", f"--nproc-per-node={processes}", "-m", "scala_cli")
@@ -47,19 +47,19 @@ def rows(run: str) -> list[dict]:
 def test_two_processes_with_half_the_batch_each_are_one_with_all_of_it(
     forks, torchrun, photos, classes, more
 ):
-    """21 steps of 4 images; with other classes the teacher's 7 first.
+    """21 steps of 4 images; with other classes the teacher's 7 come first.
 
-    These are followed without order: the basis of what hardly varies turns on the last bit of the teacher.
+    With other classes nothing is ordered: rounding of the teacher would decide the basis of flat colours.
 
-    But for the keys' biases: the softmax does not see them, so their gradient is rounding alone, which AdamW
-    makes whole steps of.
+    Biases of keys are not compared: the softmax ignores them, so their gradient is rounding that AdamW turns
+    into full steps.
     """
     write_timm_directory(Path("model"), num_classes=classes)
     words = ["finetune", "model", "--data", photos, "--epochs", 7, *more, *COMMON]
     assert forks.run(*words, "-b", 4, "-o", "one").returncode == 0
     together = torchrun(*words, "-b", 2, "-o", "two", "--json")
     assert together.wait() == 0
-    assert json.loads(together.stdout)["run"] == "two"  # and the second process is silent
+    assert json.loads(together.stdout)["run"] == "two"  # the second process prints nothing
     one, two = (load_file(f"{run}/last/model.safetensors") for run in ("one", "two"))
     for name, tensor in one.items():
         if name.endswith("qkv.bias"):
@@ -70,7 +70,7 @@ def test_two_processes_with_half_the_batch_each_are_one_with_all_of_it(
 
 
 def test_two_processes_judge_features_as_one_does(forks, torchrun, pictures):
-    """The teacher's units are those of the first; the images that judge are divided, their sums are not."""
+    """Both use rank 0's units; each evaluates its part of the validation images, and the sums are shared."""
     write_timm_directory(Path("model"), num_classes=0)
     words = [
         "finetune",
@@ -120,7 +120,7 @@ def test_a_process_that_dies_ends_the_run_which_another_number_resumes(forks, to
 
 @pytest.mark.parametrize("how", ["stopped", "killed"])
 def test_no_step_is_lost_where_several_processes_are_stopped_or_one_is_killed(torchrun, how):
-    """In the first epoch, long before a state is saved by itself."""
+    """Stops in the first epoch, long before the periodic state is saved."""
     write_timm_directory(Path("model"), num_classes=10)
     words = ["finetune", "model", "--data", "digits", "-b", 2, "--epochs", 1, "-o", "run", "--log-grads"]
     run = torchrun(*words, *COMMON)
@@ -156,7 +156,7 @@ def test_together_the_processes_read_each_image_once(shuffled):
 
 
 def test_gradients_count_by_the_images_they_are_of(monkeypatch):
-    """Where one process could read three of its images and another one."""
+    """One process could read three of its images, another only one."""
     sent = []
     monkeypatch.setattr(World, "sum", lambda _, tensor: sent.append(tensor.clone()) or tensor)
 

@@ -1,4 +1,4 @@
-"""Which images make a batch, in which order."""
+"""The sampler: which images make up each batch, and in which order."""
 
 import random
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ from scala_cli.world import World
 
 
 class Batches(Sampler[list[tuple[int, str]]]):
-    """Yields, for each batch of an epoch, the number and the seed of every image.
+    """Yields the batches of an epoch, each a list of (index, seed), one per image.
 
     Args:
-        count: of images.
+        count: number of images.
         size: images per batch in this process.
-        shuffled: a new order every epoch, and no incomplete last batch.
-        world: the processes among which each batch is divided.
+        shuffled: use a new order every epoch, and drop an incomplete last batch.
+        world: the processes that share each batch.
     """
 
     def __init__(self, count: int, size: int, shuffled: bool, seed: int, world: World) -> None:

@@ -1,4 +1,4 @@
-"""A sample of the images of a split, for calibration."""
+"""Samples images of a split for calibration."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ from scala_cli.watch import Watcher
 def calibration_images(
     split: Split, spec: Spec, read: ReadSettings, watch: Watcher, count: int = 512
 ) -> Iterator[Tensor]:
-    """Returns `count` images spread evenly over a split, or all if it has fewer, in batches (B, C, H, W)."""
+    """Yields `count` images spread evenly over a split, or all if it has fewer, in batches (B, C, H, W)."""
     some = evenly(split, count)
     watch.phase("look at images", len(some))
     loader, readable = Loader(some, transform_for(spec), 64, read), 0

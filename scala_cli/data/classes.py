@@ -1,4 +1,4 @@
-"""Class names: their spelling, their order, and whether a model and the data have the same ones."""
+"""Class names: spelling, order, and whether a model's match the data's."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -6,7 +6,7 @@ from unicodedata import normalize
 
 
 def spelled(names: Iterable[str]) -> tuple[str, ...]:
-    """Returns names with composed accents; macOS stores accents in another form than other systems."""
+    """Returns names in Unicode NFC, with composed accents; macOS decomposes the accents of file names."""
     return tuple(normalize("NFC", name) for name in names)
 
 
@@ -26,7 +26,7 @@ def same_classes(names: Sequence[str], others: Sequence[str]) -> bool:
 
 
 def class_misfit(data: Sequence[str], num_classes: int, names: Sequence[str] | None) -> str:
-    """Returns why a model's classes cannot be the data's; empty if they can, in any order."""
+    """Returns why a model's classes do not match the data's; empty if they do, in any order."""
     if not num_classes:
         return "the model has no classes, it gives features"
     if len(data) != num_classes:
@@ -35,5 +35,5 @@ def class_misfit(data: Sequence[str], num_classes: int, names: Sequence[str] | N
     if unknown:
         return f"the data has a class {unknown[0]!r} that the model does not know"
     if names and spelled(names) != spelled(data) and not same_classes(names, data):
-        return "the model has several classes of one name"
+        return "the model has several classes of the same name"
     return ""

@@ -1,4 +1,4 @@
-"""A folder of class folders: which images it holds, listed once."""
+"""Lists the images of a folder of class folders, once."""
 
 import os
 from bisect import bisect_right
@@ -14,7 +14,7 @@ from scala_cli.data.images import open_image, suffixes
 from scala_cli.errors import DataError
 
 JUNK = {"thumbs.db", "desktop.ini", "__macosx", "@eadir"}
-"""Files that systems leave beside images, in lower case; ignored like hidden files."""
+"""Names, in lower case, of files that systems leave beside images; ignored like hidden files."""
 
 
 @dataclass
@@ -24,8 +24,8 @@ class Folder:
     Args:
         classes: the names of the classes, in natural order.
         directories: the folder of each class.
-        names: image files of each class.
-        others: number of skipped files by suffix.
+        names: the image file names of each class.
+        others: number of skipped files, by suffix.
     """
 
     classes: tuple[str, ...]
@@ -59,8 +59,8 @@ def read_folder(folder: Path) -> Folder:
     """Returns the images of a folder of class folders.
 
     Raises:
-        DataError: images outside a class folder or in a subfolder of one, a class without images; also as
-            `class_folders`.
+        DataError: images outside a class folder or in a subfolder of one, or a class without images. Other
+            errors as for `class_folders`.
     """
     directories = class_folders(folder)
     if any(is_image(entry) for entry in visible(folder) if not entry.is_dir()):
@@ -95,7 +95,7 @@ def read_images(folder: Path) -> Folder:
     directories: list[str] = []
     names: list[list[str]] = []
     others: Counter[str] = Counter()
-    seen: set[tuple[int, int]] = set()  # a link may lead back up
+    seen: set[tuple[int, int]] = set()  # a link may lead back to a parent folder
     left = [folder]
     while left:
         directory = left.pop()
@@ -147,12 +147,12 @@ def class_folders(folder: Path) -> dict[str, Path]:
             ) from None
         found[label] = path
     if not found:
-        raise DataError(f"{folder} has no class folders.", "Put one folder of images a class in it.")
+        raise DataError(f"{folder} has no class folders.", "Put one folder of images per class in it.")
     return {label: found[label] for label in sorted(found, key=natural_order)}
 
 
 def visible(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Yield the entries of a folder, except hidden ones and junk."""
+    """Yields the entries of a folder, except hidden ones and junk."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name[0] != "." and entry.name.lower() not in JUNK:
@@ -160,14 +160,14 @@ def visible(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def refuse_images_in(folder: Path, top: Path) -> None:
-    """Raise DataError if a subfolder of a class folder holds images, at any depth."""
+    """Raises DataError if a subfolder of a class folder holds images, at any depth."""
     for entry in visible(folder):
         if entry.is_dir(follow_symlinks=False):
             refuse_images_in(Path(entry.path), top)
         elif is_image(entry):
             raise DataError(
                 f"{top} has images deeper than its class folders, in '{folder.relative_to(top)}'.",
-                "Put the images of a class right into its folder.",
+                "Put the images of a class directly into its folder.",
             )
 
 
@@ -181,7 +181,7 @@ def is_image(entry: os.DirEntry[str]) -> bool:
 
 
 def counted(others: Mapping[str, int]) -> str:
-    """Returns the counts as text, most frequent first: 3 .heic, 1 .txt."""
+    """Returns counts as text, most frequent first: "3 .heic, 1 .txt"."""
     frequent = sorted(others.items(), key=lambda each: (-each[1], each[0]))
     listed = [f"{count} {end or 'without a suffix'}" for end, count in frequent[:5]]
     return ", ".join([*listed, *(["and more"] if len(frequent) > 5 else [])])

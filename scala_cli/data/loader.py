@@ -1,4 +1,4 @@
-"""The batches of a split, read by several processes."""
+"""Reads the batches of a split in several worker processes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,11 +18,11 @@ from scala_cli.world import ALONE, World
 
 
 class Loader:
-    """Batches of one split. `skipped` names each unreadable image once; a batch may thus be empty.
+    """Batches of one split. `skipped` maps each unreadable image to the reason; a batch may be empty.
 
     Args:
-        training: shuffle, augment, and leave out an incomplete last batch.
-        world: the processes among which each batch is divided, `batch_size` for each.
+        training: shuffle, augment, and drop an incomplete last batch.
+        world: the processes that share each batch; each gets `batch_size` images.
 
     Raises (on iteration):
         DataError: an unreadable image, unless `read.on_corrupt` is "skip".
@@ -50,7 +50,7 @@ class Loader:
             num_workers=read.workers,
             collate_fn=collate,
             worker_init_fn=ignore_stop_signals,
-            pin_memory=torch.cuda.is_initialized(),  # of use only where this process has a GPU
+            pin_memory=torch.cuda.is_initialized(),  # only useful if this process uses a GPU
             generator=torch.Generator(),  # otherwise each epoch would advance torch's global generator
         )
 
@@ -63,13 +63,13 @@ class Loader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images, targets) of every batch."""
+        """Yields (images, targets) of every batch of epoch 0."""
         return self.of_epoch(0)
 
     def of_epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (images, targets) of an epoch, from batch number `first` on.
 
-        They depend only on the seed, the epoch and the number.
+        Each batch depends only on the seed, the epoch and its number.
         """
         self.batches.epoch, self.batches.first = epoch, first
         for batch in self.read():
@@ -87,9 +87,9 @@ class Loader:
             yield from batches
 
     def nothing_read(self) -> DataError:
-        """Returns the error for when every image was skipped; it names one of them."""
+        """Returns the error to raise if every image was skipped; it names one of them."""
         one = "".join(f": {name} ({why})" for name, why in list(self.skipped.items())[:1])
-        return DataError(f"not one of the images could be read{one}.", "Mend them, or give others.")
+        return DataError(f"none of the images could be read{one}.", "Mend them, or give others.")
 
     def tell_skipped(self, watch: Watcher) -> None:
         """Notes how many images were skipped, and the names of the first ten."""

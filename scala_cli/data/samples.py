@@ -28,7 +28,7 @@ class FromReader:
         return open_image(file), target
 
     def name(self, index: int) -> str:
-        return self.reader.filename(index, absolute=True) or f"image {index}"  # it may be a row of a table
+        return self.reader.filename(index, absolute=True) or f"image {index}"  # table rows have no name
 
 
 class FromDataset:

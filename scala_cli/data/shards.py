@@ -1,7 +1,7 @@
-"""Tar files of images as webdataset writes them, listed once and then read at random.
+"""Reads tar files of images, as webdataset writes them, in any order.
 
-webdataset reads such files as a stream, of which only a buffer is shuffled. Here the place of every image in
-its file is known, so tar files are shuffled, counted, held out and resumed exactly like folders.
+webdataset streams such files and shuffles only a buffer. Here the position of every image is listed once, so
+tar files are shuffled, counted, held out and resumed exactly like folders.
 """
 
 import os
@@ -27,7 +27,7 @@ CLASS = ".cls"
 
 
 class Member(NamedTuple):
-    """An image in a tar file: its name, the number of its first byte, its length, and its class if known."""
+    """An image in a tar file: its name, its offset and length in bytes, and its class if known."""
 
     name: str
     first: int
@@ -37,15 +37,15 @@ class Member(NamedTuple):
 
 @dataclass
 class Shards:
-    """The images of some tar files: file by file, each in the order in which it lies there.
+    """The images of some tar files: file by file, in the order within each file.
 
     Args:
         files: the tar files.
-        names: of each file, the names of its images.
-        firsts, lengths: of every image, the number of its first byte and of bytes.
-        labels: of every image, the number of its class in `classes`.
-        classes: in natural order; empty if not every image has one.
-        others: number of members passed over by suffix.
+        names: the names of the images in each file.
+        firsts, lengths: each image's offset in its file and its length, in bytes.
+        labels: each image's class, as an index into `classes`.
+        classes: the class names in natural order; empty unless every image has one.
+        others: number of skipped members, by suffix.
     """
 
     files: Sequence[Path]
@@ -83,8 +83,8 @@ class Shards:
 def read_shards(files: Sequence[Path]) -> Shards:
     """Lists the images of tar files, and their classes if every image has one.
 
-    Raises DataError where a file cannot be read as a tar file, or holds two images of one name or a class
-    that is no number, and where there is no image at all.
+    Raises DataError if a file is not a readable tar file, holds two images of the same name or a class that
+    is not a number, or if there are no images.
     """
     names: list[list[str]] = []
     firsts, lengths = array("q"), array("q")
@@ -107,7 +107,7 @@ def read_shards(files: Sequence[Path]) -> Shards:
 
 
 def list_shard(file: Path, others: Counter[str]) -> list[Member]:
-    """Returns the images of one tar file, and counts in `others` what else it holds.
+    """Returns the images of one tar file, and counts its other members in `others` by suffix.
 
     Raises as `read_shards`.
     """
@@ -118,7 +118,7 @@ def list_shard(file: Path, others: Counter[str]) -> list[Member]:
             for member in iter(tar.next, None):
                 tar.members.clear()  # type: ignore[attr-defined]  # there may be too many to hold
                 place, _, base = member.name.rpartition("/")
-                stem, dot, end = base.partition(".")  # as webdataset: up to the first dot
+                stem, dot, end = base.partition(".")  # up to the first dot, as webdataset does
                 key, suffix = f"{place}/{stem}", f"{dot}{end}".lower()
                 if not member.isreg() or not stem:
                     continue
@@ -128,8 +128,8 @@ def list_shard(file: Path, others: Counter[str]) -> list[Member]:
                     others[suffix] += 1
                 elif key in images:
                     raise DataError(
-                        f"{file} holds two images of one name, {images[key].name} and {member.name}.",
-                        "Give each a name of its own, or leave one out.",
+                        f"{file} holds two images of the same name, {images[key].name} and {member.name}.",
+                        "Rename one of them, or leave it out.",
                     )
                 else:
                     images[key] = Member(member.name, member.offset_data, member.size, None)
@@ -137,13 +137,13 @@ def list_shard(file: Path, others: Counter[str]) -> list[Member]:
         reason = error.strerror if isinstance(error, OSError) else None
         raise DataError(
             f"{file} cannot be read as a tar file: {reason or error}.",
-            "Give whole tar files that are not compressed.",
+            "Give complete tar files that are not compressed.",
         ) from None
     return [member._replace(label=labels.get(key)) for key, member in images.items()]
 
 
 def class_number(content: IO[bytes] | None, file: Path, name: str) -> str:
-    """Returns the class number that a member holds. Raises DataError where it holds none."""
+    """Returns the class number that a member holds. Raises DataError if it holds none."""
     text = content.read(64) if content else b""
     if not re.fullmatch(rb"\s*\d+\s*", text):
         raise DataError(f"{file}: {name} holds no class number.", "Write one as text: 7")
@@ -151,14 +151,14 @@ def class_number(content: IO[bytes] | None, file: Path, name: str) -> str:
 
 
 def is_shards(data: str) -> bool:
-    """Whether data is named as a tar file, or several, is."""
+    """Returns whether `data` names tar files."""
     return data.endswith(TAR)
 
 
 def shards_named(data: str) -> list[Path]:
-    """Returns the tar files of a name such as a/{000..010}.tar.
+    """Returns the tar files that a name such as a/{000..010}.tar stands for.
 
-    Raises DataError where it names none, or one that does not exist.
+    Raises DataError if it names none, or one that does not exist.
     """
     files = [Path(name).expanduser() for name in numbered(data)]
     if not files:

@@ -22,7 +22,7 @@ from scala_cli.watch import Watcher
 VALIDATION = ("val", "validation", "valid", "test")
 """Folders that may hold validation images; the first that exists is used."""
 LOOKED_AT = 16
-"""How many images, spread evenly, are opened to see how large they are."""
+"""Number of images, spread evenly, that are opened to check their size."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Split:
             watch.note(note)
 
     def tell_enlarged(self, size: int, watch: Watcher) -> None:
-        """Notes if some of the images are smaller than `size` pixels a side; looks at LOOKED_AT of them."""
+        """Notes if images are smaller than `size` pixels a side; checks LOOKED_AT of them."""
         some, sides = evenly(self, LOOKED_AT).samples, []
         for number in range(len(some)):
             with suppress(ScalaError, OSError):
@@ -55,7 +55,7 @@ class Split:
             )
 
     def numbered_as(self, names: Sequence[str] | None) -> "Split":
-        """Returns the same images with classes numbered like a model's, if the names are the same."""
+        """Returns the same images, with classes numbered like a model's if the names are the same."""
         if names is None or spelled(names) == self.classes or not same_classes(names, self.classes):
             return self
         return self.renumbered(spelled(names))
@@ -102,7 +102,7 @@ def open_images(data: str, data_dir: str | None = None) -> Split:
         data: as for `open_split` (its training part), or any folder of images, flat or nested, or of tar
             files.
 
-    Raises DataError where there is none.
+    Raises DataError if there are none.
     """
     if is_shards(data):
         return of_shards(shards_named(data), data)
@@ -118,7 +118,7 @@ def open_validation_images(data: str, data_dir: str | None = None) -> Split | No
     Args:
         data: as for `open_images`.
 
-    Raises DataError where there is none in it.
+    Raises DataError if that part holds no images.
     """
     if is_shards(data):
         return None
@@ -138,7 +138,7 @@ def of_folder(folder: Path) -> Split:
 def images_in(folder: Path) -> Split:
     """Returns all images of a folder and its subfolders, or of its tar files.
 
-    Raises DataError where there is none.
+    Raises DataError if there are none.
     """
     if tars := tars_in(folder):
         return of_shards(tars, folder)
@@ -147,13 +147,13 @@ def images_in(folder: Path) -> Split:
 
 
 def of_shards(files: Sequence[Path], origin: object) -> Split:
-    """Returns all images of tar files. Raises DataError where there is none."""
+    """Returns all images of tar files. Raises DataError if there are none."""
     found = read_shards(files)
     return Split(found, found.classes, passed_over(origin, found.others))
 
 
 def labelled_shards(files: Sequence[Path], origin: object) -> Split:
-    """Returns all images of tar files. Raises DataError where there is none, or one without a class."""
+    """Returns all images of tar files. Raises DataError if there are none, or one has no class."""
     split = of_shards(files, origin)
     if not split.classes:
         raise DataError(f"{origin}: not every image has a class.", "Write its number beside it: 0001.cls")
@@ -161,7 +161,7 @@ def labelled_shards(files: Sequence[Path], origin: object) -> Split:
 
 
 def tars_in(folder: Path) -> list[Path]:
-    """Returns the tar files of a folder in natural order; none where images or folders lie beside them."""
+    """Returns the tar files of a folder in natural order; none if it also holds images or folders."""
     tars = []
     for entry in visible(folder):
         if entry.is_dir() or is_image(entry):
@@ -173,12 +173,12 @@ def tars_in(folder: Path) -> list[Path]:
 
 def passed_over(origin: object, others: Mapping[str, int]) -> tuple[str, ...]:
     """Returns a note on the files that are not read, if there are any."""
-    told = f"{origin}: files passed over, of kinds that are not read: {counted(others)}."
+    told = f"{origin}: skipped files of kinds that are not read: {counted(others)}."
     return (told,) if others else ()
 
 
 def refuse_unknown(data: str, data_dir: str | None = None) -> None:
-    """Raises DataError unless `data` is a folder or the name of a data set; reads no images."""
+    """Raises DataError unless `data` names a folder, tar files or a data set; reads no images."""
     kind, _, name = data.partition("/")
     if is_shards(data):
         shards_named(data)
@@ -186,7 +186,7 @@ def refuse_unknown(data: str, data_dir: str | None = None) -> None:
     if data == "digits" or Path(data).expanduser().is_dir():
         return
     if kind == "torch" and name and data_dir is None:
-        raise DataError(f"{data} needs to know where its files lie.", remedy="data_dir")
+        raise DataError(f"{data} needs the directory of its files.", remedy="data_dir")
     if kind in ("torch", "hfds") and name:
         return
     if kind in ("wds", "tfds") and name:
@@ -201,18 +201,18 @@ def refuse_unknown(data: str, data_dir: str | None = None) -> None:
 
 
 def open_folder(folder: Path, training: bool, classes: Sequence[str] | None = None) -> Split:
-    """Returns one part of a folder of class folders or of tar files, its classes numbered as in train/."""
+    """Returns one part of a folder of class folders or of tar files, with classes numbered as in train/."""
     present = [folder / name for name in VALIDATION if (folder / name).is_dir()]
     train = folder / "train"
     if (training and not train.is_dir()) or (not training and not present):
         wanted = "train/" if training else "val/, validation/, valid/ or test/"
-        raise DataError(f"{folder} has no {wanted}.", "Put one folder a class under train/ and under val/.")
+        raise DataError(f"{folder} has no {wanted}.", "Put one folder per class under train/ and under val/.")
     part = train if training else present[0]
     tars = tars_in(part)
     found = labelled_shards(tars, part) if tars else of_folder(part)
     notes = [*found.notes]
     if part.name == "test":
-        notes.append(f"{folder} has no val/, so test/ takes its place, which in training also chooses best/.")
+        notes.append(f"{folder} has no val/, so test/ takes its place; in training it also chooses best/.")
     split = replace(found, notes=tuple(notes))
     if classes is None and not training and train.is_dir():
         shards = tars_in(train)
@@ -227,7 +227,7 @@ def open_folder(folder: Path, training: bool, classes: Sequence[str] | None = No
 
 
 def open_named(name: str, training: bool, data_dir: str | None) -> Split:
-    """Returns a part of a data set that timm knows by name. Raises DataError if it is not in `data_dir`."""
+    """Returns one part of a data set that timm knows by name. Raises DataError if it is not in `data_dir`."""
     split = "train" if training else "validation"
     try:
         with redirect_stdout(sys.stderr):  # timm prints what is not installed
@@ -250,7 +250,7 @@ def open_named(name: str, training: bool, data_dir: str | None) -> Split:
 
 
 def digits(training: bool) -> Split:
-    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels: every fifth for validation."""
+    """Returns scikit-learn's 1,797 handwritten digits, 8 x 8 pixels; every fifth is for validation."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -269,7 +269,7 @@ def evenly(split: Split, count: int) -> Split:
 
 
 def hold_out(split: Split, share: float) -> tuple[Split, Split]:
-    """Splits the training images in two: those kept, and an evenly spread share held out."""
+    """Returns the training images that are kept, and an evenly spread share that is held out."""
     exact = Fraction(share).limit_denominator(10_000)
     held, kept = array("q"), array("q")  # there may be millions
     for number in range(len(split)):

@@ -1,4 +1,4 @@
-"""Images as tensors, read strictly: nothing unreadable is replaced in silence."""
+"""Reads images as tensors; an unreadable one is reported, never silently replaced."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from scala_cli.data.samples import Samples
 
 @dataclass(frozen=True)
 class Corrupt:
-    """An image that a worker could not read, passed on to the code that decides what to do."""
+    """An image that a worker could not read; the main process decides what to do."""
 
     name: str
     why: str
@@ -26,10 +26,9 @@ class Corrupt:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (B, C, H, W), B class numbers, and what could not be read.
+    """Images (B, C, H, W), B class numbers, and the images that could not be read.
 
-    A worker sends the class numbers as a list, not a tensor: if shared memory is full, torch would wait for
-    ever on so small a tensor.
+    Workers send the class numbers as a list: torch hangs on so small a tensor if shared memory is full.
     """
 
     images: Tensor
@@ -58,13 +57,13 @@ def own_randomness(seed: str) -> Iterator[None]:
 
 
 class Strict(Dataset):
-    """Transformed images; an unreadable one gives `Corrupt`, never its neighbour instead.
+    """Transformed images; an unreadable one gives `Corrupt`, not its neighbour as in timm.
 
-    Indexed by number and seed. The transform depends only on the seed, not on the process or on the images
-    before, so training can resume in the middle of an epoch, with any number of workers.
+    Indexed by (number, seed). The transform depends only on the seed, not on the process or on earlier
+    images, so training can resume in the middle of an epoch, with any number of workers.
 
     Args:
-        upright: turn photographs as their EXIF data says.
+        upright: rotate photographs as their EXIF data says.
     """
 
     def __init__(self, samples: Samples, transform: Any, upright: bool) -> None:

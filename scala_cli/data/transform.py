@@ -1,4 +1,4 @@
-"""timm's transforms, from the settings of a model and a user."""
+"""Builds timm's transforms from a model's and a user's settings."""
 
 from functools import partial
 from itertools import chain
@@ -31,7 +31,7 @@ def transform_for(spec: Spec, augment: AugmentSettings | None = None) -> Any:
             hflip=augment.hflip,
             auto_augment=augment.aa,
             re_prob=augment.reprob,
-            color_jitter=None,  # type: ignore[arg-type]  # timm's own way to say none
+            color_jitter=None,  # type: ignore[arg-type]  # timm's value for none
         )
     )
 
@@ -46,5 +46,5 @@ def keep_a_bit(transform: Any) -> Any:
 
 
 def at_least_a_bit(bits: Any, level: float, hparams: Any) -> tuple[int]:
-    """Returns the bits that timm keeps of a colour, but at least one."""
+    """Returns how many bits timm keeps of a colour, at least one."""
     return (max(1, *bits(level, hparams)),)

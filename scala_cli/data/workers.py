@@ -1,4 +1,4 @@
-"""The processes that read images: which signals they obey, and the error when one fails."""
+"""Worker processes that read images: the signals they obey, and the error if one fails."""
 
 import os
 import re
@@ -12,25 +12,25 @@ from scala_cli.errors import DataError
 
 STOPPING = {signal.SIGINT, signal.SIGTERM}
 NO_ROOM = re.compile(r"(shared memory object|shared memory\(shm\)|file </torch_|signal: Bus error).*")
-"""Messages of torch when the shared memory for batches is full or unavailable."""
+"""Matches torch's messages if the shared memory for batches is full or unavailable."""
 
 
 def ignore_stop_signals(_: int) -> None:
-    """Block a terminal's Ctrl-C and a scheduler's SIGTERM, which also reach the processes that read.
+    """Blocks a terminal's Ctrl-C and a scheduler's SIGTERM, which also reach the workers.
 
-    They run until training has saved and stops them, and they end with their parent. They still obey SIGTERM
+    Workers run until training has saved and stops them, or until their parent ends. They still obey SIGTERM
     from the parent: Python sends it to remaining children when it exits.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     if hasattr(signal, "sigwaitinfo"):
         Thread(target=obey_the_parent, daemon=True).start()
-    else:  # macOS: torch's own handler obeys the parent, but lets anybody's SIGTERM end the process
+    else:  # macOS: torch's handler obeys the parent, but any process's SIGTERM ends the worker
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def obey_the_parent() -> None:
-    """End this process on SIGTERM from its parent only."""
-    parent = parent_process()  # which is not always the one that forked this process
+    """Ends this process on SIGTERM from its parent only."""
+    parent = parent_process()  # not always the process that forked this one
     while parent and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
     os._exit(0)
@@ -38,7 +38,7 @@ def obey_the_parent() -> None:
 
 @contextmanager
 def stop_signals_blocked() -> Iterator[None]:
-    """Start processes that stop signals do not reach, even before `ignore_stop_signals` has run in them."""
+    """Blocks stop signals in processes started meanwhile, before `ignore_stop_signals` runs in them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield
@@ -48,14 +48,14 @@ def stop_signals_blocked() -> Iterator[None]:
 
 @contextmanager
 def naming_a_dead_reader() -> Iterator[None]:
-    """Turn the errors that torch raises when a reading process has failed into a DataError."""
+    """Turns torch's errors for a failed worker into a DataError."""
     try:
         yield
     except RuntimeError as error:
         if no_room := NO_ROOM.search(str(error)):
             reason = re.search(r": ([A-Z][a-z ]+) \(\d+\)", no_room.group())
             raise DataError(
-                "the processes that read images cannot hand them over: too little shared memory (/dev/shm"
+                "the processes that read images cannot pass them on: too little shared memory (/dev/shm"
                 + (f": {reason[1].lower()})." if reason else ")."),
                 remedy="shared_memory",
             ) from None

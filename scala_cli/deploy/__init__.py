@@ -1,1 +1,1 @@
-"""From a family of widths to the file, or the repository, that somebody runs."""
+"""Cuts, exports and publishes the widths of a family."""

@@ -1,4 +1,4 @@
-"""Finds the point of a family that is best within a budget."""
+"""Finds the best point of a family within a budget."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,11 +17,11 @@ from scala_cli.tasks.base import main_column
 from scala_cli.watch import Watcher
 
 MEASURED = ("latency_ms", "memory_mb")
-"""Columns that are known only on the machine itself."""
+"""Columns that must be measured on the machine itself."""
 LEAST = 1e-3
-"""Least milliseconds or megabytes that a prediction is fitted to."""
+"""Smaller measurements, in ms or MB, count as this when a prediction is fitted."""
 FIRST, MORE = 8, 8
-"""How many points of a large family are measured at first, and how many more until the choice is final."""
+"""Points of a large family measured first, and how many more until only measured points are considered."""
 
 Rows = list[dict[str, Any]]
 
@@ -34,17 +34,18 @@ def candidates(
     where: DeviceSettings,
     watch: Watcher,
 ) -> Rows:
-    """Returns a row for each point with all that the budget asks for.
+    """Returns a row for each point with the columns that the budget limits.
 
-    Latency and memory of up to FIRST points are measured. Of more points FIRST are measured, spread over the
-    multiply-accumulates, and the others predicted. Then the point that would be chosen is measured and the
-    prediction fitted again, until the choice is a point that has been measured.
+    Latency and memory of up to FIRST points are measured. In a larger family FIRST points, spread over the
+    multiply-accumulates, are measured and the others predicted. Then the chosen point is measured and the
+    prediction fitted again, until the chosen point is one that was measured. After FIRST + MORE measurements
+    only measured points get a row.
 
     Returns:
-        per point its columns, "params", "gmacs", the task's first metric, None if not known; if they are
-        limited "latency_ms" and "memory_mb", with "predicted" True where they are; and "fits".
+        per point its columns, "params", "gmacs", the task's first metric (None if not known) and "fits"; if
+        limited also "latency_ms" and "memory_mb", with "predicted": True if these are predicted.
 
-    Raises PointError where the budget asks for an accuracy that the task does not have.
+    Raises PointError if the budget sets a top-1 and the task has none.
     """
     task = task_named(record.task)
     main = main_column(task)
@@ -75,7 +76,7 @@ def candidates(
             found = {point: row for point, row in found.items() if point in measured}
         rows = judged({point: known[point] for point in points if point in found}, found, budget)
         choice = best(rows, budget)
-        # that none fits has to be true of all of them
+        # before saying that none fits, measure them all
         wanted = [Point.of_row(choice)] if choice else points
         todo = [point for point in wanted if point not in measured]
     return rows
@@ -86,10 +87,10 @@ def predicted(
     measured: Mapping[Point, Mapping[str, float | None]],
     columns: Sequence[str],
 ) -> dict[Point, dict[str, Any]]:
-    """Returns the columns of all points as predicted from those measured, None if the runtime tells none."""
+    """Returns the columns of all points, predicted from those measured; None if the runtime reports none."""
     rows: dict[Point, dict[str, Any]] = {point: {"predicted": True} for point in work}
     for name in columns:
-        # the error is relative, so a measured zero counts as very little
+        # the fit minimises relative error, so zeros need a small value
         seen = {point: max(row[name] or 0, LEAST) for point, row in measured.items() if row[name] is not None}
         guesses = predict(work, seen) if seen else {}
         for point, row in rows.items():
@@ -98,7 +99,7 @@ def predicted(
 
 
 def spread(points: Sequence[Point], count: int) -> list[Point]:
-    """Returns `count` of the points, evenly from the first to the last; all if they are no more."""
+    """Returns `count` points, spread evenly from the first to the last; all if there are no more."""
     last = len(points) - 1
     places = range(len(points)) if last < count else [round(n * last / (count - 1)) for n in range(count)]
     return [points[place] for place in places]
@@ -107,15 +108,15 @@ def spread(points: Sequence[Point], count: int) -> list[Point]:
 def judged(
     known: Mapping[Point, Mapping[str, Any]], found: Mapping[Point, Mapping[str, Any]], budget: Budget
 ) -> Rows:
-    """Returns the rows of points with "fits", from what is known of them and what was found."""
+    """Returns a row for each point from its `known` and `found` columns, with "fits"."""
     rows = [{**point.columns(), **row, **found.get(point, {})} for point, row in known.items()]
     return [{**row, "fits": excess(row, budget) <= 1} for row in rows]
 
 
 def gain(row: Mapping[str, Any], rows: Rows) -> tuple[float, float]:
-    """Returns what the best point has most of: accuracy, if it is known of all rows; then less work.
+    """Returns a row's sort key; the best row has the largest.
 
-    If it is not, the widest is the best.
+    It is the accuracy, then less work. If the accuracy of any row is unknown, it is more work.
     """
     metric = next((name for name in map(main_column, TASKS.values()) if name in row), "")
     spent = row.get("gmacs") or 0
@@ -125,9 +126,9 @@ def gain(row: Mapping[str, Any], rows: Rows) -> tuple[float, float]:
 
 
 def best(rows: Rows, budget: Budget) -> dict[str, Any] | None:
-    """Returns the best row that fits; if an accuracy is asked for, the cheapest. None if none fits.
+    """Returns the best row that fits, or the cheapest if the budget sets an accuracy; None if none fits.
 
-    The cheapest has the least of what is limited beside the accuracy, or the fewest multiply-accumulates.
+    The cheapest has the least of the column `price_of` names.
     """
     fitting = [row for row in rows if row["fits"]]
     if not fitting:
@@ -139,17 +140,17 @@ def best(rows: Rows, budget: Budget) -> dict[str, Any] | None:
 
 
 def price_of(budget: Budget) -> str:
-    """Returns the column that a point costs: the first that is limited, or the multiply-accumulates."""
+    """Returns the column to minimise: the first with an upper limit, or the multiply-accumulates."""
     return next((name for name, _, least in budget.limits() if not least), "gmacs")
 
 
 def closest(rows: Rows, budget: Budget) -> dict[str, Any]:
-    """Returns the row that misses its worst limit by the least."""
+    """Returns the row with the smallest `excess`."""
     return min(rows, key=lambda row: excess(row, budget))
 
 
 def choose(rows: Rows, budget: Budget) -> dict[str, Any]:
-    """Returns the best row that fits. Raises PointError if none does, naming the one that comes closest."""
+    """Returns the best row that fits. Raises PointError if none does, naming the closest."""
     found = best(rows, budget)
     if found is not None:
         return found
@@ -180,12 +181,12 @@ def shown(value: float | None) -> str:
 
 
 def is_measured(budget: Budget) -> bool:
-    """Whether the budget limits what has to be measured on this machine."""
+    """Returns whether the budget limits a column that must be measured on this machine."""
     return any(name in MEASURED for name, _, _ in budget.limits())
 
 
 def excess(row: Mapping[str, Any], budget: Budget) -> float:
-    """Returns by what factor a row misses its worst limit; at most 1 if it fits."""
+    """Returns the factor by which a row misses its worst limit; at most 1 if it fits."""
     factors = [0.0]
     for name, limit, least in budget.limits():
         value = row.get(name)

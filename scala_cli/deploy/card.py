@@ -1,4 +1,4 @@
-"""The model card: README.md of a slice, and of what is pushed to the Hub."""
+"""Writes the model card: the README.md of a slice or of a repository on the Hub."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -55,13 +55,13 @@ def model_card(
     picture: str = "",
     fit: Fit | None = None,
 ) -> str:
-    """The card of a slice, or of a whole family.
+    """Returns the card of a slice or of a whole family.
 
     Args:
-        name: of the directory, or, where `repository`, of the one on the Hub.
-        spec: of the model that timm loads.
-        rows: {"ratio", "params", "gmacs"} of every width that it holds.
-        picture: the name of one beside the card.
+        name: the directory's name, or the Hub repository's if `repository`.
+        spec: the spec of the model that timm loads.
+        rows: {"ratio", "params", "gmacs"} of every width in it, widest last.
+        picture: the file name of a picture beside the card.
         fit: how well a slice was fitted to the full model.
     """
     found = {Point.of_row(metric): metric for metric in record.metrics}
@@ -94,7 +94,7 @@ def description(spec: Spec, record: Record, rows: Rows, family: bool) -> str:
     warning = record.untrained(points)
     warning = f" {warning.capitalize()}." if warning else ""
     if spec.features:
-        same = " They are those of the full model at every width; R² and cosine tell how well."
+        same = " Every width reproduces the full model's features; R² and cosine tell how closely."
         warning = f" It has no classifier: its outputs are features.{same if record.metrics else ''}{warning}"
     if not family:
         return (
@@ -113,14 +113,14 @@ def description(spec: Spec, record: Record, rows: Rows, family: bool) -> str:
 
 
 def fitted(fit: Fit | None) -> str:
-    """A sentence on how well a slice was fitted; empty where it was not, or nothing is known of it."""
+    """Returns a sentence on how well a slice was fitted; empty if it was not, or if that is not known."""
     if fit is None or fit.output is None:
         return ""
     return f" On {fit.held_out} other images the R² of its output is {fit.output:.4f}."
 
 
 def holds_full_width(rows: Rows, spec: Spec) -> bool:
-    """Whether the widest of the widths, which come last, is what timm loads: no token is slimmed."""
+    """Returns whether timm can load the widest width: it is the full one, and no token is slimmed."""
     return Point.of_row(rows[-1]).ratio == 1 and not spec.tsm
 
 
@@ -133,7 +133,7 @@ def line(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def accuracy(found: Mapping[Point, Mapping[str, float | None]], point: Point, task: Task) -> dict[str, Any]:
-    """Columns for the accuracy of one width; none where that of no width is known."""
+    """Returns the accuracy columns of one width; none if no width was measured."""
     if not found:
         return {}
     metric = found.get(point)

@@ -1,4 +1,4 @@
-"""One width, or all of them, in a format for another runtime."""
+"""Exports one width, or all of them, to a format for another runtime."""
 
 import json
 import math
@@ -46,16 +46,16 @@ from scala_cli.timing import Predictor
 from scala_cli.watch import QUIET, Watcher
 
 TOLERANCE = 1e-4
-"""Largest difference in float32 between the outputs of torch and of another runtime, relative to their size
-(root mean square) where that is above one."""
+"""Largest difference in float32 between the outputs of torch and of another runtime, relative to their root
+mean square if that is above one."""
 AGREEMENT = 0.9
-"""Least share of real images to which 8-bit weights give the same class; of features least R²."""
+"""Least share of real images whose class 8-bit weights must keep; for features, the least R²."""
 
 
 class FromPixels(nn.Module):
-    """A model with its normalisation: of pixels from 0 to 255, (B, C, H, W) uint8.
+    """A model that normalises its input: pixels from 0 to 255, (B, C, H, W) uint8.
 
-    Raises CheckpointError where the mean and the deviation are not those of as many channels as it takes.
+    Raises CheckpointError as `channel_values`.
     """
 
     mean: Tensor
@@ -77,15 +77,15 @@ class FromPixels(nn.Module):
 
 
 def channel_values(spec: Spec, name: str) -> tuple[float, ...]:
-    """The mean or the deviation (`name`) of each channel that a model takes.
+    """Returns the mean or the deviation (`name`) of each input channel of a model.
 
-    Raises CheckpointError where its settings tell those of another number of channels, which differ.
+    Raises CheckpointError if its settings hold another number of values, unless these are all equal.
     """
     values, count = tuple(spec.pretrained_cfg[name]), spec.input_size[0]
     if len(values) != count and len({*values}) != 1:
         told = ", ".join(f"{value:g}" for value in values)
         raise CheckpointError(
-            f"the model takes {count} channels, but its {name} is that of {len(values)}: {told}.",
+            f"the model takes {count} channels, but its {name} has {len(values)} values: {told}.",
             remedy="normalise_yourself",
         )
     return values if len(values) == count else values[:1] * count
@@ -93,13 +93,13 @@ def channel_values(spec: Spec, name: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How another runtime answers the same images.
+    """How another runtime's outputs for the same images differ from torch's.
 
     Args:
         largest: the largest difference.
-        relative: likewise, of each output relative to its root mean square where that is above one.
-        same_top1: the share of equal classes.
-        r2: R² of the other runtime's first output; None where torch's is the same for all images.
+        relative: the largest difference, relative to the output's root mean square if that is above one.
+        same_top1: the share of images with the same class.
+        r2: R² of the other runtime's first output; None if torch's is the same for all images.
     """
 
     largest: float
@@ -110,7 +110,7 @@ class Difference:
     @classmethod
     @torch.inference_mode()
     def between(cls, model: Predictor, again: Predictor, images: Tensor) -> "Difference":
-        """In batches of at most 32, the last of another size, as a user's may be; over all outputs."""
+        """Compares all outputs, in batches of 32; the last may be smaller, as a user's batches may be."""
         ours, theirs = (outputs_of(run, images.split(32)) for run in (model, again))
         same = (ours[0].argmax(1) == theirs[0].argmax(1)).float().mean().item()
         differences = torch.stack([(a - b).abs().max() for a, b in zip(ours, theirs, strict=True)])
@@ -125,7 +125,7 @@ class Difference:
 
 
 def outputs_of(run: Callable[[Tensor], Any], batches: Iterable[Tensor]) -> list[Tensor]:
-    """Returns each output of a model over all batches."""
+    """Returns each output of a model, concatenated over all batches."""
     found = [run(images) for images in batches]
     return [
         torch.cat(part) for part in zip(*(x if isinstance(x, tuple) else (x,) for x in found), strict=True)
@@ -147,25 +147,26 @@ def export(
     force: bool = False,
     watch: Watcher = QUIET,
 ) -> dict[str, Any]:
-    """Writes one width in a format; its own runtime reads it again before it takes its place.
+    """Writes one width in a format, once the file gives the same outputs in its own runtime.
 
     Args:
         kind: a name of `formats.FORMATS`.
         images: (B, C, H, W), normalised, on which the runtime is compared with torch.
-        real: whether these are photographs and not noise; then 8-bit weights must agree on their classes, or
-            tell nearly the same features.
+        real: whether `images` are photographs, not noise; then 8-bit weights must keep most of their classes,
+            or nearly their features.
         pixels: the file takes pixels from 0 to 255, uint8, and normalises them itself.
-        outputs: "features,tokens", of a model with a classifier "logits,tokens", for a file with both: the
-            model's output, and the features of its patches (B, N, C), as `SlimmableViT.features`.
-        opset: of ONNX; None is the exporter's choice.
+        outputs: "features,tokens", or "logits,tokens" if the model has a classifier, for a file with two
+            outputs: the model's, and the features of its patches (B, N, C), as `SlimmableViT.features`.
+        opset: ONNX opset; None for the exporter's choice.
 
     Returns:
-        {"path", "format", "ratio", "max_abs_diff", "same_top1", "images", "bytes"}, of features "r2" instead
-        of "same_top1", of ONNX {"opset"} too
+        {"path", "format", "ratio", "max_abs_diff", "same_top1", "images", "bytes"}; for features "r2" instead
+        of "same_top1"; for ONNX also "opset".
 
     Raises:
-        ScalaError: a missing package, other outputs; PointError: a width that was not trained.
-        CheckpointError: where the runtime answers something else; nothing is left behind then.
+        ScalaError: a missing package, or outputs that the model does not have.
+        PointError: a width that was not trained.
+        CheckpointError: the runtime's outputs differ from torch's; then no file is left behind.
     """
     chosen = format_named(kind)
     refuse_opset(opset)
@@ -200,7 +201,7 @@ def export(
 
 
 def output_names(spec: Spec, asked: str | None) -> Sequence[str]:
-    """Returns the names of a file's outputs. Raises ScalaError for any but the two that a model has."""
+    """Returns the names of a file's outputs. Raises ScalaError if the model does not have them."""
     both = f"{'features' if spec.features else 'logits'},tokens"
     if asked not in (None, both):
         raise ScalaError(
@@ -217,7 +218,7 @@ class AtWidth(nn.Module):
 
     def __init__(self, net: SlimmableViT, point: Point) -> None:
         super().__init__()
-        full = net.spec.build_with(net.vit.state_dict())  # whose modes are not those of `net`
+        full = net.spec.build_with(net.vit.state_dict())  # a new model, so changes of mode do not reach `net`
         for name, part in full.named_children():
             self.add_module(name, part)
         for name, parameter in full.named_parameters(recurse=False):
@@ -225,7 +226,7 @@ class AtWidth(nn.Module):
         extra = {name: tensor.detach() for name, tensor in net.extra.items()}
         own = own_vectors(extra, point.ratio)
         self.cut = lambda state: net.rule.slice_state(at_size(state, extra, point.size), point.ratio, own=own)
-        # in a list, for its parameters are not this model's
+        # in a list, so that its parameters do not count as this model's
         self.skeleton = [net.spec_at(point).of_fixed_size().build()]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -247,8 +248,8 @@ def export_all(
 ) -> dict[str, Any]:
     """Writes every width as an ONNX graph over one copy of the weights.
 
-    The weights are the checkpoint's own model.safetensors: each graph holds only where in that file its
-    tensors lie, and how they are cut. With config.json the folder still is a checkpoint.
+    The weights are the checkpoint's own model.safetensors: each graph refers to tensors in that file and cuts
+    them itself. With config.json the folder is still a checkpoint.
 
     Args:
         checkpoint: the directory that `net` was loaded from.
@@ -256,7 +257,7 @@ def export_all(
 
     Returns:
         {"path", "format", "opset", "bytes", "bytes_of_full", "points": [{"ratio", "file", "max_abs_diff"}]};
-        the bytes of the folder, and of the weights and the graph of the full width alone.
+        "bytes" of the folder, "bytes_of_full" of the weights and the graph of the widest width.
 
     Raises as `export`.
     """
@@ -273,7 +274,7 @@ def export_all(
         places = places_of(fresh / WEIGHTS)
         for point, name in names.items():
             model = AtWidth(net, point).eval()
-            # not optimised: that would fold the cuts into tensors of their own
+            # not optimised: that would store each cut as a tensor of its own
             there, labels = net.fitting(images, point), net.spec.label_names or ()
             graph = to_onnx(model, twice(there[:1]), labels, opset, optimize=False)
             for initializer, value in graph.graph.initializers.items():
@@ -301,7 +302,7 @@ def export_all(
 
 
 def twice(image: Tensor) -> Tensor:
-    """A batch of two, since exporters take a batch of one for a size that never changes."""
+    """Returns a batch of two: exporters take a batch size of one as fixed."""
     return torch.cat([image, image])
 
 
@@ -326,10 +327,10 @@ def refuse_file(target: Path, chosen: Format, force: bool) -> None:
 
 
 def refuse_difference(found: Difference, kind: str, real: bool = False, features: bool = False) -> None:
-    """Raises CheckpointError where another runtime answers something else.
+    """Raises CheckpointError if another runtime's outputs differ too much from torch's.
 
     Args:
-        real: whether on photographs, so that 8-bit weights are judged.
+        real: whether the images were photographs; only on these are 8-bit weights judged.
         features: whether the outputs are features, not classes.
     """
     if is_int8(kind):

@@ -1,4 +1,4 @@
-"""Predicts what the points of a family cost on this machine from a few that have been measured."""
+"""Predicts the cost of a family's points on this machine from a few measured ones."""
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -14,10 +14,10 @@ Key = TypeVar("Key")
 
 
 def work_of(spec: Spec) -> tuple[float, float, float, float]:
-    """Returns what a forward of one image spends time and memory on, counted on the skeleton.
+    """Returns the work of a forward pass of one image, by kind, counted on the skeleton.
 
     Returns:
-        (1, parameters, multiply-accumulates, numbers that its layers write)
+        (1, parameters, multiply-accumulates, elements that the layers write)
     """
     skeleton, written = spec.build(), [0]
 
@@ -32,14 +32,14 @@ def work_of(spec: Spec) -> tuple[float, float, float, float]:
 
 
 def predict(work: Mapping[Key, Sequence[float]], measured: Mapping[Key, float]) -> dict[Key, float]:
-    """Returns a prediction for every key: a sum of its kinds of work, each times a rate that is not negative.
+    """Returns a prediction for every key: the sum of its amounts of work, each times a non-negative rate.
 
-    The rates have the least relative squared error on what was measured. They are few, so the rates that are
-    zero are found by trying all choices.
+    The rates minimise the squared relative error on the measured keys. They are few, so which of them are
+    zero is found by trying all choices.
 
     Args:
-        work: how much of each kind, by key.
-        measured: of some of the keys, positive.
+        work: the amount of each kind of work, by key.
+        measured: positive measurements of some of the keys.
     """
     every = torch.tensor([list(amounts) for amounts in work.values()], dtype=torch.float64)
     scale = every.abs().amax(0).clamp_min(1e-30)

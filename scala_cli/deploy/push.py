@@ -1,4 +1,4 @@
-"""A family, or one width of it, as a repository on the Hugging Face Hub."""
+"""Publishes a family, or one width of it, on the Hugging Face Hub."""
 
 from pathlib import Path
 
@@ -28,20 +28,20 @@ OURS = {*FILES, PICTURE}
 def write_repository(
     checkpoint: Path, repo: str, ratio: Ratio | None, target: Path, force: bool, watch: Watcher
 ) -> None:
-    """Writes the folder that is to be uploaded: the weights and settings as timm reads them, and a card.
+    """Writes the folder to upload: the weights and settings as timm reads them, and a model card.
 
     Args:
         ratio: the one width to publish; None publishes the family.
 
     Raises:
-        ScalaError: for a name that the Hub does not take, an occupied target; others as `slice_model`.
+        ScalaError: a name that the Hub rejects, or an occupied target. Others as `slice_model`.
     """
     try:
         validate_repo_id(repo)
     except HFValidationError:
         repo = ""
     if "/" not in repo:
-        raise ScalaError("that is no name of a repository.", remedy="name_repository")
+        raise ScalaError("that is not a valid name of a repository.", remedy="name_repository")
     refuse_occupied(target, force, OURS, source=checkpoint)
     full, _, record, points = read_about(checkpoint)
     task = task_named(record.task)
@@ -74,9 +74,9 @@ def write_repository(
 
 @quiet_hub()
 def upload(folder: Path, repo: str, private: bool) -> str:
-    """Uploads a folder as a repository, which is made where there is none. Returns its address.
+    """Uploads a folder as a repository, created if it does not exist; returns its address.
 
-    Raises ScalaError without a token, without a network, and where the Hub refuses.
+    Raises ScalaError without a token, without a network, or if the Hub refuses.
     """
     if get_token() is None:
         raise ScalaError("there is no token for the Hub.", remedy="log_in")
@@ -84,15 +84,15 @@ def upload(folder: Path, repo: str, private: bool) -> str:
     try:
         hub.create_repo(repo, private=private or None, exist_ok=True)
         if private and not hub.repo_info(repo).private:
-            raise ScalaError(f"{repo} is there already, and everybody sees it.", "Name another repository.")
+            raise ScalaError(f"{repo} exists already, and is public.", "Name another repository.")
         told = hub.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload with scala-vit")
     except HfHubHTTPError as error:
         raise ScalaError(
             f"the Hub refuses {repo}: {error.server_message or type(error).__name__}.", remedy="check_token"
         ) from None
-    except ValueError as error:  # of the card
+    except ValueError as error:  # the card is not valid
         raise ScalaError(
-            f"the Hub does not take the model card: {' '.join(str(error).split())[:160]}", remedy="mend_card"
+            f"the Hub rejects the model card: {' '.join(str(error).split())[:160]}", remedy="mend_card"
         ) from None
     except (OSError, TRANSPORT) as error:
         raise ScalaError(

@@ -1,4 +1,4 @@
-"""One width as files that stand alone."""
+"""Writes one width as a directory that stands alone."""
 
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
@@ -48,16 +48,16 @@ def slice_model(
 ) -> dict[str, Any]:
     """Writes one width of a checkpoint as a directory that timm loads by itself.
 
-    Before it takes its place it is read back by timm and compared with the family's forward at that width,
-    timm's own on views of the full weights. These are never in memory as a whole.
+    Before the directory is put in place, timm reads it back, and its output is compared with the family's at
+    that width: timm's forward on views of the full weights, which are never in memory as a whole.
 
     Returns:
-        {"path", "ratio", "params", "gmacs", "calibrated", "max_abs_diff"}, and, for an architecture of this
-        package, "import": what makes it known to timm.
+        {"path", "ratio", "params", "gmacs", "calibrated", "max_abs_diff"}; for an architecture of this
+        package also "import": the module that registers it with timm.
 
     Raises:
         PointError: a width that was not trained.
-        CheckpointError: where the slice read back by timm differs; nothing is left behind then.
+        CheckpointError: the slice read back by timm differs; then nothing is left behind.
     """
     checkpoint, target = resolve(checkpoint), Path(target)
     full, rule, record, points = read_about(checkpoint)
@@ -85,10 +85,10 @@ def slice_model(
 def slice_family(
     net: SlimmableViT, record: Record, ratio: Ratio, target: Path, force: bool = False
 ) -> dict[str, Any]:
-    """Writes one width of a family that is in memory, as `slice_model`; a fitted one as it was fitted.
+    """Writes one width of a family in memory, like `slice_model`; a fitted one with its fitted weights.
 
     Returns:
-        as `slice_model`, with "calibrated", and "fit" where it was: `Fit.told`.
+        as `slice_model`; for a fitted width also "fit": `Fit.as_json`.
     """
     point = net.find(ratio)
     refuse_occupied(target, force, FILES)
@@ -108,13 +108,13 @@ def write_slice(
     expected: Tensor,
     fit: Fit | None = None,
 ) -> dict[str, Any]:
-    """Writes a slice and reads it back through timm. Raises CheckpointError where that answers otherwise.
+    """Writes a slice and reads it back through timm. Raises CheckpointError if the output differs.
 
     Args:
-        spec: of the slice.
-        cut: gives its weights, only once they are written.
-        expected: its logits of one random image.
-        fit: how well it was fitted to the full model.
+        spec: the slice's spec.
+        cut: returns the slice's weights; called when they are written.
+        expected: the slice's output for one random image.
+        fit: how well the slice was fitted to the full model.
     """
     size = cost(spec)
     result = {
@@ -160,9 +160,9 @@ def default_target(named: str | None, checkpoint: Path, suffix: str) -> Path:
     """Returns the default output path: in the working directory, named after the checkpoint.
 
     Args:
-        named: what the user calls that; on the Hub it is the repository, not the cache, that gives the name.
-        checkpoint: where it lies.
-        suffix: "0.5" of one width.
+        named: the user's name for it; a repository on the Hub is named after itself, not after its cache.
+        checkpoint: its directory.
+        suffix: the end of the name, such as "0.5" for one width.
     """
     checkpoint = checkpoint.resolve()
     name = checkpoint.parent.name if checkpoint.name in ("best", "last") else checkpoint.name

@@ -1,6 +1,6 @@
 """Training methods by name; each is in the module of that name.
 
-This module does not import torch, so that the command line can check names at once.
+This module does not import torch, so that the command line checks names without delay.
 """
 
 from importlib import import_module

@@ -179,12 +179,12 @@ class Method(ABC):
 
     @classmethod
     def idle(cls, settings: MethodSettings, points: Sequence[Point]) -> str:
-        """Returns why a part that is turned off has no effect for so few points; "" if it has."""
+        """Returns why turning a part off has no effect with these points; "" if it has one."""
         return ""
 
     @classmethod
     def effective(cls, settings: MethodSettings) -> MethodSettings:
-        """Returns the settings with every part turned off that has no effect in this method.
+        """Returns the settings, with every part turned off that this method does not use.
 
         The default of `isolation`, None, becomes the method's own choice.
         """

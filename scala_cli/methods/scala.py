@@ -17,7 +17,7 @@ PASSES = 4
 
 
 class Scala(Method):
-    """Trains four widths a step, largest first (section 3 of the paper).
+    """Trains four widths per step, largest first (section 3 of the paper).
 
     In the paper each width is taught by the next larger one of the step, and the largest by the frozen
     pretrained model. From pretrained weights that model is the best teacher for every width
@@ -75,7 +75,7 @@ class Scala(Method):
     def idle(cls, settings: MethodSettings, points: Sequence[Point]) -> str:
         if settings.stable_sampling or len(points) > PASSES:
             return ""
-        return f"stable_sampling has no part in {len(points)} widths: each step trains them all"
+        return f"stable_sampling has no effect with {len(points)} widths: each step trains them all"
 
     @classmethod
     def effective(cls, settings: MethodSettings) -> MethodSettings:
@@ -101,8 +101,8 @@ def stable_sample(points: Sequence[Point], random: Random) -> list[Point]:
 def sample_axes(points: Sequence[Point], random: Random) -> list[Point]:
     """Stable Sampling in a grid of widths, sizes and shares of tokens; the points between cover each axis.
 
-    On every axis one of these two takes a value of the lower half and the other one of the upper half. A
-    point that the family does not have, or that is one of the other three, is left out.
+    On every axis one of the two takes a value from the lower half and the other from the upper half. A point
+    that the family lacks, or that is drawn already, is left out.
     """
     ratios = from_both_halves([point.ratio for point in points], random)
     sizes = from_both_halves([point.size or 0 for point in points], random)
@@ -116,7 +116,7 @@ def sample_axes(points: Sequence[Point], random: Random) -> list[Point]:
 def from_both_halves(values: Sequence[Value], random: Random) -> list[Value]:
     """Returns a value of the lower half and one of the upper half, in random order.
 
-    The middle one of an odd number belongs to both halves.
+    The middle one of an odd number of values belongs to both halves.
     """
     ordered = sorted({*values})
     half = (len(ordered) + 1) // 2

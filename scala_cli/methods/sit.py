@@ -28,7 +28,7 @@ class Reverse(nn.Module):
 
     Args:
         dim: channels.
-        given: number of tokens coming in.
+        given: number of input tokens.
         tokens: number of patches in the image.
     """
 
@@ -85,7 +85,7 @@ class SiT(Method):
         """
         if start.spec.tsm:
             raise TrainingError(
-                "the tokens of this model are slimmed already: it has nothing to learn them from.",
+                "the tokens of this model are slimmed already: there is no unslimmed model to teach it.",
                 "Give the model that it came from.",
             )
         if self.settings.teacher_model and not hasattr(start.vit, "head_dist"):

@@ -16,9 +16,8 @@ class SuperViT(Method):
 
     A step trains four points: the largest size with all tokens and with fewer, another size with all tokens
     and with fewer. In the paper the points with all tokens learn from labels, and each teaches the point of
-    its size with fewer tokens. A frozen starting model, if there is one, teaches every point: besides the
-    labels, and instead of the point of the same size (`teacher` all); or only the largest point, besides the
-    labels (full).
+    its size with fewer tokens. If `teacher` is "all", the frozen starting model teaches every point, beside
+    the labels and instead of the point of the same size; if it is "full", only the largest point.
     """
 
     parts = frozenset({"teacher"})

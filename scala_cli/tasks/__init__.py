@@ -1,4 +1,4 @@
-"""The tasks that a family can be for, by the names in checkpoints."""
+"""The tasks that a family can be trained for, by their names in checkpoints."""
 
 from scala_cli.errors import CheckpointError
 from scala_cli.tasks.base import Task

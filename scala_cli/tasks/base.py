@@ -18,7 +18,7 @@ class Meter(Protocol):
     """Accumulates the metrics of one point."""
 
     def update(self, output: Tensor, targets: Tensor) -> None:
-        """Adds a batch of the model's outputs and their targets, labels or another model's outputs."""
+        """Adds a batch of outputs and their targets: labels, or another model's outputs."""
 
     def result(self, world: World) -> dict[str, Any]:
         """Returns the task's metrics over the images of all processes, and "images", their number."""
@@ -50,7 +50,7 @@ class Task(Protocol):
 
     @property
     def digits(self) -> int:
-        """Number of decimals with which metrics are shown."""
+        """Number of decimals shown of a metric."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""The features task: a backbone without a classifier, whose slices keep its feature space; no labels."""
+"""The features task: slices of a backbone without a classifier keep its features; needs no labels."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +23,7 @@ from scala_cli.watch import QUIET, Watcher
 from scala_cli.world import ALONE, World
 
 SHARE, MOST = 0.1, 1000
-"""Default share of the images that are held out for validation, and their largest number."""
+"""Default share of the images held out for validation, and their largest number."""
 
 
 class Features:
@@ -49,12 +49,12 @@ class Features:
     ) -> tuple[Split, Split]:
         """Returns the training and the validation images, from any folder of images; labels are not used.
 
-        Without a validation part, or with `settings.run.holdout`, some of the images are held out for it.
+        Without a validation part, or with `settings.run.holdout`, some images are held out for validation.
 
         Args:
             names: not used.
 
-        Raises DataError for no image, for a single one, or if the processes see different images.
+        Raises DataError for too few images, or if the processes see different images.
         """
         data, place, share = settings.data, settings.read.data_dir, settings.run.holdout
         training = without_labels(open_images(data, place))
@@ -69,7 +69,7 @@ class Features:
             notes = training.notes
             training, validation = hold_out(training, share)
             told = (
-                f"{len(validation)} of the {len(training) + len(validation)} images judge, the others train."
+                f"{len(validation)} of the {len(training) + len(validation)} images validate, the rest train."
             )
             training = replace(training, notes=(*notes, told))
         training.tell(watch)
@@ -89,11 +89,11 @@ class Features:
         if found is not None:
             return without_labels(found)
         every = without_labels(open_images(data, data_dir))
-        told = f"{data} has no validation part, so all of its images are evaluated on."
+        told = f"{data} has no validation part, so all of its images are used for evaluation."
         return replace(every, notes=(*every.notes, told))
 
     def forward(self, vit: VisionTransformer, images: Tensor) -> Tensor:
-        """Returns (B, 1 + patches, C): what the model returns, and its patch tokens through the head."""
+        """Returns (B, 1 + patches, C): the model's own output, then its patch tokens through the head."""
         return answer_and_patches(vit, images)
 
     def read(self, vit: VisionTransformer, tokens: Tensor, reduced: Sequence[Reduced] = ()) -> Tensor:
@@ -174,6 +174,6 @@ def without_labels(split: Split) -> Split:
 
 
 def holds_classes(samples: object) -> bool:
-    """Whether images look sorted by class: all in several folders with the same parent."""
+    """Returns whether images seem sorted by class: all in several folders with the same parent."""
     folders = getattr(samples, "directories", ())
     return len(folders) > 1 and len({Path(folder).parent for folder in folders}) == 1

@@ -1,8 +1,8 @@
-"""Units in which feature vectors are compared, measured on some of them.
+"""Measures the units in which feature vectors are compared.
 
 PHI-S (arXiv 2410.01680) rotates features so that every channel has the same variance, and divides all by one
 scale. A mean squared error does not depend on the rotation, so only the scale matters: predicting the mean
-has error 1. `whiten` also raises directions of small variance.
+then has error 1. `whiten` also raises directions of small variance.
 """
 
 from collections.abc import Iterable
