@@ -113,14 +113,7 @@ def widths(
     Raises PointError where the task reads every patch, and a point does not have them all.
     """
     net.eval()
-    if task.every_token:
-        for point in points:
-            spec = net.spec_at(point)
-            if spec.patches != net.spec.patches or (spec.keep < 1 and spec.tokens.kind == "drop"):
-                raise PointError(
-                    f"features are compared patch by patch, and {point} does not give one for each.",
-                    "Merge tokens instead of dropping them, at the size of the model.",
-                )
+    refuse_other_patches(net, task, points)
     device = next(net.parameters()).device
 
     def predict(point: Point, images: Tensor) -> Tensor:
@@ -128,6 +121,16 @@ def widths(
             return task.forward(net.at(point), net.fitting(images, point))
 
     return {point: partial(predict, point) for point in points}
+
+
+def refuse_other_patches(net: SlimmableViT, task: Task, points: Sequence[Point]) -> None:
+    """Raises PointError if the task compares patches with the full model's and a point has others."""
+    for point in points if task.every_token else ():
+        if net.spec_at(point).patches != net.spec.patches:
+            raise PointError(
+                f"features are compared patch by patch, and {point} has other patches than the full model.",
+                f"Leave out sizes other than {net.spec.size}.",
+            )
 
 
 def answering(vit: VisionTransformer, task: Task, settings: DeviceSettings) -> Predictor:

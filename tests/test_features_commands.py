@@ -16,7 +16,7 @@ from scala_cli.models.features import for_task
 from scala_cli.models.in_memory import slimmable
 from scala_cli.models.source import open_model
 from scala_cli.settings import RunSettings
-from scala_cli.slicing.point import parse_points
+from scala_cli.slicing.point import Point, parse_points
 from scala_cli.tasks import task_named
 
 TASK = task_named("features")
@@ -77,6 +77,18 @@ def test_mistakes_of_a_features_run(scala, pictures, photos, tiny):
         ("--data", "alike"): "the images are all the same to the model",
         ("--data", pictures, "--teacher", "none"): "has to teach. Leave out --teacher.",
         ("--data", pictures, "--class-token", 0, "--patch-tokens", 0): "count in the loss",
+        ("--data", pictures, "--sizes", "8,16"): "has other patches than the full model",
+        (
+            "--data",
+            pictures,
+            "--mask-patches",
+            1,
+            "--method",
+            "supervit",
+            "--sizes",
+            16,
+        ): "mask_patches has no part",
+        ("--data", pictures, "--mask-patches", 1, "--method", "sit"): "mask_patches has no part",
     }
     for words, message in refused.items():
         answer = scala("finetune", "backbone", *words, *QUICK, "-o", "run")
@@ -179,3 +191,13 @@ def test_metrics_that_are_not_defined_are_kept():
     points = [{"ratio": 0.5, "r2": 0.5, "cosine": 0.5, "class_r2": None, "class_cosine": 1.0}]
     save(backbone(), Record(task="features", metrics=points), Path("net"))
     assert load_with_record(Path("net"))[1].metrics == points
+
+
+@pytest.mark.parametrize("tokens", ["merge", "drop"])
+def test_features_are_learnt_with_fewer_tokens(scala, pictures, tokens):
+    write_timm_directory(Path("backbone"), num_classes=0)
+    words = ("--ratios", "0.5,1", "--keeps", "0.7,1", "--tokens", tokens)
+    told = scala("finetune", "backbone", "--data", pictures, *words, *QUICK, "-o", "run", "--json").json
+    found = {Point.of_row(row).label: row["r2"] for row in told["points"]}
+    assert [*found] == ["0.5~0.7", "0.5", "1~0.7", "1"]
+    assert found["1~0.7"] < found["1"] and found["1"] > 0.9

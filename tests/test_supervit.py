@@ -339,17 +339,20 @@ def test_scala_trains_every_point_of_a_grid():
 
 
 @torch.no_grad()
-def test_features_of_merged_tokens_are_those_of_every_patch(images):
-    """The task's reference has all patches, so dropping some is refused."""
+def test_features_with_fewer_tokens_are_those_of_every_patch(images):
+    """The task's reference has all patches, so another size is refused."""
     vit, _ = build("deit", depth=4, num_classes=0)
     net, record, task = of_memory(vit, "0.5,1").eval(), Record(task="features"), task_named("features")
     merged, points = with_untrained(net, record, ["0.5~0.7"], TokenSettings())
-    (predict,) = widths(merged, task, points, DeviceSettings(device="cpu", amp=False)).values()
-    assert predict(images).shape == (3, 1 + 16, 32)
-    assert merged.features(images, "0.5~0.7", grid=True).tokens.shape == (3, 32, 4, 4)
-    dropped, points = with_untrained(net, record, ["0.5~0.7"], TokenSettings("drop"))
-    with pytest.raises(PointError, match=r"0\.5~0\.7 does not give one for each"):
-        widths(dropped, task, points, DeviceSettings())
+    dropped, _ = with_untrained(net, record, ["0.5~0.7"], TokenSettings("drop"))
+    for fewer in (merged, dropped):
+        (predict,) = widths(fewer, task, points, DeviceSettings(device="cpu", amp=False)).values()
+        dense = fewer.features(images, "0.5~0.7").tokens
+        assert dense.shape == (3, 16, 32)
+        torch.testing.assert_close(predict(images)[:, 1:], dense)
+    smaller, points = with_untrained(net, record, ["0.5@8"], TokenSettings())
+    with pytest.raises(PointError, match=r"0\.5@8 has other patches than the full model"):
+        widths(smaller, task, points, DeviceSettings())
 
 
 @torch.no_grad()

@@ -108,6 +108,9 @@ class Method(ABC):
     reads_blocks: ClassVar[bool] = False
     """Whether `passes` reads the tokens after every block: student and teacher then return an `Output`."""
 
+    masks_patches: ClassVar[bool] = True
+    """Whether `passes` yields the passes of `masked`."""
+
     rate: ClassVar[float] = 1.0
     """The default learning rate, relative to the task's."""
 

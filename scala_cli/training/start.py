@@ -79,6 +79,8 @@ def refuse_foreign(method: MethodSettings) -> None:
                 f"{name} has no part in method {method.method}.",
                 "Leave it out.",
             )
+    if method.mask_patches and not method_named(method.method).masks_patches:
+        raise TrainingError(f"mask_patches has no part in method {method.method}.", "Leave it out.")
 
 
 def with_new_head(start: SlimmableViT, classes: Sequence[str], seed: int) -> SlimmableViT:
