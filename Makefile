@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test quick lint docs site clean
 
 # Everything below runs in a virtual environment that is made on first use.
 $(VENV)/.installed: pyproject.toml
@@ -27,14 +27,24 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --cov=scala_cli --cov-report=term --cov-fail-under=90
 
+# The core alone: slicing, points, tokens, order of channels, methods.
+QUICK := point slicing layers tokens slimmable order methods step cost budget cascade console remedies
+quick: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(QUICK:%=tests/test_%.py)
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell *.md docs scala_cli tests
 	$(BIN)/mypy
 
 # Writes docs/cli.md from the commands themselves.
 docs: $(VENV)/.installed
 	$(BIN)/python docs/make_cli.py > docs/cli.md
 
+# Builds the documentation site into site/; fails for a broken link.
+site: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) $(DEMO) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
