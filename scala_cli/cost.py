@@ -39,6 +39,7 @@ def macs_of(skeleton: nn.Module, input_size: Sequence[int]) -> int:
 
 
 def params_of(model: nn.Module) -> int:
+    """Returns the number of parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -207,6 +207,8 @@ def write_onnx(
     opset: int | None = None,
     outputs: Sequence[str] = LOGITS,
 ) -> None:
+    """Writes a model as ONNX with a dynamic batch dimension."""
+
     import onnx_ir
 
     onnx_ir.save(to_onnx(model, example, labels, opset, outputs=outputs), file)
@@ -231,6 +233,8 @@ def write_onnx_int8(
 
 
 def open_onnx(file: Path) -> Predictor:
+    """Returns the model of an ONNX file, run by ONNX Runtime on the CPU."""
+
     from onnxruntime import InferenceSession, SessionOptions
 
     options = SessionOptions()
@@ -245,12 +249,14 @@ def open_onnx(file: Path) -> Predictor:
 def write_pt2(
     model: nn.Module, example: Tensor, file: Path, labels: Sequence[str], outputs: Sequence[str] = LOGITS
 ) -> None:
+    """Writes a model as a torch.export archive."""
     whole = BytesIO()  # torch's own writer does not tell a full disk from other failures
     torch.export.save(traced(model, example), whole, extra_files={"labels.json": json.dumps(list(labels))})
     file.write_bytes(whole.getbuffer())
 
 
 def open_pt2(file: Path) -> Predictor:
+    """Returns the model of a torch.export archive."""
     return torch.export.load(file).module()
 
 
@@ -269,6 +275,8 @@ def write_openvino(
 
 
 def open_openvino(file: Path, precision: str = "f32") -> Predictor:
+    """Returns the model of an OpenVINO file, run on the CPU."""
+
     import openvino
 
     settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
@@ -293,6 +301,8 @@ def write_executorch(
 
 
 def open_executorch(file: Path) -> Predictor:
+    """Returns the model of an ExecuTorch file."""
+
     from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
     from executorch.runtime import Runtime
 

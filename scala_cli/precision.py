@@ -42,5 +42,6 @@ def cpu_capabilities() -> dict[str, Any]:
 
 
 def autocast(device: torch.device, settings: DeviceSettings) -> AbstractContextManager[object]:
+    """Returns bfloat16 autocast if the settings use it on this device, else a context that does nothing."""
     on = uses_bfloat16(device, settings)
     return torch.autocast(device.type, torch.bfloat16) if on else nullcontext()

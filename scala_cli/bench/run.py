@@ -299,4 +299,5 @@ def measured(
 
 
 def megabytes(size: int | None) -> float | None:
+    """Converts bytes to MB."""
     return None if size is None else round(size / 1e6, 1)

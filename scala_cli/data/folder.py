@@ -177,6 +177,7 @@ def suffix(name: str) -> str:
 
 
 def is_image(entry: os.DirEntry[str]) -> bool:
+    """Returns whether Pillow reads files with this suffix."""
     return suffix(entry.name) in suffixes()
 
 

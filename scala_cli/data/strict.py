@@ -88,6 +88,7 @@ class Strict(Dataset):
 
 
 def collate(items: Sequence[tuple[Tensor, int] | Corrupt]) -> Batch:
+    """Returns one batch of the readable images, and which ones are corrupt."""
     good = [item for item in items if not isinstance(item, Corrupt)]
     return Batch(
         images=default_collate([image for image, _ in good]) if good else torch.empty(0),

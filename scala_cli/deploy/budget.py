@@ -177,6 +177,7 @@ def alternatives(rows: Rows, budget: Budget) -> dict[str, dict[str, Any]]:
 
 
 def shown(value: float | None) -> str:
+    """Formats a number with four digits."""
     return "not known" if value is None else f"{value:.4g}"
 
 

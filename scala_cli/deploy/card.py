@@ -88,6 +88,7 @@ def model_card(
 
 
 def description(spec: Spec, record: Record, rows: Rows, family: bool) -> str:
+    """Returns the first paragraph of a model card."""
     _, height, width = spec.input_size
     method = f", trained by the {record.method} method" if record.method else ""
     points = [Point.of_row(row) for row in rows]
@@ -125,6 +126,7 @@ def holds_full_width(rows: Rows, spec: Spec) -> bool:
 
 
 def line(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a row of the model card's table."""
     return {
         "width": Point.of_row(row).label,
         "parameters, M": row["params"] / 1e6,

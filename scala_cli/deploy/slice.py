@@ -152,6 +152,7 @@ def write_slice(
 
 
 def tell_untrained(record: Record, points: Sequence[Point], watch: Watcher) -> None:
+    """Notes which of the points have not been trained, if any."""
     if told := record.untrained(points):
         watch.note(f"{told}: scala finetune CKPT --data DIR")
 

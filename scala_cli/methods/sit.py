@@ -44,6 +44,7 @@ class Reverse(nn.Module):
 
 
 def mlp(given: int, wanted: int) -> nn.Sequential:
+    """Returns two linear layers with a GELU between, as in SiT's reverse module."""
     return nn.Sequential(nn.Linear(given, RATIO * wanted), nn.GELU(), nn.Linear(RATIO * wanted, wanted))
 
 

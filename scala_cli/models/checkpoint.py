@@ -104,6 +104,7 @@ class Record:
 
 
 def versions() -> dict[str, str]:
+    """Returns the versions of this package, timm and torch."""
     return {"scala-vit": scala_cli.__version__, "timm": version("timm"), "torch": version("torch")}
 
 
@@ -162,6 +163,7 @@ def write_timm(state: Mapping[str, Tensor], spec: Spec, about: Mapping[str, Any]
 
 
 def dims(spec: Spec) -> dict[str, int]:
+    """Returns the widths of a model, for a checkpoint's config.json."""
     return {"embed_dim": spec.embed_dim, "num_heads": spec.num_heads, "hidden_dim": spec.hidden_dim}
 
 

@@ -56,6 +56,7 @@ def checked(
 
 
 def is_number(value: Any) -> bool:
+    """Returns whether a value of a foreign file is a number that float32 holds."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < FLOAT32
 
 

@@ -105,6 +105,7 @@ def lvvit(name: str, pretrained: bool, sizes: dict[str, Any], given: dict[str, A
 
 
 def sizes(dim: int, depth: int, heads: int, stem: str = "4c") -> dict[str, Any]:
+    """Returns timm's arguments for an LV-ViT of this size."""
     return {"embed_dim": dim, "depth": depth, "num_heads": heads, "stem": stem, "stem_width": dim}
 
 

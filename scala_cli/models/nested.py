@@ -138,6 +138,7 @@ def under_prefixes(place: str, tensors: State) -> Iterator[Candidate]:
 
 
 def no_average(file: Path) -> CheckpointError:
+    """Returns the error for a file without a moving average."""
     return CheckpointError(
         f"{file} holds no moving average of weights, as model_ema or state_dict_ema.",
         remedy="leave_out",
@@ -146,6 +147,7 @@ def no_average(file: Path) -> CheckpointError:
 
 
 def keys_of(content: Any) -> str:
+    """Returns what a file holds, in words."""
     if not isinstance(content, Mapping):
         return f"a {type(content).__name__}"
     return examples([str(key) for key in content]) if content else "nothing"

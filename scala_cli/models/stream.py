@@ -61,6 +61,7 @@ def linear_heads(vit: nn.Module) -> list[str]:
 
 
 def is_affine_layer_norm(module: nn.Module) -> bool:
+    """Returns whether a module is a LayerNorm with weight and bias."""
     return isinstance(module, nn.LayerNorm) and module.weight is not None and module.bias is not None
 
 

@@ -85,7 +85,7 @@ class Spec:
 
     @property
     def input_size(self) -> tuple[int, int, int]:
-        """(channels, height, width)"""
+        """Channels, height and width."""
         height, width = self.model_args["img_size"]
         return self.model_args["in_chans"], height, width
 
@@ -336,6 +336,7 @@ def first_odd_size(vit: Any) -> str:
 
 
 def times(shape: Sequence[int]) -> str:
+    """Formats a shape: "3 x 224 x 224"."""
     return " x ".join(map(str, shape))
 
 
