@@ -330,8 +330,9 @@ class RunSettings:
 ON_RESUME = (
     *("data_dir", "workers", "on_corrupt", "device", "threads"),
     *("grad_accum_steps", "grad_checkpointing", "torchcompile", "save_every_steps"),
+    "epochs",
 )
-"""Settings that --resume may change: they affect speed and memory, never the result."""
+"""Settings that --resume may change. All but the last affect speed and memory, never the result."""
 
 
 @dataclass(frozen=True)

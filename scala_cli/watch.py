@@ -21,8 +21,8 @@ class Watcher:
     def note(self, text: str) -> None:
         """Reports something the user should know, once."""
 
-    def phase(self, name: str, total: int, unit: str = "images") -> None:
-        """Starts a phase of `total` units of work."""
+    def phase(self, name: str, total: int, unit: str = "images", done: int = 0) -> None:
+        """Starts a phase of `total` units of work, of which `done` are finished already."""
 
     def step(self, count: int, losses: Mapping[str, float] | None = None) -> None:
         """Adds `count` finished units; in training also the loss of every pass, by name.

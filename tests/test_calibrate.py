@@ -195,7 +195,7 @@ def test_it_tells_how_far_it_is():
     told = []
 
     class Listener(Watcher):
-        def phase(self, name, total, unit="images"):
+        def phase(self, name, total, unit="images", done=0):
             told.append((name, total, unit))
 
         def step(self, count, losses=None):

@@ -1,5 +1,6 @@
 """Runs that are stopped, or fail, resume with nothing lost."""
 
+import json
 import os
 import pickle
 import shutil
@@ -44,6 +45,28 @@ def test_resuming_gives_the_run_that_was_never_stopped(photos, epochs, every, ki
     done = {None: 3, 1: 5, 2: 4}[every] if kind is KeyboardInterrupt else 5
     assert len(again.losses) == round(3 * epochs) - done
     assert same_runs("whole", "cut")
+
+
+def test_a_run_goes_on_past_its_planned_end(photos):
+    def rows():
+        return [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+
+    finetune(start(), Record(), settings(photos, epochs=1), Run(Path("run")), Listener())
+    before = load_file("run/last/model.safetensors")
+    again = Listener()
+    resume_run(Run(Path("run")), again, {"epochs": 3})
+    assert len(again.losses) == 6 and [row["epoch"] for row in rows()] == [1, 2, 3]
+    assert rows()[1]["lr"] > rows()[0]["lr"], "the cosine of three epochs"
+    assert any(
+        not torch.equal(t, before[name]) for name, t in load_file("run/last/model.safetensors").items()
+    )
+    assert resume_run(Run(Path("run")), Listener())["epoch"] <= 3, "its length is now three epochs"
+    with pytest.raises(TrainingError, match="has trained 3 epochs already"):
+        resume_run(Run(Path("run")), Listener(), {"epochs": 2})
+    assert len(rows()) == 3
+    finetune(start(), Record(), settings(photos, epochs=0.7), Run(Path("part")), Listener())
+    with pytest.raises(TrainingError, match="epoch 1 ended before all images"):
+        resume_run(Run(Path("part")), Listener(), {"epochs": 2})
 
 
 LONG = ("--epochs", 15, "-b", 4, "--no-amp", "--device", "cpu", "--threads", 1, "--ratios", "0.5,1", "-q")

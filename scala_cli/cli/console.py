@@ -93,10 +93,11 @@ class Live(Watcher):
     def note(self, text: str) -> None:
         self.out.note(text)
 
-    def phase(self, name: str, total: int, unit: str = "images") -> None:
+    def phase(self, name: str, total: int, unit: str = "images", done: int = 0) -> None:
         if self.task is not None:
             self.progress.remove_task(self.task)
-        self.task, self.unit = self.progress.add_task(name, total=total, rate="", losses=""), unit
+        self.task = self.progress.add_task(name, total=total, completed=done, rate="", losses="")
+        self.unit = unit
 
     def step(self, count: int, losses: Mapping[str, float] | None = None) -> None:
         assert self.task is not None

@@ -43,7 +43,11 @@ def finetune(
     patch_size: PatchSize = None,
     resume: Annotated[
         Path | None,
-        typer.Option("--resume", help="Go on with this run; only where and how it is computed may differ."),
+        typer.Option(
+            "--resume",
+            help="Go on with this run; only where and how it is computed may differ. With larger --epochs "
+            "it goes on past its planned end, at the learning rates of the longer run.",
+        ),
     ] = None,
     force: Force = False,
     *,

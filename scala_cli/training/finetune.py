@@ -115,7 +115,9 @@ def resume_from(state: dict[str, Any], run: Run, watch: Watcher, changes: Mappin
         settings = replace(settings, optimizer=replace(settings.optimizer, batch_size=share))
     if state.get("learning"):
         run.write_state({**state, "settings": asdict(settings), "processes": world.size})
-        resume_run(run.teacher, watch, changes)
+        resume_run(
+            run.teacher, watch, {name: new for name, new in (changes or {}).items() if name != "epochs"}
+        )
         world.wait()
         points = [Point.of(ratio) for ratio in state["points"]]
         _, record = load_with_record(run.teacher.path / "start")
@@ -129,6 +131,7 @@ def resume_from(state: dict[str, Any], run: Run, watch: Watcher, changes: Mappin
     trainer = Trainer(start, task, teacher if state["taught"] else None, settings, splits)
     refuse_other_images(trainer.images(), state["images"], run)
     trainer.restore(state)
+    refuse_length(trainer, run)
     if len(trainer.rows) < trainer.epochs:
         watch.note(f"going on after step {trainer.step.number} of {trainer.steps}.")
     return trainer.train(run, record_of_training(record, start, settings, state["taught"]), watch)
@@ -185,6 +188,22 @@ def widen(
     )
     trainer = Trainer(start, task, net, settings, splits)
     return begin(trainer, start, record, run, watch)
+
+
+def refuse_length(trainer: Trainer, run: Run) -> None:
+    """Raises TrainingError if a run is to end before what it has done, or its last epoch was cut short."""
+    done, an_epoch = len(trainer.rows), len(trainer.training)
+    if trainer.epochs < done or trainer.step.number > trainer.steps:
+        raise TrainingError(
+            f"this run has trained {trainer.step.number / an_epoch:.4g} epochs already.",
+            "Give more, or leave out --epochs.",
+        )
+    if trainer.step.number < min(done * an_epoch, trainer.steps):
+        raise TrainingError(
+            f"its epoch {done} ended before all images had been seen, so nothing can follow it.",
+            remedy="from_weights",
+            weights=run.weights,
+        )
 
 
 def refuse_other_images(now: Mapping[str, object], then: Mapping[str, object], run: Run) -> None:

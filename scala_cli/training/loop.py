@@ -226,7 +226,8 @@ class Trainer:
             min(self.steps, (number + 1) * len(self.training)),
         )
         of = f"epoch {number + 1}/{self.epochs}"
-        watch.phase(of, (last - self.step.number) * self.images_per_step)
+        # of the whole run, so that the time left is too
+        watch.phase(of, self.steps * self.images_per_step, done=self.step.number * self.images_per_step)
         self.step.net.train()
         self.scheduler.step_update(max(self.step.number - 1, 0))
         lr = self.lr  # the last step's, reported if no step of this epoch is left
