@@ -15,6 +15,7 @@ from scala_cli.settings import ReadSettings, RunSettings
 from scala_cli.tasks import task_named
 from scala_cli.training.finetune import finetune, resume_run
 from scala_cli.training.run import Run
+from scala_cli.training.start import refuse_different
 from scala_cli.world import World
 
 TASK = task_named("classification")
@@ -65,10 +66,11 @@ def test_processes_that_see_other_images_say_so(folder, monkeypatch):
     monkeypatch.setattr("torch.distributed.get_backend", lambda: "gloo")
     others = 0
     monkeypatch.setattr(World, "sum", lambda _, tensor: tensor * 2 + others)
-    TASK.open(settings(folder), world=World(1, 2))
+    splits = TASK.open(settings(folder))
+    refuse_different(splits, World(1, 2))
     others = 1
     with pytest.raises(DataError, match="number 1 has 12 training and 6 validation images, of 3 classes"):
-        TASK.open(settings(folder), world=World(1, 2))
+        refuse_different(splits, World(1, 2))
 
 
 def test_images_held_out_are_every_nth_and_not_trained_on(photos):

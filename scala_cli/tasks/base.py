@@ -11,7 +11,7 @@ from scala_cli.models.tokens import Reduced
 from scala_cli.models.vit import Spec
 from scala_cli.settings import MethodSettings, Settings
 from scala_cli.watch import QUIET, Watcher
-from scala_cli.world import ALONE, World
+from scala_cli.world import World
 
 
 class Meter(Protocol):
@@ -68,14 +68,13 @@ class Task(Protocol):
         settings: Settings,
         names: Sequence[str] | None = None,
         watch: Watcher = QUIET,
-        world: World = ALONE,
     ) -> tuple[Split, Split]:
         """Returns the training and the validation images.
 
         Args:
             names: a model's class names. If the data has the same ones, they are numbered in this order.
 
-        Raises DataError, also if the processes see different images or classes.
+        Raises DataError.
         """
         ...
 

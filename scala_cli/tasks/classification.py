@@ -16,7 +16,7 @@ from scala_cli.models.vit import Spec
 from scala_cli.settings import MethodSettings, Settings
 from scala_cli.tasks.losses import cross_entropy, distillation
 from scala_cli.watch import QUIET, Watcher
-from scala_cli.world import ALONE, World
+from scala_cli.world import World
 
 
 class Accuracy:
@@ -53,7 +53,6 @@ class Classification:
         settings: Settings,
         names: Sequence[str] | None = None,
         watch: Watcher = QUIET,
-        world: World = ALONE,
     ) -> tuple[Split, Split]:
         """Returns the training and the validation images.
 
@@ -62,7 +61,7 @@ class Classification:
         Args:
             names: a model's class names. If the data has the same ones, they are numbered in this order.
 
-        Raises DataError for a single class, or if the processes see different images or classes.
+        Raises DataError for a single class.
         """
         data, place = settings.data, settings.read.data_dir
         training = open_split(data, True, place)
@@ -77,13 +76,6 @@ class Classification:
             validation = open_split(data, False, place, training.classes).numbered_as(training.classes)
         training.tell(watch)
         validation.tell(watch)
-        counts = f"{len(training)} training and {len(validation)} validation images"
-        if not world.same(f"{counts} {training.classes}"):
-            raise DataError(
-                f"the processes see different images: number {world.rank} has {counts}, "
-                f"of {len(training.classes)} classes.",
-                "Give all of them the same images, on a disk that all nodes see.",
-            )
         return training, validation
 
     def judged(self, spec: Spec, data: str, data_dir: str | None) -> Split:

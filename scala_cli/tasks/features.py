@@ -20,7 +20,6 @@ from scala_cli.tasks.likeness import Likeness
 from scala_cli.tasks.losses import mean_square
 from scala_cli.tasks.standard import in_units, spreads
 from scala_cli.watch import QUIET, Watcher
-from scala_cli.world import ALONE, World
 
 SHARE, MOST = 0.1, 1000
 """Default share of the images held out for validation, and their largest number."""
@@ -45,7 +44,6 @@ class Features:
         settings: Settings,
         names: Sequence[str] | None = None,
         watch: Watcher = QUIET,
-        world: World = ALONE,
     ) -> tuple[Split, Split]:
         """Returns the training and the validation images, from any folder of images; labels are not used.
 
@@ -54,7 +52,7 @@ class Features:
         Args:
             names: not used.
 
-        Raises DataError for too few images, or if the processes see different images.
+        Raises DataError for too few images.
         """
         data, place, share = settings.data, settings.read.data_dir, settings.run.holdout
         training = without_labels(open_images(data, place))
@@ -75,12 +73,6 @@ class Features:
         training.tell(watch)
         validation = Split(Unlabelled(validation.samples), (), validation.notes)
         validation.tell(watch)
-        counts = f"{len(training)} training and {len(validation)} validation images"
-        if not world.same(counts):
-            raise DataError(
-                f"the processes see different images: number {world.rank} has {counts}.",
-                "Give all of them the same images, on a disk that all nodes see.",
-            )
         return training, validation
 
     def judged(self, spec: Spec, data: str, data_dir: str | None) -> Split:

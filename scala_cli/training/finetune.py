@@ -22,6 +22,7 @@ from scala_cli.training.start import (
     is_taught,
     prepare,
     record_of_training,
+    refuse_different,
     refuse_foreign,
     unlearnt,
     with_new_head,
@@ -55,7 +56,8 @@ def finetune(
     refuse_foreign(settings.method)
     taught = is_taught(record, task, settings.method)
     refuse_other_patches(start, task, start.points)
-    splits = task.open(settings, start.spec.label_names, watch, world)
+    splits = task.open(settings, start.spec.label_names, watch)
+    refuse_different(splits, world)
     if sizes := [point.size for point in start.points if point.size]:
         splits[0].tell_enlarged(max(sizes), watch)
     classes = splits[0].classes
@@ -126,7 +128,8 @@ def resume_from(state: dict[str, Any], run: Run, watch: Watcher, changes: Mappin
     note_emulation(device, settings.device, watch)
     start, record = load_with_record(run.path / "start")
     task = task_named(record.task)
-    splits = task.open(settings, state["images"]["classes"], watch, world)
+    splits = task.open(settings, state["images"]["classes"], watch)
+    refuse_different(splits, world)
     teacher = run.read_teacher() or start
     trainer = Trainer(start, task, teacher if state["taught"] else None, settings, splits)
     refuse_other_images(trainer.images(), state["images"], run)

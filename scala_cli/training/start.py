@@ -12,7 +12,7 @@ from scala_cli.calibration import Calibration, fit_family
 from scala_cli.data.classes import class_misfit
 from scala_cli.data.shards import is_shards
 from scala_cli.data.split import Split
-from scala_cli.errors import TrainingError
+from scala_cli.errors import DataError, TrainingError
 from scala_cli.methods import METHODS, method_named
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.dense import kept_reader
@@ -29,6 +29,7 @@ from scala_cli.slicing.own import own_vectors
 from scala_cli.slicing.tokens import TokenRule
 from scala_cli.tasks.base import Task
 from scala_cli.watch import Watcher
+from scala_cli.world import World
 
 ONE_FIT = FamilySettings(keep_full=0.0)
 """Fits the family once, whatever the full width loses: the unchanged model teaches it in training."""
@@ -81,6 +82,18 @@ def refuse_foreign(method: MethodSettings) -> None:
             )
     if method.mask_patches and not method_named(method.method).masks_patches:
         raise TrainingError(f"mask_patches has no part in method {method.method}.", "Leave it out.")
+
+
+def refuse_different(splits: tuple[Split, Split], world: World) -> None:
+    """Raises DataError if the processes see different images or classes."""
+    (training, validation), classes = splits, splits[0].classes
+    counts = f"{len(training)} training and {len(validation)} validation images"
+    if not world.same(f"{counts} {classes}"):
+        counts += f", of {len(classes)} classes" if classes else ""
+        raise DataError(
+            f"the processes see different images: number {world.rank} has {counts}.",
+            "Give all of them the same images, on a disk that all nodes see.",
+        )
 
 
 def with_new_head(start: SlimmableViT, classes: Sequence[str], seed: int) -> SlimmableViT:
