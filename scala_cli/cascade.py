@@ -1,4 +1,4 @@
-"""A small point of a family answers; a larger one is asked only where it is unsure."""
+"""Cascades: a small point of a family answers, and a larger one only if the small one is unsure."""
 
 from collections.abc import Sequence
 from itertools import combinations, pairwise
@@ -17,8 +17,8 @@ class Cascade(nn.Module):
 
     Args:
         net: the family.
-        ratios: the points in the order in which they are asked, cheapest first.
-        threshold: an answer stands where the probability of its class is at least this.
+        ratios: the points in the order in which they are run, cheapest first.
+        threshold: an answer is final if the probability of its class is at least this.
 
     Raises:
         PointError: a point that was not trained, or points whose cost does not grow.
@@ -41,20 +41,20 @@ class Cascade(nn.Module):
             )
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (B, C, H, W) -> logits (B, classes), of the first width that is sure, else the last."""
+        """Returns logits of the first point that is sure, else of the last: (B, C, H, W) -> (B, classes)."""
         first, *others = self.points
         logits = self.net(images, first)
         for point in others:
             unsure = (confidence(logits) < self.threshold).nonzero().flatten()
             if not len(unsure):
                 break
-            # those that were sure before stay so: what a wider width says replaces only what is unsure
+            # only the logits of unsure images are replaced
             logits = logits.index_copy(0, unsure, self.net(images[unsure], point).to(logits.dtype))
         return logits
 
 
 def confidence(logits: Tensor) -> Tensor:
-    """(...,) the probability of the most probable class of (..., classes)."""
+    """Returns the probability of the most probable class: (..., classes) -> (...,)."""
     return logits.float().softmax(-1).amax(-1)
 
 

@@ -93,7 +93,7 @@ def evaluate(
 
     Args:
         world: the processes whose loaders together have all of the images.
-        reference: what outputs are compared with where there are no labels. Default: the full width's.
+        reference: what outputs are compared with if there are no labels. Default: the full width's.
 
     Returns:
         per point its columns, those of the task, and "images".
@@ -110,7 +110,7 @@ def widths(
 ) -> dict[Point, Predictor]:
     """Returns for each point what computes its outputs.
 
-    Raises PointError where the task reads every patch, and a point does not have them all.
+    Raises PointError if the task compares patches and a point has others than the full model.
     """
     net.eval()
     refuse_other_patches(net, task, points)
@@ -148,7 +148,7 @@ def answering(vit: VisionTransformer, task: Task, settings: DeviceSettings) -> P
 def reference_for(net: SlimmableViT, other: SlimmableViT) -> VisionTransformer:
     """Returns the full width of another backbone, to compare the features of `net` with.
 
-    Raises CheckpointError where it has other patches or other features.
+    Raises CheckpointError if it has other patches or other features.
     """
     ours, theirs = ((each.spec.patches, each.vit.head.out_features) for each in (net, other))
     if ours != theirs:
@@ -171,7 +171,7 @@ def metrics(
     world: World = ALONE,
     reference: Predictor | None = None,
 ) -> dict[Key, dict[str, Any]]:
-    """The task's columns and "images" of each predictor, as `evaluate`."""
+    """Returns the task's columns and "images" of each predictor, as `evaluate`."""
     meters = {key: task.meter() for key in predictors}
     for images, targets in batches(loader, device, watch):
         if reference is not None:
@@ -213,7 +213,7 @@ def find_cascade(
 ) -> dict[str, Any]:
     """Finds the best cascade of some points within a mean budget, in one pass over the images.
 
-    It is chosen on every second image and judged on the others.
+    It is chosen on every second image and evaluated on the others.
 
     Returns:
         {"cascade": labels, "threshold", "top1", "gmacs", "escalated", "points": rows as `evaluate_cascade`},
@@ -274,7 +274,7 @@ def answers(
 
 
 def batches(loader: Loader, device: torch.device, watch: Watcher) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images, targets) of every batch of which anything could be read."""
+    """Yields (images, targets) of every batch in which an image could be read."""
     watch.phase("evaluate", len(loader.split))
     for images, targets in loader:
         if len(images):

@@ -22,6 +22,7 @@ TOOLTIP = "point-"
 
 
 def can_draw() -> bool:
+    """Returns whether matplotlib is installed."""
     return find_spec("matplotlib") is not None
 
 
@@ -35,6 +36,8 @@ def refuse_picture(file: Path) -> None:
 
 
 def new_axes() -> tuple[Any, Any]:
+    """Returns an empty figure and its axes."""
+
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
@@ -46,6 +49,7 @@ def new_axes() -> tuple[Any, Any]:
 
 
 def save(figure: Any, file: Path) -> None:
+    """Writes a figure, the same bytes for the same figure."""
     metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(file.suffix)
     with whole_file(file) as target:
         figure.savefig(target, format=file.suffix[1:], dpi=200, metadata=metadata)
@@ -146,11 +150,12 @@ def label_of(row: Mapping[str, Any]) -> str:
 
 
 def is_one_of(row: Mapping[str, Any], points: Sequence[Point], runtime: str) -> bool:
+    """Returns whether a row is one of these points, in this runtime."""
     return row["runtime"] == runtime and row["ratio"] is not None and Point.of_row(row) in points
 
 
 def stages_picture(pictures: Sequence[Any], titles: Sequence[str]) -> Any:
-    """Pictures side by side.
+    """Draws pictures side by side.
 
     Args:
         pictures: (H, W, 3) from 0 to 1.
@@ -167,7 +172,7 @@ def stages_picture(pictures: Sequence[Any], titles: Sequence[str]) -> Any:
 
 
 def cascade_picture(sweep: Rows, points: Rows) -> Any:
-    """Top-1 of a cascade against its mean GMACs, by threshold, beside the widths alone.
+    """Draws top-1 of a cascade against its mean GMACs, by threshold, beside single points.
 
     Args:
         sweep: {"threshold", "top1", "gmacs"}

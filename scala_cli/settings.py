@@ -18,9 +18,9 @@ def option(
     min: float | None = None,
     max: float | None = None,
 ) -> Any:
-    """A dataclass field with its help text, its bounds and, where it has one, its short flag.
+    """Returns a dataclass field with its help text, bounds and short flag, if any.
 
-    A truth value becomes the pair --name/--no-name, or `only` the one that switches it on or off.
+    A bool becomes the pair --name/--no-name, or with `only` just the one that turns it on or off.
     """
     return field(
         default=default, metadata={"help": help, "short": short, "only": only, "min": min, "max": max}
@@ -93,7 +93,7 @@ class MethodSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """How the weights move."""
+    """The optimizer, its schedule, and how a step is computed."""
 
     epochs: float = option(10, "Passes over the training images; 0.5 is half of one.", min=0.001, max=1e5)
     batch_size: int = option(128, "Images a step; of several processes, those of each.", "-b", min=1)
@@ -133,7 +133,7 @@ class OptimizerSettings:
     )
 
     def for_share(self, share: float) -> "OptimizerSettings":
-        """The same for a run of this share of the epochs, with as large a part of it warming up."""
+        """Returns the settings for a run of this share of the epochs, and of the warm-up."""
         warmup = None if self.warmup_epochs is None else self.warmup_epochs * share
         return replace(self, epochs=self.epochs * share, warmup_epochs=warmup)
 
@@ -162,7 +162,7 @@ class ReadSettings:
 
 @dataclass(frozen=True)
 class DeviceSettings:
-    """Where it runs."""
+    """Device, precision and threads."""
 
     device: str | None = option(None, "cpu, cuda, cuda:1, mps. Default: a GPU where there is one.")
     amp: bool | None = option(
@@ -174,7 +174,7 @@ class DeviceSettings:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """How it is evaluated."""
+    """How points are evaluated."""
 
     batch_size: int = option(128, "Images a batch.", "-b", min=1)
     resized: bool = option(
@@ -269,7 +269,7 @@ class GridSettings:
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """How it is timed."""
+    """How points are timed."""
 
     batch_size: int | None = option(
         None,
@@ -286,7 +286,7 @@ class BenchSettings:
 
 @dataclass(frozen=True)
 class Budget:
-    """What the point must fit, instead of --ratio."""
+    """Limits that the best point must meet, instead of --ratio."""
 
     max_latency_ms: float | None = option(None, "Milliseconds for one image, measured here.", min=0)
     max_gmacs: float | None = option(None, "Billions of multiply-accumulates of one image.", min=0)
@@ -348,7 +348,7 @@ class Settings:
     run: RunSettings = RunSettings()
 
     def words(self) -> list[str]:
-        """The options of `scala finetune` that differ from their defaults, but for data and machine."""
+        """Returns the options of `scala finetune` that differ from their defaults but data and device."""
         groups = (self.method, self.optimizer, self.augment, self.run, self.read)
         given = {f.name: (getattr(group, f.name), f.default) for group in groups for f in fields(group)}
         given = {name: of for name, of in given.items() if name not in ("data_dir", "workers", "on_corrupt")}
@@ -365,7 +365,7 @@ class Settings:
 
     @classmethod
     def of(cls, values: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> "Settings":
-        """The settings that `dataclasses.asdict` turned into `values`; of some options, by name, others."""
+        """Returns the settings of `values` from `dataclasses.asdict`, some of them replaced by name."""
         groups: dict[str, Any] = {f.name: type(f.default) for f in fields(cls) if is_dataclass(f.default)}
         chosen = {g: {k: (changes or {}).get(k, v) for k, v in values[g].items()} for g in groups}
         return cls(values["data"], **{name: group(**chosen[name]) for name, group in groups.items()})

@@ -35,7 +35,7 @@ Predictor = Callable[[Tensor], Tensor]
 class Timing:
     """Milliseconds of one call: the median, its 95 % confidence interval, the 95th percentile.
 
-    Of fewer than six measurements there is no such interval.
+    Fewer than six measurements have no interval.
     """
 
     median: float
@@ -65,7 +65,7 @@ class Timing:
 def time_calls(
     calls: Mapping[Key, Callable[[], object]], device: torch.device, rounds: int | None, watch: Watcher
 ) -> dict[Key, Timing]:
-    """Times calls in turns, so that a machine that heats up or is shared slows all of them alike.
+    """Times calls in turns, so that a hot or shared machine slows all of them alike.
 
     Without `rounds` they are timed until every median is known to about 2 % (95 % confidence), 10 times at
     least, and 160 times or 20 seconds at most.
@@ -90,7 +90,7 @@ def time_calls(
 
 @torch.inference_mode()
 def warm_up(calls: Mapping[Key, Callable[[], object]], device: torch.device, watch: Watcher) -> None:
-    """Runs calls in turns until none of them gets faster any more."""
+    """Runs calls in turns until none of them gets faster."""
     watch.phase("warm up", WINDOWS * WINDOW * len(calls), "runs")
     medians = dict.fromkeys(calls, math.inf)
     for _ in range(WINDOWS):

@@ -48,7 +48,7 @@ def bench(
 ) -> dict[str, Any]:
     """Measures what every point costs on this machine, as plain timm models.
 
-    All points and compared models take turns, so that a machine that heats up or is shared slows all alike.
+    All points and compared models take turns, so that a hot or shared machine slows all alike.
     Runtimes come one after the other: threads of one that still spin would slow the next.
 
     Args:
@@ -74,7 +74,9 @@ def bench(
     runtimes += ["onnx-int8"] if settings.int8 else []
     refuse_runtimes(runtimes, device, bool(where.amp))
     subjects = [*points_of(net, points), *map(other, compared)]
-    net.slice(net.widest)  # maps all of the weights: what a width takes is not to depend on who came before
+    net.slice(
+        net.widest
+    )  # loads all weights now, so that the memory of a width does not depend on which came first
     task = task_named(record.task)
     main = main_column(task)
     run = Bench(
@@ -101,7 +103,7 @@ def bench(
             return {}
         if not task.every_token:
             return measured(net, models, task, loader, device, watch)
-        with TemporaryDirectory() as folder:  # what was timed gives what the model returns alone
+        with TemporaryDirectory() as folder:  # the timed models return no patch tokens
             dense = {point: answering_in(runtime, net, point, task, Path(folder)) for point in points}
             reference = answering(net.at(Fraction(1)), task, where)
             return measured(net, dense, task, loader, device, watch, reference)
@@ -113,7 +115,7 @@ def bench(
 
 @dataclass(frozen=True)
 class Bench:
-    """How all subjects are timed.
+    """Times subjects, all in the same way.
 
     Args:
         size: images a batch of the latency.
@@ -146,7 +148,9 @@ class Bench:
         with TemporaryDirectory() as folder:
             loads = {each: self.loading(each, runtime, Path(folder)) for each in subjects}
             images = {each: torch.randn(self.size, *each.input_size).to(self.device) for each in subjects}
-            self.load(loads[subjects[0]], images[subjects[0]], runtime)  # what only a runtime's first costs
+            self.load(
+                loads[subjects[0]], images[subjects[0]], runtime
+            )  # a runtime's first model also loads the runtime
             models: dict[Subject, Predictor] = {}
             peaks: dict[Subject, int | None] = {}
             self.watch.phase(f"load ({runtime})", len(subjects), "models")
@@ -214,7 +218,7 @@ class Bench:
     ) -> tuple[Predictor, int | None]:
         """Loads a model. Returns it and by how many bytes memory peaked, None with `compile`.
 
-        Raises ScalaError where the runtime cannot run it.
+        Raises ScalaError if the runtime cannot run it.
         """
         kept: list[Predictor] = []
 
@@ -244,7 +248,10 @@ class Bench:
 
     @torch.inference_mode()
     def best_batch(self, predict: Predictor, subject: Subject) -> int:
-        """Sizes double until two in a row gain nothing, or one takes too long or too much memory."""
+        """Returns the batch size with the most images/s.
+
+        Sizes double until two in a row gain nothing, or one takes too long or too much memory.
+        """
         best, rate, size, idle = 1, 0.0, 1, 0
         largest = LARGEST_BATCH if self.device.type == "cpu" else LARGEST_ON_A_GPU
         while size <= largest and idle < 2:
@@ -263,7 +270,7 @@ class Bench:
 
 
 class Answering(nn.Module):
-    """A model that answers what its task reads: (B, C, H, W) images to the task's output."""
+    """A model with the output that its task needs."""
 
     def __init__(self, vit: VisionTransformer, task: Task) -> None:
         super().__init__()
@@ -274,7 +281,7 @@ class Answering(nn.Module):
 
 
 def answering_in(runtime: str, net: SlimmableViT, point: Point, task: Task, folder: Path) -> Predictor:
-    """A width in another runtime, from a file that answers what the task reads."""
+    """Returns a width in another runtime, with the output that the task needs."""
     file = folder / f"{point.file_name}{FORMATS[runtime].suffix}"
     model = Answering(net.slice(point, fixed_size=True), task).eval()
     write(runtime, model, torch.randn(2, *net.spec.input_size), file)

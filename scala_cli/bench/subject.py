@@ -1,4 +1,4 @@
-"""What is timed: the widths of a family, models to compare them with, and the runtimes that run them."""
+"""Subjects to time: the widths of a family, models to compare them with, and their runtimes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,6 +40,7 @@ class Subject:
 
 
 def points_of(net: SlimmableViT, points: Sequence[Point]) -> list[Subject]:
+    """Returns the points of a family as subjects to time."""
     subjects = []
     for point in points:
         spec = net.spec_at(point)
@@ -50,7 +51,7 @@ def points_of(net: SlimmableViT, points: Sequence[Point]) -> list[Subject]:
 
 
 def other(asked: str) -> Subject:
-    """A timm model with random weights. Raises CheckpointError where timm has none of that name."""
+    """Returns a timm model with random weights. Raises CheckpointError if timm has none of this name."""
     config = config_of(asked)
 
     def build(_: bool) -> Any:

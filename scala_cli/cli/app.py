@@ -48,18 +48,19 @@ app = typer.Typer(
 
 
 def show_version(asked: bool) -> None:
+    """Prints the version and exits, if asked."""
     if asked:
         typer.echo(f"scala {scala_cli.__version__}")
         raise typer.Exit()
 
 
 @app.callback()
-def root(
+def root(  # noqa: D103
     version: Annotated[
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    pass  # its help is the application's
 
 
 for name, function in COMMANDS.items():
@@ -77,6 +78,6 @@ def main() -> None:
     except SystemExit as done:
         code = done.code if isinstance(done.code, int) else int(done.code is not None)
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # told already
+        with suppress(OSError):  # reported already
             stream.flush()
     os._exit(code)

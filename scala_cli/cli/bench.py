@@ -40,7 +40,8 @@ def bench(
         typer.Option("--plot", help="Draw accuracy, or GMACs, against latency: .svg, .png or .pdf."),
     ] = None,
     html: Annotated[
-        Path | None, typer.Option("--html", help="Write table and picture as one page that stands alone.")
+        Path | None,
+        typer.Option("--html", help="Write table and picture as one page; its points have tooltips."),
     ] = None,
     train: Annotated[
         bool, typer.Option("--train", help="Time steps of training instead, beside timm's of the full width.")
@@ -59,9 +60,9 @@ def bench(
     device: DeviceSettings,
     out: Output,
 ) -> None:
-    """Latency, throughput, memory, parameters and multiply-accumulates of every width.
+    """Measure latency, throughput, memory, parameters and multiply-accumulates of every width.
 
-    Widths, and the models to --compare them with, take turns; runtimes come one after the other.
+    Widths and the models to --compare them with take turns; runtimes are measured one after the other.
 
     Example: scala bench runs/last --runtime torch,onnx --int8 --compare mobilenetv3_large_100 --plot b.svg;
     before training: scala bench deit_s --train -b 64
@@ -160,7 +161,7 @@ def what_to_time(
 
 
 def told(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the rows without columns that are empty, or the same model or runtime, in all of them."""
+    """Returns the rows without empty columns, and without a model or runtime that is the same in all."""
     from scala_cli.report import even
 
     rows = even(rows)

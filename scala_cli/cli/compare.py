@@ -46,10 +46,10 @@ def compare(
     drawn: RunSettings,
     out: Output,
 ) -> None:
-    """Train several methods from the same start, and put their widths side by side.
+    """Train several methods from the same start and compare their widths.
 
-    The model must know the images' classes already, so that all methods start alike. The same command again
-    goes on where it was interrupted.
+    The model must know the classes of the images already, so that all methods start alike. After an
+    interruption the same command resumes.
 
     Example: scala compare deit_s --data DIR --methods scala,separate --seeds 3 --epochs 2
     """
@@ -88,4 +88,5 @@ def compare(
 
 
 def words(text: str) -> list[str]:
+    """Splits a comma-separated list into names of settings."""
     return [word.strip().replace("-", "_") for word in text.split(",") if word.strip()]

@@ -28,21 +28,21 @@ from scala_cli.watch import Stopped, Watcher, is_first
 
 @dataclass(frozen=True)
 class Output:
-    """How results are shown."""
+    """Prints results, notes and errors."""
 
     json: bool = option(False, "Print the result as one JSON document.", only="on")
     quiet: bool = option(False, "Print the result alone.", "-q", only="on")
     debug: bool = option(False, "Show the traceback of an error.", only="on")
 
     def note(self, text: str) -> None:
-        """One line about what is being done."""
+        """Prints one line about what is being done, on stderr."""
         if not self.quiet and is_first():
             Console(stderr=True, soft_wrap=True, highlight=False).print(escape(text), style="dim")
 
     def result(self, document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], title: str = "") -> None:
-        """The outcome of a command: the whole document with --json, else its rows as a table.
+        """Prints the result of a command: the whole document with --json, else its rows as a table.
 
-        Where stdout is no terminal the rows are plain: columns separated by two spaces or more.
+        If stdout is no terminal, columns are separated by two spaces or more.
         """
         if not is_first():
             return
@@ -53,7 +53,7 @@ class Output:
             for key, value in document.items():
                 if isinstance(value, str | int | float):
                     sys.stdout.write(f"{key}: {shown(value)}\n")
-        sys.stdout.flush()  # here, where a full disk or a reader that has left is still told as one
+        sys.stdout.flush()  # now, so that a full disk or a closed pipe is still reported as such
 
     def error(self, message: str, hint: str = "") -> None:
         console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -63,7 +63,7 @@ class Output:
 
     @contextmanager
     def progress(self) -> Iterator["Live"]:
-        """A live bar on stderr; none where stderr is no terminal or under --quiet."""
+        """Yields a live bar on stderr; it stays hidden with --quiet, or if stderr is no terminal."""
         console = Console(stderr=True)
         seen = console.is_terminal and not self.quiet and is_first()
         bar = Progress(
@@ -78,7 +78,10 @@ class Output:
             disable=not seen,
         )
         stop = Stop(tells=not self.quiet and is_first())
-        with stop.heard(), bar if seen else nullcontext():  # some rich end a disabled bar with a line
+        with (
+            stop.heard(),
+            bar if seen else nullcontext(),
+        ):  # some versions of rich print an empty line after a disabled bar
             yield Live(self, bar, stop)
 
 
@@ -132,6 +135,7 @@ class Live(Watcher):
 
 
 def print_table(console: Console, rows: Sequence[Mapping[str, Any]], title: str = "") -> None:
+    """Prints rows as a table; as plain columns if the output is no terminal."""
     if not rows:
         return
     rows = even(rows)
@@ -154,10 +158,7 @@ def print_table(console: Console, rows: Sequence[Mapping[str, Any]], title: str 
 
 
 def shown(value: Any, column: str = "") -> str:
-    """A value as a person reads it: four digits, millions as 1.2 M, a dash for what is not known.
-
-    A width is written as it is asked for.
-    """
+    """Formats a value: four digits, millions as 1.2 M, a dash if it is not known, widths as in --ratio."""
     if value is None:
         return "-"
     if column == "ratio":

@@ -89,9 +89,9 @@ def convert(
 ) -> None:
     """Turn pretrained weights into a slimmable checkpoint.
 
-    The full width computes what the pretrained model does; timm loads the result as it is. With --data the
-    narrower widths work as well, without training: they are fitted to the full one in closed form, and its
-    own output changes a little.
+    The full width computes the same as the pretrained model, and plain timm loads the result. With --data the
+    narrower widths are fitted to the full one in closed form, so that they work without training; the full
+    width's output then changes a little.
 
     Example: scala convert deit_s -o deit_s-slimmable; and: scala convert deit_s --data PHOTOS
     """
@@ -166,7 +166,7 @@ def r2_of(fit: "Fit | None") -> dict[str, float]:
 
 
 def read_labels(file: Path, count: int) -> list[str]:
-    """The lines of a file. Raises ScalaError unless it names so many classes, each once."""
+    """Returns the lines of a file. Raises ScalaError unless it names this many classes, each once."""
     try:
         names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError:

@@ -57,18 +57,18 @@ def evaluate(
     device: DeviceSettings,
     out: Output,
 ) -> None:
-    """Accuracy of every point on the validation images, or of several as a cascade.
+    """Measure the accuracy of every point on the validation images, or of several points as a cascade.
 
-    A point such as 1~0.5 of a model that was not trained for it needs no training: its tokens are merged.
+    A point such as 1~0.5 needs no training: if the model was not trained for it, its tokens are merged.
 
-    Of a backbone: how like the full width's features those of every width are, on any folder of images.
+    For a backbone it compares the features of every width with the full width's, on any folder of images.
 
-    With --probe instead how good its embeddings are: by a probe fitted to the full width's (full) and to its
-    own (own); agreement, how many of the full width's 10 nearest images it finds; recall, how often its
-    embedding finds the same image in an index of the full width's.
+    With --probe it measures embeddings on labelled images: the accuracy of a probe fitted to the full width's
+    embeddings (full) and to the width's own (own); agreement, how many of the full width's 10 nearest images
+    are among its own; recall, how often it finds the same image in an index of the full width's.
 
-    --cascade auto looks for the best one, two or three points within a mean budget: it chooses on half of the
-    images and judges on the others.
+    --cascade auto finds the best one, two or three points within a mean budget. It chooses them on half of
+    the images and evaluates them on the others.
 
     Example: scala eval runs/last --data DIR; and: scala eval --data DIR --cascade 0.25,1 --threshold 0.8
     """

@@ -22,10 +22,10 @@ def explain(
     tokens: TokenSettings,
     out: Output,
 ) -> None:
-    """Draw which patches of an image go on, or into which token, at every stage.
+    """Draw which patches of an image are dropped or merged, at every stage.
 
-    Each patch has the mean colour of the token that has most of it, and is black once it is dropped; lines
-    part the tokens.
+    Each patch has the mean colour of the token that has most of it, or is black once it is dropped. Lines
+    separate the tokens.
 
     Example: scala explain cat.jpg runs/last -o cat.png
     """

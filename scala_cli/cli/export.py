@@ -51,8 +51,8 @@ def export(
 ) -> None:
     """Write one width as ONNX, torch's pt2, OpenVINO or ExecuTorch, for any batch size.
 
-    Its own runtime reads it again and must answer as torch does before it takes its place; with 8-bit
-    weights it must give 90 % of the images of --data the same class, or features with an R² of 0.9.
+    The file is read back by its own runtime and must give torch's outputs, or nothing is written. With 8-bit
+    weights, 90 % of the images of --data must keep their class, or features have an R² of 0.9.
 
     Example: scala export --ratio 0.5 --format onnx -o half.onnx
     """

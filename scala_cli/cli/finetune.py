@@ -62,8 +62,8 @@ def finetune(
 ) -> None:
     """Train every width of a pretrained ViT at once.
 
-    Where the images have other classes than a pretrained model, its head is new: the full width learns them
-    first, alone, for a third as many epochs, and then teaches. Where it has no classifier, or with --task
+    If the images have other classes than the model, it gets a new head. The full width learns it first,
+    alone, for a third as many epochs, and then teaches. If the model has no classifier, or with --task
     features, no labels are needed: every width learns the features of the pretrained model.
 
     Example: scala finetune deit_s --data DIR --epochs 10

@@ -15,7 +15,7 @@ def info(
     *,
     out: Output,
 ) -> None:
-    """What a checkpoint holds: its widths, what they cost, and how well they did.
+    """Print what a checkpoint holds: its widths, their cost and their accuracy.
 
     Example: scala info runs/last
     """
@@ -57,6 +57,8 @@ def info(
 
 
 def tell_architectures(out: Output) -> None:
+    """Prints which of timm's ViTs can be slimmed, and why others cannot."""
+
     import timm
 
     from scala_cli.models.architectures import survey

@@ -72,7 +72,7 @@ def find_checkpoint(named: str | None, out: Output) -> Path:
 def open_points(
     named: str | None, wanted: Sequence[str] | None, tokens: TokenSettings, out: Output
 ) -> "tuple[SlimmableViT, Record, list[Point]]":
-    """Opens a checkpoint, or a MODEL with its pretrained weights, with the points that are meant.
+    """Opens a checkpoint, or a MODEL with its pretrained weights, with the wanted points.
 
     Args:
         wanted: labels; None is all points of a checkpoint, and the full width of a MODEL.
@@ -93,7 +93,7 @@ def open_points(
 
 
 def place_of(data: str) -> str:
-    """The images' folder or tar files, absolute, so that a run can be resumed from elsewhere.
+    """Returns the images' folder or tar files as an absolute path, so that a run resumes from anywhere.
 
     Names stay as they are.
     """
@@ -134,7 +134,7 @@ CHOICES = {"method": METHODS}
 
 
 def parameter_of(field: Field, group: type) -> inspect.Parameter:
-    """The option of one dataclass field: --field-name, its short flag, its help text, its default."""
+    """Returns the option of a dataclass field: --field-name, its short flag, help text and default."""
     hints = get_type_hints(group)
     flag = "--" + field.name.replace("_", "-")
     flags = [flag, *field.metadata["short"]]

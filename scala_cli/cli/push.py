@@ -27,7 +27,7 @@ def push(
     *,
     out: Output,
 ) -> None:
-    """Upload a family, or one width of it, to the Hugging Face Hub, with a model card.
+    """Upload a family or one of its widths to the Hugging Face Hub, with a model card.
 
     Example: scala push org/deit-s-slim; and to look at it first: scala push org/deit-s-slim --dry-run
     """

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM."""
+"""Handles Ctrl-C and SIGTERM."""
 
 import os
 import signal
@@ -52,7 +52,7 @@ class Stop:
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """While active, both signals are handled here."""
+        """Handles both signals while active."""
         before = {number: signal.signal(number, self.hear) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield

@@ -50,11 +50,11 @@ def slice(
     device: DeviceSettings,
     out: Output,
 ) -> None:
-    """Write one width as standalone safetensors that timm loads by itself.
+    """Write one width as standalone safetensors that plain timm loads.
 
-    The one named, or the best that fits a budget. A width that has not been trained is fitted to the full
-    model first, on images without labels, in closed form. The file is read back through timm and compared
-    before it takes its place.
+    Give --ratio, or limits that the best point must meet. A width that has not been trained is first fitted
+    to the full model in closed form, on images without labels. The file is read back by timm and compared
+    before it is moved into place.
 
     Example: scala slice deit_s --ratio 0.5 --data PHOTOS -o half; and: scala slice --max-latency-ms 8
     """
