@@ -1,16 +1,18 @@
-"""Makes README.md the first page of the site. A hook of mkdocs; `make site` builds into site/."""
+"""Makes README.md and CONTRIBUTING.md pages of the site. A hook of mkdocs; `make site` builds into site/."""
 
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds README.md as index.md; its links into docs/ become relative to that directory."""
-    files.append(
-        File.generated(config, "index.md", content=README.read_text("utf-8").replace("](docs/", "]("))
-    )
+    """Adds the pages; their links into docs/ become relative to that directory."""
+    for source, page in PAGES.items():
+        text = (ROOT / source).read_text("utf-8").replace("](docs/", "](")
+        text = text.replace("](CONTRIBUTING.md", "](contributing.md")
+        files.append(File.generated(config, page, content=text))
     return files
