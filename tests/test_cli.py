@@ -285,7 +285,7 @@ def test_a_run_that_fails_names_the_way_on_which_may_be_computed_otherwise(scala
 
     monkeypatch.setattr(Step, "gather_gradients", fail)
     answer = scala("finetune", tiny, "--data", photos, "-o", "run", *QUICK, "--grad-checkpointing")
-    assert answer.code == 2 and "Then go on: scala finetune --resume run" in answer.stderr
+    assert answer.code == 2 and "Then resume: scala finetune --resume run" in answer.stderr
     words = ("--no-grad-checkpointing", "--grad-accum-steps", 2, "--threads", 1)
     assert scala("finetune", "--resume", "run", *words, "-q", "--json").json["run"] == "run"
     told = Run(Path("run")).read_state()["settings"]

@@ -67,16 +67,15 @@ for name, function in COMMANDS.items():
 
 
 def main() -> None:
-    """Runs the command and leaves at once.
+    """Runs the command, then exits without unloading torch.
 
-    By then everything is written and flushed; torch would take 1.5 s and 120 MB more to unload itself
-    (docs/performance.md).
+    Everything is written by then, and unloading would cost 1.5 s and 120 MB (docs/performance.md).
     """
     try:
         app()
     except SystemExit as done:
         code = done.code if isinstance(done.code, int) else int(done.code is not None)
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # told already
+        with suppress(OSError):  # reported already
             stream.flush()
     os._exit(code)

@@ -37,13 +37,13 @@ def bench(
     csv: Annotated[Path | None, typer.Option("--csv", help="Also write the rows to this file.")] = None,
     plot: Annotated[
         Path | None,
-        typer.Option("--plot", help="Draw accuracy, or GMACs, against latency: .svg, .png or .pdf."),
+        typer.Option("--plot", help="Draw accuracy, or else GMACs, against latency: .svg, .png or .pdf."),
     ] = None,
     html: Annotated[
-        Path | None, typer.Option("--html", help="Write table and picture as one page that stands alone.")
+        Path | None, typer.Option("--html", help="Write table and picture as one self-contained HTML page.")
     ] = None,
     train: Annotated[
-        bool, typer.Option("--train", help="Time steps of training instead, beside timm's of the full width.")
+        bool, typer.Option("--train", help="Time training steps instead, also timm's at the full width.")
     ] = False,
     grad_checkpointing: Annotated[
         bool, typer.Option("--grad-checkpointing", help="With --train: as in scala finetune.")
@@ -59,9 +59,9 @@ def bench(
     device: DeviceSettings,
     out: Output,
 ) -> None:
-    """Latency, throughput, memory, parameters and multiply-accumulates of every width.
+    """Measure latency, throughput, memory, parameters and multiply-accumulates of every width.
 
-    Widths, and the models to --compare them with, take turns; runtimes come one after the other.
+    Widths and --compare models are timed in turns, runtimes one after the other.
 
     Example: scala bench runs/last --runtime torch,onnx --int8 --compare mobilenetv3_large_100 --plot b.svg;
     before training: scala bench deit_s --train -b 64
@@ -70,7 +70,10 @@ def bench(
         refuse_unwritable(file)
     elsewhere = (data, compare, plot, html, settings.int8, settings.runtime != "torch")
     if train and any(elsewhere):
-        raise typer.BadParameter("--train times torch on random images: leave out what is for predictions.")
+        raise typer.BadParameter(
+            "--train times torch on random images: "
+            "leave out --data, --compare, --plot, --html, --int8 and --runtime."
+        )
     if calibration.calibrate and (train or data is None):
         raise typer.BadParameter("--calibrate goes with --data, not with --train.")
     for name, given in (("--grad-checkpointing", grad_checkpointing), ("--torchcompile", torchcompile)):
@@ -123,8 +126,8 @@ def bench(
     if not train and directory and (spent := price_of_run(net, record, directory)):
         document["training"] = spent
         out.note(
-            f"trained in {spent['minutes']:.4g} minutes, all widths at once; each alone, on as many "
-            f"images, would take {spent['separate']:.3g} times the multiply-accumulates."
+            f"trained in {spent['minutes']:.4g} minutes, all widths at once; training each alone on as many "
+            f"images would take {spent['separate']:.3g} times the multiply-accumulates."
         )
     rows = document["steps" if train else "points"]
     if csv is not None:
@@ -152,15 +155,15 @@ def what_to_time(
         directory = find_checkpoint(checkpoint, out)
         return *load_with_record(directory), directory
     out.note(
-        "its narrower widths are cut without training."
+        "the narrower widths are cut without training."
         if trained
-        else "random weights: they take as long as trained ones."
+        else "random weights, which take as long as trained ones."
     )
     return *open_slimmable(checkpoint, None, scratch=not trained), None
 
 
 def told(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the rows without columns that are empty, or the same model or runtime, in all of them."""
+    """Returns the rows without empty columns, and without a model or runtime that is the same in all."""
     from scala_cli.report import even
 
     rows = even(rows)

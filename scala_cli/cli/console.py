@@ -28,21 +28,21 @@ from scala_cli.watch import Stopped, Watcher, is_first
 
 @dataclass(frozen=True)
 class Output:
-    """How results are shown."""
+    """How results, notes and errors are printed."""
 
     json: bool = option(False, "Print the result as one JSON document.", only="on")
-    quiet: bool = option(False, "Print the result alone.", "-q", only="on")
+    quiet: bool = option(False, "Print only the result.", "-q", only="on")
     debug: bool = option(False, "Show the traceback of an error.", only="on")
 
     def note(self, text: str) -> None:
-        """One line about what is being done."""
+        """Prints one line about what is being done."""
         if not self.quiet and is_first():
             Console(stderr=True, soft_wrap=True, highlight=False).print(escape(text), style="dim")
 
     def result(self, document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], title: str = "") -> None:
-        """The outcome of a command: the whole document with --json, else its rows as a table.
+        """Prints the result of a command: the whole document with --json, else its rows as a table.
 
-        Where stdout is no terminal the rows are plain: columns separated by two spaces or more.
+        If stdout is not a terminal, the table is plain text with two spaces or more between columns.
         """
         if not is_first():
             return
@@ -53,7 +53,7 @@ class Output:
             for key, value in document.items():
                 if isinstance(value, str | int | float):
                     sys.stdout.write(f"{key}: {shown(value)}\n")
-        sys.stdout.flush()  # here, where a full disk or a reader that has left is still told as one
+        sys.stdout.flush()  # while a full disk or a closed pipe is still reported as an error
 
     def error(self, message: str, hint: str = "") -> None:
         console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -63,7 +63,7 @@ class Output:
 
     @contextmanager
     def progress(self) -> Iterator["Live"]:
-        """A live bar on stderr; none where stderr is no terminal or under --quiet."""
+        """Shows a live bar on stderr, unless stderr is not a terminal or --quiet is given."""
         console = Console(stderr=True)
         seen = console.is_terminal and not self.quiet and is_first()
         bar = Progress(
@@ -78,12 +78,13 @@ class Output:
             disable=not seen,
         )
         stop = Stop(tells=not self.quiet and is_first())
-        with stop.heard(), bar if seen else nullcontext():  # some rich end a disabled bar with a line
+        # some versions of rich print an empty line after a disabled bar
+        with stop.heard(), bar if seen else nullcontext():
             yield Live(self, bar, stop)
 
 
 class Live(Watcher):
-    """A live bar with the rate, the time left and the loss of every pass; a table after each epoch."""
+    """Shows a live bar with rate, time left and the loss of every pass, and a table after each epoch."""
 
     def __init__(self, out: Output, progress: Progress, stop: Stop) -> None:
         self.out, self.progress, self.stop = out, progress, stop
@@ -114,7 +115,7 @@ class Live(Watcher):
         try:
             yield
         except LostProcess:
-            # torchrun's signals reach all processes: the first one saves, then the others end
+            # torchrun signals every process; rank 0 saves and ends, which the others see as a lost process
             if self.stop.asked is None:
                 raise
             raise Stopped(self.stop.asked) from None
@@ -153,9 +154,9 @@ def print_table(console: Console, rows: Sequence[Mapping[str, Any]], title: str 
 
 
 def shown(value: Any, column: str = "") -> str:
-    """A value as a person reads it: four digits, millions as 1.2 M, a dash for what is not known.
+    """Formats a value for people: four digits, millions as 1.20 M, a dash for None.
 
-    A width is written as it is asked for.
+    A width is written as the user would type it.
     """
     if value is None:
         return "-"
@@ -172,9 +173,9 @@ def shown(value: Any, column: str = "") -> str:
 
 @contextmanager
 def reporting_errors(out: Output) -> Iterator[None]:
-    """Prints errors as one or two lines.
+    """Prints an error as one or two lines and exits.
 
-    Exits with 2 for what a user can fix, 1 for a bug, 130 or 143 if stopped.
+    The exit code is 2 for an error that the user can fix, 1 for a bug, 130 or 143 if stopped by a signal.
     """
     try:
         yield
@@ -189,13 +190,13 @@ def reporting_errors(out: Output) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         place = Path(error.filename or "the disk")
-        place = place.parent if place.name.startswith(".") else place  # not our temporary names
+        place = place.parent if place.name.startswith(".") else place  # not the name of our temporary file
         code, message = 2, f"{place}: {error.strerror or error}."
         hint = "Free some space and run the command again." if full else "Check the path and its permissions."
     except MemoryError:
         code, message, hint = 2, "not enough memory.", "Stop other programs, or use a machine with more."
     except Exception as error:
-        code, message = 1, f"this is a bug of scala: {type(error).__name__}: {error}"
+        code, message = 1, f"this is a bug in scala: {type(error).__name__}: {error}"
         hint = "Run it again with --debug and report what it prints, with the output of: scala env"
     else:
         return

@@ -2,7 +2,7 @@ from scala_cli.cli.console import Output
 
 
 def env(*, out: Output) -> None:
-    """What this machine has: versions, device, threads, precision.
+    """Show this machine's versions, device, threads and precision.
 
     Example: scala env --json
     """

@@ -9,12 +9,12 @@ from scala_cli.settings import TokenSettings
 
 
 def explain(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="An image file.")],
     checkpoint: Checkpoint = None,
     *,
     ratio: Annotated[
         str | None,
-        typer.Option("--ratio", help="A point, also 1~0.5 untrained. Default: the widest."),
+        typer.Option("--ratio", help="A point, trained or not, such as 1~0.5. Default: the widest."),
     ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Picture to write: .png, .svg or .pdf.")
@@ -22,10 +22,10 @@ def explain(
     tokens: TokenSettings,
     out: Output,
 ) -> None:
-    """Draw which patches of an image go on, or into which token, at every stage.
+    """Draw which patches of an image are kept, or into which token they are merged, at every stage.
 
-    Each patch has the mean colour of the token that has most of it, and is black once it is dropped; lines
-    part the tokens.
+    Each patch has the mean colour of the token that holds most of it, and is black once dropped; lines
+    separate the tokens.
 
     Example: scala explain cat.jpg runs/last -o cat.png
     """

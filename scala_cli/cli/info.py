@@ -10,12 +10,12 @@ def info(
     checkpoint: Checkpoint = None,
     architectures: Annotated[
         bool,
-        typer.Option("--architectures", help="Instead: which of timm's Vision Transformers can be sliced."),
+        typer.Option("--architectures", help="List which of timm's Vision Transformers can be sliced."),
     ] = False,
     *,
     out: Output,
 ) -> None:
-    """What a checkpoint holds: its widths, what they cost, and how well they did.
+    """Show what a checkpoint holds: its widths, their cost and their accuracy.
 
     Example: scala info runs/last
     """
