@@ -28,15 +28,15 @@ from scala_cli.world import ALONE, World
 
 Key = TypeVar("Key")
 THRESHOLDS = tuple(n / 40 for n in range(8, 40))
-"""Of the cascades that `find_cascade` tries: 0.2 to 0.975."""
+"""Thresholds that `find_cascade` tries: 0.2 to 0.975."""
 
 
 def validation_loader(
     net: SlimmableViT, task: Task, data: str, batch_size: int, read: ReadSettings
 ) -> Loader:
-    """Returns the validation images of a data set at the size of the model.
+    """Returns a loader of a data set's validation images at the model's size.
 
-    Raises DataError, also if the data does not fit the model.
+    Raises DataError if the data is missing, malformed or does not fit the model.
     """
     return Loader(task.judged(net.spec, data, read.data_dir), transform_for(net.spec), batch_size, read)
 
@@ -44,10 +44,10 @@ def validation_loader(
 def at_their_sizes(
     net: SlimmableViT, points: Sequence[Point], loader: Loader
 ) -> Iterator[tuple[list[Point], Loader]]:
-    """Yields the points of each size with a loader that decodes the images at it, as their slices do.
+    """Yields the points of each image size, with a loader that decodes images at that size as slices do.
 
     Args:
-        loader: the images at the size of the model. The unreadable ones of all sizes are added to `skipped`.
+        loader: the images at the model's size; its `skipped` collects the unreadable images of all sizes.
     """
     by_size: dict[int | None, list[Point]] = {}
     for point in points:
@@ -89,14 +89,14 @@ def evaluate(
     world: World = ALONE,
     reference: Predictor | None = None,
 ) -> list[dict[str, Any]]:
-    """Evaluates every point on the images that can be read, each counted once.
+    """Evaluates every point on all readable images, each counted once.
 
     Args:
-        world: the processes whose loaders together have all of the images.
-        reference: what outputs are compared with where there are no labels. Default: the full width's.
+        world: the processes that share the images.
+        reference: gives the outputs to compare with if there are no labels. Default: the full width.
 
     Returns:
-        per point its columns, those of the task, and "images".
+        a row per point: its columns, those of the task, and "images".
     """
     device = next(net.parameters()).device
     if reference is None and not task.labelled:
@@ -108,9 +108,9 @@ def evaluate(
 def widths(
     net: SlimmableViT, task: Task, points: Sequence[Point], settings: DeviceSettings
 ) -> dict[Point, Predictor]:
-    """Returns for each point what computes its outputs.
+    """Returns a function for each point that computes its outputs.
 
-    Raises PointError where the task reads every patch, and a point does not have them all.
+    Raises PointError if the task reads every patch but a point does not have them all.
     """
     net.eval()
     if task.every_token:
@@ -118,7 +118,7 @@ def widths(
             spec = net.spec_at(point)
             if spec.patches != net.spec.patches or (spec.keep < 1 and spec.tokens.kind == "drop"):
                 raise PointError(
-                    f"features are compared patch by patch, and {point} does not give one for each.",
+                    f"features are compared patch by patch, but {point} does not have every patch.",
                     "Merge tokens instead of dropping them, at the size of the model.",
                 )
     device = next(net.parameters()).device
@@ -131,7 +131,7 @@ def widths(
 
 
 def answering(vit: VisionTransformer, task: Task, settings: DeviceSettings) -> Predictor:
-    """Returns what computes the outputs of a timm model."""
+    """Returns a function that computes the outputs of a timm model."""
     vit.eval()
     device = next(vit.parameters()).device
 
@@ -145,14 +145,14 @@ def answering(vit: VisionTransformer, task: Task, settings: DeviceSettings) -> P
 def reference_for(net: SlimmableViT, other: SlimmableViT) -> VisionTransformer:
     """Returns the full width of another backbone, to compare the features of `net` with.
 
-    Raises CheckpointError where it has other patches or other features.
+    Raises CheckpointError if the number of patches or features differs.
     """
     ours, theirs = ((each.spec.patches, each.vit.head.out_features) for each in (net, other))
     if ours != theirs:
         raise CheckpointError(
             f"features cannot be compared: the model gives {ours[1]} for each of {ours[0]} patches, "
             f"the other one {theirs[1]} for each of {theirs[0]}.",
-            "Give the model that it was made from, at the same image size.",
+            "Give the model it was made from, at the same image size.",
         )
     return other.vit
 
@@ -168,7 +168,7 @@ def metrics(
     world: World = ALONE,
     reference: Predictor | None = None,
 ) -> dict[Key, dict[str, Any]]:
-    """The task's columns and "images" of each predictor, as `evaluate`."""
+    """Returns the task's columns and "images" for each predictor, as `evaluate` does."""
     meters = {key: task.meter() for key in predictors}
     for images, targets in batches(loader, device, watch):
         if reference is not None:
@@ -193,7 +193,7 @@ def evaluate_cascade(
     """Evaluates a cascade at every threshold, in one pass over the images.
 
     Returns:
-        per point alone its columns, "top1" and "gmacs"; per threshold a row of `sweep`.
+        the rows of `alone`, one per point, and the rows of `sweep`, one per threshold.
     """
     spent = [macs(cascade.net.spec_at(point)) for point in cascade.points]
     sure, right = answers(cascade.net, cascade.points, loader, settings, watch)
@@ -210,11 +210,11 @@ def find_cascade(
 ) -> dict[str, Any]:
     """Finds the best cascade of some points within a mean budget, in one pass over the images.
 
-    It is chosen on every second image and judged on the others.
+    It is chosen on every second image and measured on the others.
 
     Returns:
-        {"cascade": labels, "threshold", "top1", "gmacs", "escalated", "points": rows as `evaluate_cascade`},
-        judged; a single point if no cascade is better.
+        {"cascade": labels, "threshold", "top1", "gmacs", "escalated", "points": the rows of `alone`}; a
+        single point if no cascade is better.
 
     Raises PointError if nothing fits the budget, DataError for a single image.
     """
@@ -240,7 +240,12 @@ def find_cascade(
 
 
 def alone(points: Sequence[Point], right: Tensor, spent: Sequence[int]) -> list[dict[str, Any]]:
-    """Returns per point its columns, "top1" and "gmacs", from whether it is right: (points, N)."""
+    """Returns a row per point: its columns, "top1" and "gmacs".
+
+    Args:
+        right: (points, N) whether each answer is right.
+        spent: multiply-accumulates of one image at each point.
+    """
     shares = right.float().mean(1).tolist()
     return [
         {**point.columns(), "top1": round(100 * share, 4), "gmacs": gmacs(each)}
@@ -257,7 +262,7 @@ def answers(
     settings: DeviceSettings,
     watch: Watcher,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the confidence of every point about every image, and whether it is right: (points, N) both."""
+    """Returns each point's confidence on each image, and whether its answer is right: both (points, N)."""
     predictors = widths(net, task_named("classification"), points, settings)
     seen: list[tuple[Tensor, Tensor]] = []  # of each batch, both (points, B)
     for images, targets in batches(loader, next(net.parameters()).device, watch):
@@ -271,7 +276,7 @@ def answers(
 
 
 def batches(loader: Loader, device: torch.device, watch: Watcher) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images, targets) of every batch of which anything could be read."""
+    """Yields (images, targets) on the device, without batches of which no image could be read."""
     watch.phase("evaluate", len(loader.split))
     for images, targets in loader:
         if len(images):

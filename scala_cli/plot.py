@@ -1,4 +1,4 @@
-"""Pictures, by matplotlib, an optional dependency."""
+"""Draws pictures with matplotlib, an optional dependency."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -27,7 +27,7 @@ def refuse_picture(file: Path) -> None:
     if not can_draw():
         raise ScalaError("pictures need matplotlib, which is not installed.", INSTALL)
     if file.suffix not in SUFFIXES:
-        raise ScalaError(f"{file} is no picture.", f"Let its name end in {', '.join(SUFFIXES)}.")
+        raise ScalaError(f"{file} is not a picture file.", f"Let its name end in {', '.join(SUFFIXES)}.")
     refuse_unwritable(file)
 
 
@@ -35,7 +35,7 @@ def new_axes() -> tuple[Any, Any]:
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
-    rcParams["svg.hashsalt"] = "scala"  # the same picture from the same rows
+    rcParams["svg.hashsalt"] = "scala"  # the same rows give the same file
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     axes.grid(alpha=0.3)
@@ -49,17 +49,17 @@ def save(figure: Any, file: Path) -> None:
 
 
 def as_svg(figure: Any) -> str:
-    """The picture as an <svg> element."""
+    """Returns the picture as an <svg> element."""
     text = StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
 def arms_picture(arms: Rows, task: Task) -> Any:
-    """Draws the task's first metric of every width against its GMACs, a line for each arm, spreads as bars.
+    """Draws the task's first metric of every width against its GMACs: a line per arm, spreads as error bars.
 
     Args:
-        arms: rows of compare.json.
+        arms: the "arms" of compare.json.
     """
     figure, axes = new_axes()
     main = main_column(task)
@@ -85,11 +85,10 @@ def arms_picture(arms: Rows, task: Task) -> Any:
 
 
 def bench_picture(rows: Rows, task: Task) -> Any:
-    """Draws the task's first metric, or else GMACs, of every width against its latency.
+    """Draws the task's first metric of every width against its latency; GMACs if a width's metric is unknown.
 
-    The metric is drawn where it is known of all widths, with the front that no other beats. A model that is
-    only compared with, of which it is not known, is a vertical line. Named are the widths of the first
-    runtime and all that is on the front.
+    The metric is drawn with its Pareto front, and a compared model, whose metric is unknown, as a vertical
+    line. The widths of the first runtime and all points on the front are labelled.
     """
     figure, axes = new_axes()
     first, main = rows[0]["runtime"], main_column(task)
@@ -128,7 +127,7 @@ def bench_picture(rows: Rows, task: Task) -> Any:
 
 
 def stages_picture(pictures: Sequence[Any], titles: Sequence[str]) -> Any:
-    """Pictures side by side.
+    """Draws pictures side by side.
 
     Args:
         pictures: (H, W, 3) from 0 to 1.
@@ -145,7 +144,7 @@ def stages_picture(pictures: Sequence[Any], titles: Sequence[str]) -> Any:
 
 
 def cascade_picture(sweep: Rows, points: Rows) -> Any:
-    """Top-1 of a cascade against its mean GMACs, by threshold, beside the widths alone.
+    """Draws top-1 of a cascade against its mean GMACs at every threshold, and top-1 of each width alone.
 
     Args:
         sweep: {"threshold", "top1", "gmacs"}

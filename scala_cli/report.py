@@ -1,4 +1,4 @@
-"""Rows as somebody else reads them: CSV, Markdown, a page of HTML."""
+"""Writes rows as CSV, Markdown and HTML."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ div {{ overflow-x: auto; }} svg {{ max-width: 100%; height: auto; }}
 
 
 def even(rows: Rows) -> list[dict[str, Any]]:
-    """Returns rows that all have the same columns: what only some points have is filled in for the others."""
+    """Returns the rows with the same columns in each; a missing "keep" becomes 1, any other value None."""
     columns = dict.fromkeys(column for row in sorted(rows, key=len, reverse=True) for column in row)
     return [
         {column: row.get(column, 1.0 if column == "keep" else None) for column in columns} for row in rows
@@ -39,13 +39,13 @@ def even(rows: Rows) -> list[dict[str, Any]]:
 
 
 def markdown(rows: Rows) -> str:
-    """Rows as a table of Markdown."""
+    """Returns rows as a Markdown table."""
     lines = [[*rows[0]], ["---"] * len(rows[0]), *([cell(*item) for item in row.items()] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def cell(column: str, value: Any) -> str:
-    """A value as a table holds it; an empty cell for what is not known."""
+    """Formats a value for a table; None becomes an empty cell."""
     if value is None:
         return ""
     if column == "ratio":
@@ -54,7 +54,7 @@ def cell(column: str, value: Any) -> str:
 
 
 def write_csv(file: Path, rows: Rows) -> None:
-    """Rows as CSV, with every column that any of them has."""
+    """Writes rows as CSV, with every column that any of them has."""
     with file.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, list(dict.fromkeys(column for row in rows for column in row)))
         writer.writeheader()
@@ -62,10 +62,10 @@ def write_csv(file: Path, rows: Rows) -> None:
 
 
 def write_page(file: Path, title: str, conditions: Mapping[str, Any], rows: Rows, svg: str) -> None:
-    """One HTML page that needs nothing beside it.
+    """Writes one self-contained HTML page.
 
     Args:
-        conditions: what the figures depend on.
+        conditions: what the figures depend on, by name.
         svg: the picture, an <svg> element.
     """
     head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])

@@ -1,4 +1,4 @@
-"""Measures milliseconds of calls on this machine."""
+"""Times calls on this machine, in milliseconds."""
 
 import math
 import statistics
@@ -23,7 +23,7 @@ ROUNDS = (10, 20, 40, 80, 160)
 SURE = 0.02
 """Half the confidence interval of a median, as a share of the median, at which timing stops."""
 SECONDS = 20.0
-"""Time limit of one measurement."""
+"""Time limit of one measurement, in seconds."""
 
 Key = TypeVar("Key")
 
@@ -35,7 +35,7 @@ Predictor = Callable[[Tensor], Tensor]
 class Timing:
     """Milliseconds of one call: the median, its 95 % confidence interval, the 95th percentile.
 
-    Of fewer than six measurements there is no such interval.
+    Fewer than six measurements give no interval.
     """
 
     median: float
@@ -65,13 +65,13 @@ class Timing:
 def time_calls(
     calls: Mapping[Key, Callable[[], object]], device: torch.device, rounds: int | None, watch: Watcher
 ) -> dict[Key, Timing]:
-    """Times calls in turns, so that a machine that heats up or is shared slows all of them alike.
+    """Times calls in turns, so that heat or other load slows all of them equally.
 
-    Without `rounds` they are timed until every median is known to about 2 % (95 % confidence), 10 times at
-    least, and 160 times or 20 seconds at most.
+    Without `rounds` it stops once every median is known to about 2 % (95 % confidence), after at least 10
+    rounds and at most 160 rounds or 20 seconds.
 
     Args:
-        calls: warmed up.
+        calls: already warmed up.
         rounds: how often each is timed.
     """
     series: dict[Key, list[float]] = {key: [] for key in calls}
@@ -90,7 +90,7 @@ def time_calls(
 
 @torch.inference_mode()
 def warm_up(calls: Mapping[Key, Callable[[], object]], device: torch.device, watch: Watcher) -> None:
-    """Runs calls in turns until none of them gets faster any more."""
+    """Runs calls in turns until none gets faster."""
     watch.phase("warm up", WINDOWS * WINDOW * len(calls), "runs")
     medians = dict.fromkeys(calls, math.inf)
     for _ in range(WINDOWS):
@@ -135,7 +135,7 @@ def peak_gflops(device: torch.device, bfloat16: bool) -> float:
 
 
 def conditions(device: torch.device, bfloat16: bool) -> dict[str, Any]:
-    """Returns what a measured time depends on, to be reported with it."""
+    """Returns the conditions that a measured time depends on, to report with it."""
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),

@@ -348,7 +348,7 @@ def test_features_of_merged_tokens_are_those_of_every_patch(images):
     assert predict(images).shape == (3, 1 + 16, 32)
     assert merged.features(images, "0.5~0.7", grid=True).tokens.shape == (3, 32, 4, 4)
     dropped, points = with_untrained(net, record, ["0.5~0.7"], TokenSettings("drop"))
-    with pytest.raises(PointError, match=r"0\.5~0\.7 does not give one for each"):
+    with pytest.raises(PointError, match=r"0\.5~0\.7 does not have every patch"):
         widths(dropped, task, points, DeviceSettings())
 
 

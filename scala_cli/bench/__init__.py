@@ -1,1 +1,1 @@
-"""What every width costs on this machine, beside other runtimes and other models."""
+"""Measures what every width costs on this machine, in several runtimes and next to other models."""

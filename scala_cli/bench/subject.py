@@ -1,4 +1,4 @@
-"""What is timed: the widths of a family, models to compare them with, and the runtimes that run them."""
+"""The models to time, widths of a family and models to compare them with, and the runtimes to use."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,10 +25,11 @@ class Subject:
     """A model to be timed.
 
     Args:
-        name: timm's.
-        point: the width; None for a model that is only compared with.
-        params, macs: its parameters, and the multiply-accumulates of one image.
-        build: the model on the CPU, in evaluation mode; told so, as exporters want it.
+        name: its name in timm.
+        point: None for a compared model.
+        params, macs: its number of parameters, and multiply-accumulates of one image.
+        build: makes the model on the CPU, in evaluation mode; given True, of a fixed image size, as exporters
+            need it.
     """
 
     name: str
@@ -50,7 +51,7 @@ def points_of(net: SlimmableViT, points: Sequence[Point]) -> list[Subject]:
 
 
 def other(asked: str) -> Subject:
-    """A timm model with random weights. Raises CheckpointError where timm has none of that name."""
+    """Returns a timm model with random weights. Raises CheckpointError if timm has none of that name."""
     config = config_of(asked)
 
     def build(_: bool) -> Any:
@@ -64,7 +65,7 @@ def other(asked: str) -> Subject:
 
 
 def refuse_runtimes(runtimes: Sequence[str], device: torch.device, bfloat16: bool) -> None:
-    """Raises ScalaError for a runtime that does not exist here, or does not run as asked."""
+    """Raises ScalaError for a runtime that is unknown, not installed, or not for this device or precision."""
     known = f"Runtimes are {', '.join([*TORCH, *FORMATS])}."
     if not runtimes:
         raise ScalaError("no runtime is given.", known)
