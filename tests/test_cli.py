@@ -126,7 +126,7 @@ def test_interrupted_and_resumed(scala, tiny, photos, monkeypatch):
     assert answer.code == 130
     assert "scala finetune --resume run" in answer.stderr and "interrupted" in answer.stderr
     resumed = scala("finetune", "--resume", "run", "--json")
-    assert resumed.json["run"] == "run" and "going on after step" in resumed.stderr
+    assert resumed.json["run"] == "run" and "resuming after step" in resumed.stderr
 
 
 def test_quiet_leaves_the_result_alone(scala, tiny, photos):
