@@ -13,7 +13,7 @@ from scala_cli.models.slimmable import Ratio, SlimmableViT
 
 
 class Cascade(nn.Module):
-    """Several points of one family as one classifier that spends little on easy images.
+    """A classifier that asks several points of one family in turn, to spend little on easy images.
 
     Args:
         net: the family.
@@ -21,8 +21,8 @@ class Cascade(nn.Module):
         threshold: an answer is final if the probability of its class is at least this.
 
     Raises:
-        PointError: a point that was not trained, or points whose cost does not grow.
-        CheckpointError: a model that gives features.
+        PointError: for a point that was not trained, or if costs do not increase.
+        CheckpointError: if the model gives features.
     """
 
     def __init__(self, net: SlimmableViT, ratios: Sequence[Ratio], threshold: float) -> None:
@@ -61,22 +61,22 @@ def confidence(logits: Tensor) -> Tensor:
 def sweep(
     sure: Tensor, right: Tensor, macs: Sequence[int], thresholds: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """Returns what a cascade reaches at every threshold, from the answers of all its points to all images.
+    """Returns a cascade's accuracy and cost at every threshold, from the answers of all its points.
 
     Args:
-        sure: (points, N) the confidence of each point, in the order in which they are asked.
-        right: (points, N) whether it is right.
+        sure: (points, N) the confidence of each point on each image, cheapest point first.
+        right: (points, N) whether its answer is right.
         macs: multiply-accumulates of one image at each point.
 
     Returns:
-        per threshold {"threshold", "top1" in percent, "gmacs" of an image on average, "escalated": the share
-        of images in percent that the first width did not decide}
+        per threshold {"threshold", "top1" in percent, "gmacs" per image on average, "escalated": percentage
+        of images that the first point did not decide}
     """
     rows = []
     for threshold in thresholds:
         decides = sure >= threshold
         decides[-1] = True
-        last = decides.int().argmax(0)  # the number of the first width that is sure
+        last = decides.int().argmax(0)  # index of the first point that is sure
         spent = torch.tensor(macs, dtype=torch.float64).cumsum(0)[last]
         rows.append(
             {
@@ -92,21 +92,20 @@ def sweep(
 def best_cascade(
     sure: Tensor, right: Tensor, macs: Sequence[int], max_gmacs: float, thresholds: Sequence[float]
 ) -> dict[str, Any] | None:
-    """Returns the single point, or the pair or triple, that is right most often within a mean budget.
+    """Returns the cascade of one, two or three points that is right most often within a mean budget.
 
-    Its members are points on the front: a point that costs more than another and is right no more often is
-    left out. All members share one threshold.
+    Only points on the Pareto front of cost and accuracy are used. All members share one threshold.
 
     Args:
-        sure: (points, N) the confidence of each point.
-        right: (points, N) whether it is right.
+        sure: (points, N) the confidence of each point on each image.
+        right: (points, N) whether its answer is right.
         macs: multiply-accumulates of one image at each point.
-        max_gmacs: the budget, billions of multiply-accumulates of an image on average.
+        max_gmacs: the budget, billions of multiply-accumulates per image on average.
         thresholds: to choose from.
 
     Returns:
-        a row of `sweep` with "members": their numbers, cheapest first. A single point has threshold 0. None
-        if nothing fits the budget.
+        a row of `sweep` with "members", the indices of its points, cheapest first. A single point has
+        threshold 0. None if nothing fits the budget.
     """
     front = pareto([*zip(macs, right.double().mean(1).tolist(), strict=True)])
     found = []

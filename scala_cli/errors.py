@@ -12,7 +12,7 @@ class ScalaError(Exception):
 
     Args:
         message: what is wrong, naming the file or value.
-        hint: what to do, without naming an option or a command (pip's excepted), as Python has neither.
+        hint: what to do. It names no option or command (except pip's), since Python callers have neither.
         remedy: the name of a text in `cli.remedies.REMEDIES`.
         facts: the values that this text needs, by name.
     """
@@ -50,7 +50,7 @@ class LostProcess(TrainingError):
 def naming_failure(
     what: str, hint: str = "", kind: type[ScalaError] = ScalaError, *, remedy: str = "", **facts: object
 ) -> Iterator[None]:
-    """Turns errors of compilers, exporters, runtimes and timm, of any kind, into a ScalaError.
+    """Turns any error of a compiler, exporter, runtime or of timm into a ScalaError.
 
     `hint`, `remedy` and `facts` are those of a `ScalaError`.
     """

@@ -28,15 +28,15 @@ from scala_cli.world import ALONE, World
 
 Key = TypeVar("Key")
 THRESHOLDS = tuple(n / 40 for n in range(8, 40))
-"""Of the cascades that `find_cascade` tries: 0.2 to 0.975."""
+"""Thresholds that `find_cascade` tries: 0.2 to 0.975."""
 
 
 def validation_loader(
     net: SlimmableViT, task: Task, data: str, batch_size: int, read: ReadSettings
 ) -> Loader:
-    """Returns the validation images of a data set at the size of the model.
+    """Returns a loader of a data set's validation images at the model's size.
 
-    Raises DataError, also if the data does not fit the model.
+    Raises DataError if the data is missing, malformed or does not fit the model.
     """
     return Loader(task.judged(net.spec, data, read.data_dir), transform_for(net.spec), batch_size, read)
 
@@ -44,10 +44,10 @@ def validation_loader(
 def at_their_sizes(
     net: SlimmableViT, points: Sequence[Point], loader: Loader
 ) -> Iterator[tuple[list[Point], Loader]]:
-    """Yields the points of each size with a loader that decodes the images at it, as their slices do.
+    """Yields the points of each image size, with a loader that decodes images at that size as slices do.
 
     Args:
-        loader: the images at the size of the model. The unreadable ones of all sizes are added to `skipped`.
+        loader: the images at the model's size; its `skipped` collects the unreadable images of all sizes.
     """
     by_size: dict[int | None, list[Point]] = {}
     for point in points:
@@ -89,14 +89,14 @@ def evaluate(
     world: World = ALONE,
     reference: Predictor | None = None,
 ) -> list[dict[str, Any]]:
-    """Evaluates every point on the images that can be read, each counted once.
+    """Evaluates every point on all readable images, each counted once.
 
     Args:
         world: the processes whose loaders together have all of the images.
         reference: what outputs are compared with if there are no labels. Default: the full width's.
 
     Returns:
-        per point its columns, those of the task, and "images".
+        a row per point: its columns, those of the task, and "images".
     """
     device = next(net.parameters()).device
     if reference is None and not task.labelled:
@@ -108,7 +108,7 @@ def evaluate(
 def widths(
     net: SlimmableViT, task: Task, points: Sequence[Point], settings: DeviceSettings
 ) -> dict[Point, Predictor]:
-    """Returns for each point what computes its outputs.
+    """Returns a function for each point that computes its outputs.
 
     Raises PointError if the task compares patches and a point has others than the full model.
     """
@@ -134,7 +134,7 @@ def refuse_other_patches(net: SlimmableViT, task: Task, points: Sequence[Point])
 
 
 def answering(vit: VisionTransformer, task: Task, settings: DeviceSettings) -> Predictor:
-    """Returns what computes the outputs of a timm model."""
+    """Returns a function that computes the outputs of a timm model."""
     vit.eval()
     device = next(vit.parameters()).device
 
@@ -155,7 +155,7 @@ def reference_for(net: SlimmableViT, other: SlimmableViT) -> VisionTransformer:
         raise CheckpointError(
             f"features cannot be compared: the model gives {ours[1]} for each of {ours[0]} patches, "
             f"the other one {theirs[1]} for each of {theirs[0]}.",
-            "Give the model that it was made from, at the same image size.",
+            "Give the model it was made from, at the same image size.",
         )
     return other.vit
 
@@ -196,7 +196,7 @@ def evaluate_cascade(
     """Evaluates a cascade at every threshold, in one pass over the images.
 
     Returns:
-        per point alone its columns, "top1" and "gmacs"; per threshold a row of `sweep`.
+        the rows of `alone`, one per point, and the rows of `sweep`, one per threshold.
     """
     spent = [macs(cascade.net.spec_at(point)) for point in cascade.points]
     sure, right = answers(cascade.net, cascade.points, loader, settings, watch)
@@ -216,8 +216,8 @@ def find_cascade(
     It is chosen on every second image and evaluated on the others.
 
     Returns:
-        {"cascade": labels, "threshold", "top1", "gmacs", "escalated", "points": rows as `evaluate_cascade`},
-        judged; a single point if no cascade is better.
+        {"cascade": labels, "threshold", "top1", "gmacs", "escalated", "points": the rows of `alone`}; a
+        single point if no cascade is better.
 
     Raises PointError if nothing fits the budget, DataError for a single image.
     """
@@ -243,7 +243,12 @@ def find_cascade(
 
 
 def alone(points: Sequence[Point], right: Tensor, spent: Sequence[int]) -> list[dict[str, Any]]:
-    """Returns per point its columns, "top1" and "gmacs", from whether it is right: (points, N)."""
+    """Returns a row per point: its columns, "top1" and "gmacs".
+
+    Args:
+        right: (points, N) whether each answer is right.
+        spent: multiply-accumulates of one image at each point.
+    """
     shares = right.float().mean(1).tolist()
     return [
         {**point.columns(), "top1": round(100 * share, 4), "gmacs": gmacs(each)}
@@ -260,7 +265,7 @@ def answers(
     settings: DeviceSettings,
     watch: Watcher,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the confidence of every point about every image, and whether it is right: (points, N) both."""
+    """Returns each point's confidence on each image, and whether its answer is right: both (points, N)."""
     predictors = widths(net, task_named("classification"), points, settings)
     seen: list[tuple[Tensor, Tensor]] = []  # of each batch, both (points, B)
     for images, targets in batches(loader, next(net.parameters()).device, watch):

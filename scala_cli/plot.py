@@ -1,4 +1,4 @@
-"""Pictures, by matplotlib, an optional dependency."""
+"""Draws pictures with matplotlib, an optional dependency."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -31,7 +31,7 @@ def refuse_picture(file: Path) -> None:
     if not can_draw():
         raise ScalaError("pictures need matplotlib, which is not installed.", INSTALL)
     if file.suffix not in SUFFIXES:
-        raise ScalaError(f"{file} is no picture.", f"Let its name end in {', '.join(SUFFIXES)}.")
+        raise ScalaError(f"{file} is not a picture file.", f"Let its name end in {', '.join(SUFFIXES)}.")
     refuse_unwritable(file)
 
 
@@ -41,7 +41,7 @@ def new_axes() -> tuple[Any, Any]:
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
-    rcParams["svg.hashsalt"] = "scala"  # the same picture from the same rows
+    rcParams["svg.hashsalt"] = "scala"  # the same rows give the same file
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     axes.grid(alpha=0.3)
@@ -67,10 +67,10 @@ def as_svg(figure: Any) -> str:
 
 
 def arms_picture(arms: Rows, task: Task) -> Any:
-    """Draws the task's first metric of every width against its GMACs, a line for each arm, spreads as bars.
+    """Draws the task's first metric of every width against its GMACs: a line per arm, spreads as error bars.
 
     Args:
-        arms: rows of compare.json.
+        arms: the "arms" of compare.json.
     """
     figure, axes = new_axes()
     main = main_column(task)

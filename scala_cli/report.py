@@ -31,7 +31,7 @@ div {{ overflow-x: auto; }} svg {{ max-width: 100%; height: auto; }}
 
 
 def even(rows: Rows) -> list[dict[str, Any]]:
-    """Returns rows that all have the same columns: what only some points have is filled in for the others."""
+    """Returns the rows with the same columns in each; a missing "keep" becomes 1, any other value None."""
     columns = dict.fromkeys(column for row in sorted(rows, key=len, reverse=True) for column in row)
     return [
         {column: row.get(column, 1.0 if column == "keep" else None) for column in columns} for row in rows
@@ -65,7 +65,7 @@ def write_page(file: Path, title: str, conditions: Mapping[str, Any], rows: Rows
     """Writes one HTML page that needs no other file.
 
     Args:
-        conditions: what the figures depend on.
+        conditions: what the figures depend on, by name.
         svg: the picture, an <svg> element.
     """
     head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])

@@ -1,6 +1,6 @@
-"""Every default of training, evaluation and measurement, each in one place.
+"""All defaults of training, evaluation and measurement.
 
-The command line makes one option of each field, named after it, with the help text given here.
+The command line makes one option of each field, with the field's name and the help text given here.
 """
 
 from collections.abc import Mapping
@@ -33,59 +33,65 @@ class MethodSettings:
 
     method: str = option("scala", "Training method.")
     order: Literal["importance", "none"] = option(
-        "importance", "How to put the channels of pretrained weights in order first; see scala convert."
+        "importance", "How to order the channels of pretrained weights first; see scala convert."
     )
     calibrate: bool = option(
-        True, "Do not fit the widths to the full model, without labels, before training.", only="off"
+        True, "Skip fitting the widths to the full model, without labels, before training.", only="off"
     )
     isolation: bool | None = option(
-        None, "Cut the widths between from the other end. Default: not where channels are in order, see docs."
+        None,
+        "Let the widths between smallest and largest keep the last channels, not the first. Default: the "
+        "method's choice; off if channels are in order.",
     )
     progressive_transfer: bool = option(
-        True, "Where widths teach: the largest all others, instead of each the next smaller.", only="off"
+        True,
+        "If widths teach each other: let the largest teach all others, instead of each the next smaller.",
+        only="off",
     )
     stable_sampling: bool = option(
-        True, "Draw the widths between from anywhere, instead of one from each half.", only="off"
+        True,
+        "Draw the widths between smallest and largest from anywhere, instead of one from each half.",
+        only="off",
     )
     noise_calibration: bool = option(
-        True, "Labels teach the largest width only, instead of every one.", only="off"
+        True, "Use labels for the largest width only, instead of for every width.", only="off"
     )
     teacher: Literal["all", "full", "none"] = option(
         "all",
-        "Which widths the frozen starting model teaches; the paper's is full, for the full width alone.",
+        "Which widths the frozen starting model teaches; full means the full width only, as in the paper.",
     )
     favour_narrowest: bool = option(
-        True, "Count all losses alike, instead of the narrowest's as much as all the others'.", only="off"
+        True, "Weight all losses equally, instead of the narrowest's as all others together.", only="off"
     )
     stages: str | None = option(
-        None, "Of sit: how many blocks each stage has; fewer tokens go on after each. Default: four alike."
+        None, "Of sit: blocks in each stage; each passes fewer tokens to the next. Default: four equal ones."
     )
-    slim_keep: float = option(0.5, "Of sit: share of the patch tokens that go on after a stage.", max=1)
+    slim_keep: float = option(0.5, "Of sit: share of patch tokens that a stage passes to the next.", max=1)
     slim_start: Literal["pool", "random"] = option(
-        "pool", "Of sit: its modules begin as means of neighbouring patches, or as in the paper at random."
+        "pool", "Of sit: start its modules as means of neighbouring patches, or at random as in the paper."
     )
-    logit_weight: float = option(2.0, "Of sit: weight of the frozen model's output in the loss.", min=0)
+    logit_weight: float = option(2.0, "Of sit: weight of the loss on the frozen model's output.", min=0)
     token_weight: float = option(
-        2.0, "Of sit: weight of the frozen model's patch tokens, mean over blocks.", min=0
+        2.0, "Of sit: weight of the loss on the frozen model's patch tokens, mean over blocks.", min=0
     )
     teacher_model: str | None = option(
-        None, "Of sit: a second teacher, any timm model of these classes, for the distillation head."
+        None, "Of sit: a second teacher for the distillation head, any timm model with the same classes."
     )
     smoothing: float = option(0.1, "Label smoothing.", min=0, max=1)
     class_token: float = option(
-        0.1, "Of features: weight of the loss on the class token, or on what the model pools instead.", min=0
+        0.1, "Of features: weight of the loss on the class token, or else on the pooled features.", min=0
     )
     patch_tokens: float = option(1.0, "Of features: weight of the loss on the patch tokens.", min=0)
     mask_patches: float = option(
         0.0,
-        "Of features: weight of a further loss on half of the patches, which are hidden from the width that "
-        "learns; a second pass for every width.",
+        "Of features: weight of a further loss on half of the patches, which the trained width does not see; "
+        "costs a second pass for every width.",
         min=0,
     )
     whiten: float = option(
         0.0,
-        "Of features: how far directions of small variance are raised in the loss; 0 leaves them, at 1 all "
-        "count alike.",
+        "Of features: how much directions of small variance are amplified in the loss; 0: not at all, 1: to "
+        "equal variance.",
         min=0,
         max=1,
     )
@@ -96,40 +102,40 @@ class OptimizerSettings:
     """The optimizer, its schedule, and how a step is computed."""
 
     epochs: float = option(10, "Passes over the training images; 0.5 is half of one.", min=0.001, max=1e5)
-    batch_size: int = option(128, "Images a step; of several processes, those of each.", "-b", min=1)
+    batch_size: int = option(128, "Images per step, in each process.", "-b", min=1)
     lr: float | None = option(
         None,
-        "Peak learning rate; warm-up and cosine lead to and from it. Default: 1e-3 for classes, 2e-3 for "
-        "features; of supervit 0.3 of that.",
+        "Peak learning rate, after warm-up and before cosine decay. Default: 1e-3 for classes, 2e-3 for "
+        "features; for supervit 0.3 times that.",
         min=0,
     )
     min_lr: float = option(1e-6, "Learning rate at the end.", min=0)
     warmup_epochs: float | None = option(None, "Epochs of warm-up. Default: a twentieth of the run.", min=0)
-    weight_decay: float = option(0.05, "Weight decay, not on biases, norms and embeddings.", min=0)
+    weight_decay: float = option(0.05, "Weight decay, except on biases, norms and embeddings.", min=0)
     layer_decay: float | None = option(
-        None, "Learning rate falls by this factor with each block downwards.", min=0, max=1
+        None, "Multiply the learning rate by this for every block further from the output.", min=0, max=1
     )
-    clip_grad: float | None = option(1.0, "Clip the norm of the gradient; 0 does not.", min=0)
+    clip_grad: float | None = option(1.0, "Largest norm of the gradient; 0 turns clipping off.", min=0)
     opt: str | None = option(
         None,
-        "Optimizer, by timm's name; with muon, rates are relative to the size of each weight. "
-        "Default: adamw for classes, muon for features; one of the other kind needs --lr.",
+        "Optimizer, by timm's name; with muon, learning rates are relative to the size of each weight. "
+        "Default: adamw for classes, muon for features; changing the kind needs --lr.",
     )
     grad_accum_steps: int = option(
-        1, "Work through a batch in so many parts, which needs less memory; the step is the same.", min=1
+        1, "Process each batch in this many parts, to save memory; the step is the same.", min=1
     )
     grad_checkpointing: bool = option(
-        False, "Compute activations again in the backward pass, which needs less memory. Default: off."
+        False, "Recompute activations in the backward pass, to save memory. Default: off."
     )
     torchcompile: bool = option(
-        False, "Compile every width: minutes at the start, then faster steps; for long runs. Default: off."
+        False, "Compile every width, which takes minutes but makes steps faster; for long runs. Default: off."
     )
     save_every_steps: int | None = option(
-        None, "Steps between savings of what --resume needs. Default: every three minutes.", min=1
+        None, "Steps between saves for --resume. Default: every three minutes.", min=1
     )
     model_ema: bool = option(True, "Evaluate and save the moving average of the weights. Default: on.")
     model_ema_decay: float = option(
-        0.9998, "Its decay, reached by a warm-up that suits short runs.", min=0, max=1
+        0.9998, "Decay of the moving average, reached by a warm-up that suits short runs.", min=0, max=1
     )
 
     def for_share(self, share: float) -> "OptimizerSettings":
@@ -140,11 +146,13 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class AugmentSettings:
-    """How training images are varied."""
+    """How training images are augmented."""
 
     aa: str | None = option(None, "RandAugment or another timm policy, for example rand-m1-mstd0.5-inc1.")
     scale: tuple[float, float] = option((0.8, 1.0), "Share of the image a random crop covers: min and max.")
-    hflip: float = option(0.5, "Probability of a horizontal flip; 0 for digits and letters.", min=0, max=1)
+    hflip: float = option(
+        0.5, "Probability of a horizontal flip; use 0 for digits and letters.", min=0, max=1
+    )
     reprob: float = option(0.0, "Probability of random erasing.", min=0, max=1)
     mixup: float = option(0.0, "Mixup alpha; the papers use 0.8 for hundreds of epochs.", min=0)
     cutmix: float = option(0.0, "Cutmix alpha; the papers use 1.", min=0)
@@ -154,9 +162,11 @@ class AugmentSettings:
 class ReadSettings:
     """How images are read."""
 
-    data_dir: str | None = option(None, "Where a timm data set such as torch/cifar10 lies.")
+    data_dir: str | None = option(None, "Directory of a timm data set such as torch/cifar10.")
     workers: int = option(2, "Processes that read images; 0 reads in the main one.", "-j", min=0)
-    on_corrupt: Literal["error", "skip"] = option("error", "An unreadable image: stop, or skip and count it.")
+    on_corrupt: Literal["error", "skip"] = option(
+        "error", "At an unreadable image: stop, or skip and count it."
+    )
     exif: bool = option(True, "Turn photographs upright as their EXIF data says; timm does not. Default: on.")
 
 
@@ -164,19 +174,19 @@ class ReadSettings:
 class DeviceSettings:
     """Device, precision and threads."""
 
-    device: str | None = option(None, "cpu, cuda, cuda:1, mps. Default: a GPU where there is one.")
+    device: str | None = option(None, "cpu, cuda, cuda:1, mps. Default: a GPU if there is one.")
     amp: bool | None = option(
         None,
-        "bfloat16 autocast. Default: where hardware computes in it; not where predictions are timed.",
+        "bfloat16 autocast. Default: on if the hardware computes in it, but off when predictions are timed.",
     )
-    threads: int | None = option(None, "CPU threads. Default: as torch chooses.", min=1)
+    threads: int | None = option(None, "CPU threads. Default: torch's choice.", min=1)
 
 
 @dataclass(frozen=True)
 class EvalSettings:
     """How points are evaluated."""
 
-    batch_size: int = option(128, "Images a batch.", "-b", min=1)
+    batch_size: int = option(128, "Images per batch.", "-b", min=1)
     resized: bool = option(
         False,
         "Read images at the largest size and resize them for the other points, as training, cascades and "
@@ -191,11 +201,11 @@ class ProbeSettings:
 
     probe: Literal["knn", "linear"] | None = option(
         None,
-        "Judge the embeddings on labelled images: by the vote of neighbours, or by a linear classifier on "
-        "them, fitted to the full width's and to each width's own.",
+        "Judge embeddings on labelled images, by a vote of neighbours or a linear classifier, fitted to the "
+        "full width's embeddings and to each width's own.",
     )
     probe_images: int = option(
-        10_000, "How many training images to fit a probe to at most, and images to judge.", min=1
+        10_000, "At most this many training images to fit a probe to, and images to judge it on.", min=1
     )
 
 
@@ -206,10 +216,10 @@ class CalibrationSettings:
     calibrate: bool | None = option(
         None,
         "Fit each slice to the full model on images of --data, without their labels. "
-        "Default: in scala convert, and in scala slice where its width has not been trained.",
+        "Default: on in scala convert, and in scala slice for an untrained width.",
     )
     calibration_images: int | None = option(
-        None, "How many images to look at. Default: as many as have 40,960 patches, 128 at least.", min=8
+        None, "Number of images to fit on. Default: as many as have 40,960 patches, at least 128.", min=8
     )
 
 
@@ -219,25 +229,25 @@ class FamilySettings:
 
     keep_full: float = option(
         0.99,
-        "Least R² of the fitted full width's output; the more it keeps, the less the narrower widths do.",
+        "Least R² of the full width's output after fitting; higher values cost accuracy of narrower widths.",
         min=0,
         max=0.9999,
     )
 
 
 DROP_BLOCKS: Any = option(
-    None, "Blocks that drop tokens, from 1. Default: 4,7,10 of 12, the same shares of another depth."
+    None, "Blocks that drop tokens, counted from 1. Default: 4,7,10 of 12, at other depths in proportion."
 )
 
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """How tokens are reduced at points such as 1~0.5 of a model that was not trained for it."""
+    """How tokens are reduced at points such as 1~0.5, if the model was not trained for them."""
 
     tokens: Literal["merge", "drop"] | None = option(
         None,
-        "Merge tokens that are alike, in every block, or drop those that the class token attends to least. "
-        "Default: merge; as trained, where that was trained.",
+        "Merge similar tokens in every block, or drop those that the class token attends to least. "
+        "Default: as trained, else merge.",
     )
     drop_blocks: str | None = DROP_BLOCKS
 
@@ -247,22 +257,22 @@ class TokenSettings:
 
 @dataclass(frozen=True)
 class GridSettings:
-    """Which sizes and shares of tokens are trained, beside the widths."""
+    """Which image sizes and shares of tokens are trained, besides the widths."""
 
-    sizes: str | None = option(None, "Image sizes, 128,160,192,224. Default: the model's own.")
+    sizes: str | None = option(None, "Image sizes, such as 128,160,192,224. Default: the model's own.")
     keeps: str | None = option(
         None,
-        "Shares of the tokens that each dropping block passes on. Default: 1; of supervit 0.5,0.7,1.",
+        "Shares of the tokens that each dropping block passes on. Default: 1; for supervit 0.5,0.7,1.",
     )
     tokens: Literal["merge", "drop"] | None = option(
         None,
-        "How tokens get fewer: merge those that are alike, in every block, or drop those that the class "
-        "token attends to least. Default: drop, as in the paper.",
+        "Merge similar tokens in every block, or drop those that the class token attends to least. "
+        "Default: drop, as in the paper.",
     )
     drop_blocks: str | None = DROP_BLOCKS
     resize: Literal["bilinear", "bicubic"] | None = option(
         None,
-        "How images of the largest size are brought to the others: bilinear with aligned corners as in the "
+        "How images of the largest size are resized to the others: bilinear with aligned corners as in the "
         "paper, or bicubic with antialiasing. Default: bilinear.",
     )
 
@@ -273,15 +283,17 @@ class BenchSettings:
 
     batch_size: int | None = option(
         None,
-        "Images a batch. Default: 1 for the latency and the best for the throughput; in training 128.",
+        "Images per batch. Default: 1 for the latency and the best for the throughput; in training 128.",
         "-b",
         min=1,
     )
     runs: int | None = option(
-        None, "How often each is timed. Default: until the median is known to 2 %; 10 training steps.", min=1
+        None, "How often each is timed. Default: until the median is known to 2 %; in training 10.", min=1
     )
-    runtime: str = option("torch", "Of torch, compile, onnx, openvino, pt2, executorch; several: torch,onnx.")
-    int8: bool = option(False, "Also with 8-bit weights, by ONNX Runtime.", only="on")
+    runtime: str = option(
+        "torch", "One or more of torch, compile, onnx, openvino, pt2, executorch: torch,onnx."
+    )
+    int8: bool = option(False, "Also time 8-bit weights, in ONNX Runtime.", only="on")
 
 
 @dataclass(frozen=True)
@@ -292,17 +304,17 @@ class Budget:
     max_gmacs: float | None = option(None, "Billions of multiply-accumulates of one image.", min=0)
     max_params: float | None = option(None, "Parameters, for example 6e6.", min=0)
     max_memory_mb: float | None = option(
-        None, "Megabytes by which memory peaks while it is loaded and answers once, measured here.", min=0
+        None, "Megabytes by which peak memory rises to load and run it once, measured here.", min=0
     )
     min_top1: float | None = option(
-        None, "Top-1 in percent, as evaluated; the cheapest such point.", min=0, max=100
+        None, "Top-1 in percent, as evaluated; the cheapest such point is chosen.", min=0, max=100
     )
     runtime: str = option(
         "torch", "Where latency and memory are measured: torch, compile, onnx, openvino, pt2 or executorch."
     )
 
     def limits(self) -> list[tuple[str, float, bool]]:
-        """Returns (column of a row, limit, whether it is the least instead of the most) for each limit."""
+        """Returns (column of a row, limit, whether it is a minimum) for each limit."""
         given = {name: limit for name, limit in vars(self).items() if name != "runtime" and limit is not None}
         return [(name[4:], limit, name.startswith("min_")) for name, limit in given.items()]
 
@@ -314,8 +326,8 @@ class RunSettings:
     seed: int = option(0, "Seed of everything random.", min=0)
     holdout: float = option(
         0.0,
-        "Judge on this share of the training images instead of on val/. Default: for features a tenth, 1,000 "
-        "at most, where there is no val/.",
+        "Evaluate on this share of the training images instead of val/. Default: for features without val/ a "
+        "tenth, at most 1,000.",
         min=0,
         max=0.5,
     )
@@ -323,7 +335,7 @@ class RunSettings:
         False, "Write each width's gradient norm, and the cosines between widths, to grads.jsonl.", only="on"
     )
     task: Literal["classification", "features"] | None = option(
-        None, "What the model is for. Default: features, without labels, where it has no classifier."
+        None, "What the model is for. Default: features, without labels, if it has no classifier."
     )
 
 

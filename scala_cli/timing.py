@@ -1,4 +1,4 @@
-"""Measures milliseconds of calls on this machine."""
+"""Times calls on this machine, in milliseconds."""
 
 import math
 import statistics
@@ -23,7 +23,7 @@ ROUNDS = (10, 20, 40, 80, 160)
 SURE = 0.02
 """Half the confidence interval of a median, as a share of the median, at which timing stops."""
 SECONDS = 20.0
-"""Time limit of one measurement."""
+"""Time limit of one measurement, in seconds."""
 
 Key = TypeVar("Key")
 
@@ -67,11 +67,11 @@ def time_calls(
 ) -> dict[Key, Timing]:
     """Times calls in turns, so that a hot or shared machine slows all of them alike.
 
-    Without `rounds` they are timed until every median is known to about 2 % (95 % confidence), 10 times at
-    least, and 160 times or 20 seconds at most.
+    Without `rounds` it stops once every median is known to about 2 % (95 % confidence), after at least 10
+    rounds and at most 160 rounds or 20 seconds.
 
     Args:
-        calls: warmed up.
+        calls: already warmed up.
         rounds: how often each is timed.
     """
     series: dict[Key, list[float]] = {key: [] for key in calls}
@@ -135,7 +135,7 @@ def peak_gflops(device: torch.device, bfloat16: bool) -> float:
 
 
 def conditions(device: torch.device, bfloat16: bool) -> dict[str, Any]:
-    """Returns what a measured time depends on, to be reported with it."""
+    """Returns the conditions that a measured time depends on, to report with it."""
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),

@@ -1,4 +1,4 @@
-"""The interface through which long work reports progress, whoever displays it."""
+"""The interface through which long work reports progress."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Watcher:
-    """Receives progress; this base class ignores it."""
+    """Receives progress. This base class ignores it."""
 
     def note(self, text: str) -> None:
         """Reports something the user should know, once."""

@@ -225,7 +225,7 @@ def test_what_training_cost_is_told_beside(scala, tiny, photos):
         (["--runtime", "magic"], "there is no runtime 'magic'"),
         (["--runtime", "onnx", "--amp"], "onnx does not compute in bfloat16"),
         (["--compare", "nosuchmodel"], "there is no model 'nosuchmodel'"),
-        (["--plot", "x.txt"], "is no picture"),
+        (["--plot", "x.txt"], "not a picture file"),
         (["--plot", "nowhere/x.svg"], "there is no directory nowhere"),
         (["--plot", "tiny/picture.svg"], "picture.svg is a directory"),
         (["--csv", "tiny"], "tiny is a directory"),

@@ -81,7 +81,7 @@ def test_a_cascade_as_a_user_asks_for_it(scala, tiny, photos):
     assert scala(*words, "--ratio", "0.5").code == 2
     assert scala("eval", tiny, "--data", photos, "--threshold", 0.5).code == 2
     assert scala("eval", tiny, "--data", photos, "--plot", "x.svg").code == 2
-    assert "no picture" in scala(*words, "--plot", "x.txt").stderr
+    assert "not a picture file" in scala(*words, "--plot", "x.txt").stderr
 
 
 def test_the_best_cascade_is_that_of_trying_all():

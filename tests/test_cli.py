@@ -126,7 +126,7 @@ def test_interrupted_and_resumed(scala, tiny, photos, monkeypatch):
     assert answer.code == 130
     assert "scala finetune --resume run" in answer.stderr and "interrupted" in answer.stderr
     resumed = scala("finetune", "--resume", "run", "--json")
-    assert resumed.json["run"] == "run" and "going on after step" in resumed.stderr
+    assert resumed.json["run"] == "run" and "resuming after step" in resumed.stderr
 
 
 def test_quiet_leaves_the_result_alone(scala, tiny, photos):
@@ -285,7 +285,7 @@ def test_a_run_that_fails_names_the_way_on_which_may_be_computed_otherwise(scala
 
     monkeypatch.setattr(Step, "gather_gradients", fail)
     answer = scala("finetune", tiny, "--data", photos, "-o", "run", *QUICK, "--grad-checkpointing")
-    assert answer.code == 2 and "Then go on: scala finetune --resume run" in answer.stderr
+    assert answer.code == 2 and "Then resume: scala finetune --resume run" in answer.stderr
     words = ("--no-grad-checkpointing", "--grad-accum-steps", 2, "--threads", 1)
     assert scala("finetune", "--resume", "run", *words, "-q", "--json").json["run"] == "run"
     told = Run(Path("run")).read_state()["settings"]

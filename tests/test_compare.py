@@ -103,7 +103,7 @@ def test_another_comparison_is_not_mixed_in(photos):
     Path("full/notes").write_text("mine")
     for held in ("mine", "{}", "[]"):
         Path("full/compare.json").write_text(held)
-        with pytest.raises(TrainingError, match="not of a comparison"):
+        with pytest.raises(TrainingError, match="do not belong to a comparison"):
             run(arms_of(["scala"], []), photos, folder="full")
 
 
@@ -206,7 +206,7 @@ def test_several_processes_do_not_write_one_comparison(photos, monkeypatch):
 def test_what_was_refused_leaves_its_place_free(photos):
     arms = arms_of(["scala"], [])
     bad = settings(photos, augment=AugmentSettings(scale=(0.9, 0.1)))
-    with pytest.raises(TrainingError, match="no range"):
+    with pytest.raises(TrainingError, match="not a range"):
         compare("model", open_start, arms, 1, "images", bad, Path("side"), Listener())
     assert run(arms, photos, seeds=1)
 

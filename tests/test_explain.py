@@ -108,7 +108,7 @@ def test_the_command_draws_and_tells(scala, elsewhere):
         (("dog.png", "net"), "dog.png does not exist"),
         (("text.png", "net"), "cannot be read as an image"),
         (("cat.png", "net", "--ratio", "0.3"), "was not trained"),
-        (("cat.png", "net", "-o", "out.txt"), "is no picture"),
+        (("cat.png", "net", "-o", "out.txt"), "not a picture file"),
     ],
 )
 def test_what_cannot_be_explained(words, said, scala, tiny, elsewhere):

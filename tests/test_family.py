@@ -288,7 +288,7 @@ def test_convert_fits_a_family(scala, photos, pictures, images):
     ("words", "told"),
     [
         (("--calibrate",), "--calibrate needs images"),
-        (("--data", ".", "--order", "none"), "--data is for --order importance"),
+        (("--data", ".", "--order", "none"), "--data needs --order importance"),
         (("--data", ".", "--scratch"), "pretrained weights"),
         (("--data", ".", "--layout", "fused"), "layout aligned"),
     ],

@@ -30,7 +30,7 @@ from runs import QUICK
         (["finetune", "tiny/model.safetensors", "--data", "digits", "-o", "tiny"], "holds what is read"),
         (["convert", "tiny-timm", "--order", "importance", "--data", "torch/cifar10"], "--data-dir"),
         (["slice", "tiny", "--ratio", "0.5", "-o", "tiny-timm"], "not empty"),
-        (["convert", "deit_s", "--data", "digits", "--order", "none"], "--data is for --order importance"),
+        (["convert", "deit_s", "--data", "digits", "--order", "none"], "--data needs --order importance"),
         (["convert", "./missing"], "missing does not exist"),
         (["convert", "local-dir:missing"], "missing does not exist"),
         (["convert", "missing.pth"], "missing.pth does not exist"),
@@ -66,12 +66,12 @@ from runs import QUICK
         (["finetune", "tiny", "--data", "digits", "--method", "magic"], "magic"),
         (["bench", "tiny", "--ratio", "0.3"], "not trained"),
         (["bench", "tiny", "--runs", "0"], "--runs"),
-        (["convert", "headless", "--task", "classification"], "no classifier. Give it some"),
+        (["convert", "headless", "--task", "classification"], "no classifier. Add one"),
         (["bench", "tiny", "--csv", "nowhere/rows.csv"], "there is no directory nowhere"),
         (["eval", "tiny", "--data", "torch/cifar10"], "--data-dir"),
         (["eval", "tiny", "--data", "digits", "-b", "0"], "--batch-size"),
-        (["finetune", "tiny", "--resume", "run"], "beside --resume may stand"),
-        (["finetune", "--resume", "run", "--force"], "beside --resume may stand"),
+        (["finetune", "tiny", "--resume", "run"], "go with --resume"),
+        (["finetune", "--resume", "run", "--force"], "go with --resume"),
         (["finetune", "tiny", "--data", "digits", "--seed", "-1"], "--seed"),
         (["finetune", "tiny", "--data", "digits", "--opt", "magic", "-j", "0"], "timm refuses"),
         (["info", "--nonsense"], "nonsense"),
@@ -194,6 +194,6 @@ def test_our_own_bugs_exit_with_1(scala, tiny, monkeypatch):
 
     monkeypatch.setattr("scala_cli.cost.cost", bug)
     answer = scala("info", tiny)
-    assert answer.code == 1 and "bug of scala: ZeroDivisionError: oops" in answer.stderr
+    assert answer.code == 1 and "bug in scala: ZeroDivisionError: oops" in answer.stderr
     assert "Traceback" not in answer.stderr
     assert "Traceback" in scala("info", tiny, "--debug").stderr

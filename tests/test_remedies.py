@@ -117,7 +117,7 @@ def test_an_error_goes_through_a_pickle_whole(kind):
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is kind and str(again) == again.message == "it broke."
     assert vars(again) == vars(error)
-    assert advice(again) == "Mend it. Go on: scala finetune --resume runs/one"
+    assert advice(again) == "Mend it. Resume it: scala finetune --resume runs/one"
 
 
 def test_the_failure_of_another_library_keeps_its_remedy():
@@ -139,7 +139,7 @@ def test_advice_without_a_remedy_is_the_hint():
     [
         ("slice tiny --ratio 0.46", "Try --ratio 0.5, or train it: scala finetune ... --ratios 0.46,..."),
         ("slice tiny --ratio 2", "Give a share of the full width. For example: --ratio 0.5"),
-        ("slice tiny --ratio half", "Write 0.5 or 1/2. Give --ratio again for another, --ratios"),
+        ("slice tiny --ratio half", "Write 0.5 or 1/2. For several widths repeat --ratio"),
         ("slice nowhere --ratio 0.5", "Make one: scala convert deit_s -o DIR"),
         ("slice tiny-timm --ratio 0.5", "Convert it first: scala convert local-dir:tiny-timm"),
         ("convert deit_s -o tiny", "Choose another one with -o DIR, or replace it: --force"),
@@ -168,5 +168,5 @@ def test_a_run_that_lacks_memory_is_told_both_to_take_less_and_to_go_on(scala, t
     monkeypatch.setattr(Step, "gather_gradients", fail)
     answer = scala("finetune", tiny, "--data", photos, "-o", "run", "--teacher", "none", *QUICK)
     assert answer.code == 2 and "not enough memory for 4 images at once." in answer.told
-    said = f"{REMEDIES['smaller_step']} Then go on: scala finetune --resume run"
+    said = f"{REMEDIES['smaller_step']} Then resume: scala finetune --resume run"
     assert answer.stderr.splitlines()[-1] == said

@@ -74,7 +74,7 @@ def test_two_processes_do_not_train_one_comparison():
         assert {path.name for path in folder.iterdir()} == {"compare.json", "compare.csv", LOCK}
     Path("mine").mkdir()
     Path("mine/thesis.tex").write_text("")
-    with pytest.raises(TrainingError, match="not of a comparison"), claimed(Path("mine"), what):
+    with pytest.raises(TrainingError, match="do not belong to a comparison"), claimed(Path("mine"), what):
         pytest.fail("it holds other files")
     assert [path.name for path in Path("mine").iterdir()] == ["thesis.tex"]
 

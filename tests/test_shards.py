@@ -173,7 +173,7 @@ def test_mistakes_with_tar_files(scala, tiny):
         (("finetune", "backbone", "--data", "s/{2..0}.tar"), "names no file"),
         (("finetune", tiny, "--data", "s/1.tar"), "has no validation part. Give a folder"),
         (("finetune", tiny, "--data", "s/{0..1}.tar", "--holdout", 0.2), "not every image has a class"),
-        (("finetune", tiny, "--data", "wds/s"), "Tar files are given so: --data 'DIR/{000..010}.tar'"),
+        (("finetune", tiny, "--data", "wds/s"), "Give tar files as --data 'DIR/{000..010}.tar'"),
     ]
     for words, message in refused:
         answer = scala(*words, *QUICK, "-o", "run")

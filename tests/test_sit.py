@@ -253,7 +253,7 @@ def test_what_cannot_be_is_refused(words, said, scala, tiny, photos):
 
 def test_what_another_method_needs_is_refused(scala, tiny, photos):
     told = scala("finetune", "tiny", "--data", photos, "--stages", "1,1", "-o", "run")
-    assert told.code == 2 and "stages has no part in method scala" in told.told
+    assert told.code == 2 and "stages has no effect with method scala" in told.told
 
 
 @pytest.mark.parametrize("task", ["classification", "features"])

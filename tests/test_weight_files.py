@@ -210,7 +210,7 @@ def test_names_of_classes_may_begin_with_a_mark_of_their_encoding(scala):
     assert scala("convert", "plain", "-o", "out", "--labels", "names.txt").code == 0
     assert json.loads(Path("out/config.json").read_text("utf-8"))["label_names"] == ["ä", "b", "c", "d", "e"]
     Path("names.txt").write_bytes("ä\nb\n".encode("utf-16"))
-    assert "no text file in UTF-8" in scala("convert", "plain", "-o", "again", "--labels", "names.txt").told
+    assert "not a UTF-8 text file" in scala("convert", "plain", "-o", "again", "--labels", "names.txt").told
 
 
 def test_a_wrong_conversion_is_refused(scala, monkeypatch):

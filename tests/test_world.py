@@ -135,7 +135,7 @@ def test_no_step_is_lost_where_several_processes_are_stopped_or_one_is_killed(to
         os.kill(int(children[-1]), signal.SIGKILL)
     assert run.wait() != 0
     told = run.stderr
-    assert "bug of scala" not in told
+    assert "bug in scala" not in told
     if how == "stopped":
         assert "another process" not in told
     assert Run(Path("run")).read_state()["step"] >= len(log.read_text().splitlines()) - 1 >= 4

@@ -33,7 +33,7 @@ from scala_cli.timing import Predictor, Timing, conditions, peak_gflops, take_tu
 from scala_cli.watch import QUIET, Watcher
 
 LARGEST_BATCH, LARGEST_ON_A_GPU, SLOWEST_MS = 64, 1024, 3000
-"""Where the search for the best batch ends."""
+"""Limits of the search for the best batch: its size on a CPU and on a GPU, and milliseconds of one call."""
 
 
 def bench(
@@ -46,26 +46,30 @@ def bench(
     watch: Watcher,
     loader: Loader | None = None,
 ) -> dict[str, Any]:
-    """Measures what every point costs on this machine, as plain timm models.
+    """Measures what every point costs on this machine, as a plain timm model.
 
     All points and compared models take turns, so that a hot or shared machine slows all alike.
     Runtimes come one after the other: threads of one that still spin would slow the next.
 
     Args:
-        compared: timm models to be timed beside them, with random weights: names, or directories.
+        compared: timm models to time as well, with random weights: names or directories.
         loader: images to measure accuracy on.
 
     Returns:
-        {"device", "threads", "precision", "torch", "timm", "batch_size", "peak_gflops", "points"}; per point
-        and runtime {"model", "ratio", "runtime", "params", "gmacs", "latency_ms", "latency_ms_low",
-        "latency_ms_high", "latency_ms_p95", "of_peak", "throughput", "batch", "memory_mb", "top1"}: the
-        median and its 95 % confidence interval; the share of the machine's peak that the latency stands for;
-        images/s at the batch that gives most; by how much memory peaks while the model is loaded and answers
-        once; top1, or r2 of features, as measured, or as the checkpoint records it. Compared models have no
-        ratio.
+        {"device", "threads", "precision", "torch", "timm", "batch_size", "peak_gflops", "points"}. Each point
+        and runtime has a row {"model", "ratio", "runtime", "params", "gmacs", "latency_ms", "latency_ms_low",
+        "latency_ms_high", "latency_ms_p95", "of_peak", "throughput", "batch", "memory_mb", "top1"}:
+
+        latency_ms: the median; low and high bound its 95 % confidence interval.
+        of_peak: the rate of computing at this latency, as a share of peak_gflops.
+        throughput: the most images/s, reached at "batch" images.
+        memory_mb: how far peak memory rises while the model is loaded and run once.
+        top1: (r2 for features) as measured on `loader`, else as recorded in the checkpoint.
+
+        Compared models have no ratio.
 
     Raises:
-        ScalaError: an unknown model or runtime, or one that is not installed or not for this device.
+        ScalaError: for an unknown model or runtime, or one not installed or not for this device.
     """
     where = replace(where, amp=bool(where.amp))
     device = choose_device(where)
@@ -118,10 +122,10 @@ class Bench:
     """Times subjects, all in the same way.
 
     Args:
-        size: images a batch of the latency.
-        rounds: how often each is timed; None until the medians are known.
+        size: batch size of the latency.
+        rounds: how often each is timed; None means until the medians are known.
+        search: whether to look for the batch size with the most images/s.
         peak: GFLOP/s of large matrix products.
-        search: whether to look for the batch that gives most.
         main: the task's first metric.
     """
 
@@ -140,10 +144,10 @@ class Bench:
         runtime: str,
         accuracy: Callable[[Mapping[Point, Predictor]], Mapping[Any, float | None]],
     ) -> list[dict[str, Any]]:
-        """Returns a row of every subject in one runtime, whose models are unloaded at the end.
+        """Returns a row for each subject in one runtime; its models are unloaded at the end.
 
         Args:
-            accuracy: measures or knows the accuracy of each width.
+            accuracy: returns the accuracy of each point, given the loaded models.
         """
         with TemporaryDirectory() as folder:
             loads = {each: self.loading(each, runtime, Path(folder)) for each in subjects}
@@ -190,7 +194,7 @@ class Bench:
         }
 
     def loading(self, subject: Subject, runtime: str, folder: Path) -> Callable[[], Predictor]:
-        """Returns a function that loads a subject. A file that it loads is written now."""
+        """Returns a function that loads a subject; if it loads a file, the file is written now."""
         if runtime in TORCH:
             return partial(self.in_torch, subject, runtime == "compile")
         chosen = FORMATS[runtime]
@@ -207,7 +211,7 @@ class Bench:
             return model
 
         def predict(images: Tensor) -> Tensor:
-            with autocast(self.device, self.where):  # entered for each batch: weights are cast every time
+            with autocast(self.device, self.where):  # entered per batch, so weights are cast every time
                 return model(images)
 
         return predict
@@ -216,7 +220,7 @@ class Bench:
     def load(
         self, load: Callable[[], Predictor], images: Tensor, runtime: str
     ) -> tuple[Predictor, int | None]:
-        """Loads a model. Returns it and by how many bytes memory peaked, None with `compile`.
+        """Loads a model and runs it once. Returns it and the rise of peak memory in bytes.
 
         Raises ScalaError if the runtime cannot run it.
         """
@@ -233,7 +237,7 @@ class Bench:
         return kept[0], None if runtime == "compile" else peak
 
     def most(self, models: Mapping[Subject, Predictor]) -> dict[Subject, tuple[int, Timing]]:
-        """Returns the batch with the most images/s of each model, and its time, measured in turns."""
+        """Returns each model's batch size with the most images/s, and its time, measured in turns."""
         self.watch.phase("find the best batch", len(models), "models")
         best = {}
         for each, model in models.items():
@@ -297,7 +301,7 @@ def measured(
     watch: Watcher,
     reference: Predictor | None = None,
 ) -> dict[Point, float]:
-    """Returns the task's first metric of every point; arguments as of `metrics`."""
+    """Returns the task's first metric of every point; arguments are those of `metrics`."""
     found: dict[Point, dict[str, Any]] = {}
     for points, sized in at_their_sizes(net, [*models], loader):
         some = {point: models[point] for point in points}

@@ -25,10 +25,11 @@ class Subject:
     """A model to be timed.
 
     Args:
-        name: timm's.
-        point: the width; None for a model that is only compared with.
-        params, macs: its parameters, and the multiply-accumulates of one image.
-        build: the model on the CPU, in evaluation mode; told so, as exporters want it.
+        name: its name in timm.
+        point: None for a compared model.
+        params, macs: its number of parameters, and multiply-accumulates of one image.
+        build: makes the model on the CPU, in evaluation mode; given True, of a fixed image size, as exporters
+            need it.
     """
 
     name: str
@@ -65,7 +66,7 @@ def other(asked: str) -> Subject:
 
 
 def refuse_runtimes(runtimes: Sequence[str], device: torch.device, bfloat16: bool) -> None:
-    """Raises ScalaError for a runtime that does not exist here, or does not run as asked."""
+    """Raises ScalaError for a runtime that is unknown, not installed, or not for this device or precision."""
     known = f"Runtimes are {', '.join([*TORCH, *FORMATS])}."
     if not runtimes:
         raise ScalaError("no runtime is given.", known)

@@ -1,1 +1,1 @@
-"""The command line: each command is a paragraph that calls one core function and prints its result."""
+"""The command line: each command checks its options, calls the core and prints the result."""

@@ -68,10 +68,9 @@ for name, function in COMMANDS.items():
 
 
 def main() -> None:
-    """Runs the command and leaves at once.
+    """Runs the command, then exits without unloading torch.
 
-    By then everything is written and flushed; torch would take 1.5 s and 120 MB more to unload itself
-    (docs/performance.md).
+    Everything is written by then, and unloading would cost 1.5 s and 120 MB (docs/performance.md).
     """
     try:
         app()

@@ -37,14 +37,14 @@ def bench(
     csv: Annotated[Path | None, typer.Option("--csv", help="Also write the rows to this file.")] = None,
     plot: Annotated[
         Path | None,
-        typer.Option("--plot", help="Draw accuracy, or GMACs, against latency: .svg, .png or .pdf."),
+        typer.Option("--plot", help="Draw accuracy, or else GMACs, against latency: .svg, .png or .pdf."),
     ] = None,
     html: Annotated[
         Path | None,
         typer.Option("--html", help="Write table and picture as one page; its points have tooltips."),
     ] = None,
     train: Annotated[
-        bool, typer.Option("--train", help="Time steps of training instead, beside timm's of the full width.")
+        bool, typer.Option("--train", help="Time training steps instead, also timm's at the full width.")
     ] = False,
     grad_checkpointing: Annotated[
         bool, typer.Option("--grad-checkpointing", help="With --train: as in scala finetune.")
@@ -71,7 +71,10 @@ def bench(
         refuse_unwritable(file)
     elsewhere = (data, compare, plot, html, settings.int8, settings.runtime != "torch")
     if train and any(elsewhere):
-        raise typer.BadParameter("--train times torch on random images: leave out what is for predictions.")
+        raise typer.BadParameter(
+            "--train times torch on random images: "
+            "leave out --data, --compare, --plot, --html, --int8 and --runtime."
+        )
     if calibration.calibrate and (train or data is None):
         raise typer.BadParameter("--calibrate goes with --data, not with --train.")
     for name, given in (("--grad-checkpointing", grad_checkpointing), ("--torchcompile", torchcompile)):
@@ -124,8 +127,8 @@ def bench(
     if not train and directory and (spent := price_of_run(net, record, directory)):
         document["training"] = spent
         out.note(
-            f"trained in {spent['minutes']:.4g} minutes, all widths at once; each alone, on as many "
-            f"images, would take {spent['separate']:.3g} times the multiply-accumulates."
+            f"trained in {spent['minutes']:.4g} minutes, all widths at once; training each alone on as many "
+            f"images would take {spent['separate']:.3g} times the multiply-accumulates."
         )
     rows = document["steps" if train else "points"]
     if csv is not None:
@@ -153,9 +156,9 @@ def what_to_time(
         directory = find_checkpoint(checkpoint, out)
         return *load_with_record(directory), directory
     out.note(
-        "its narrower widths are cut without training."
+        "the narrower widths are cut without training."
         if trained
-        else "random weights: they take as long as trained ones."
+        else "random weights, which take as long as trained ones."
     )
     return *open_slimmable(checkpoint, None, scratch=not trained), None
 

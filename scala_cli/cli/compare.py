@@ -22,19 +22,23 @@ def compare(
     data: Data,
     methods: Annotated[
         str,
-        typer.Option("--methods", help="Of scala, paper (as its authors' code), supervit, usnet, separate."),
+        typer.Option(
+            "--methods", help="Any of scala, paper (as its authors' code), supervit, usnet, separate."
+        ),
     ] = "scala,paper,separate",
     without: Annotated[
         str,
-        typer.Option("--without", help="Parts to leave out of each method, one row each: order,teacher,..."),
+        typer.Option("--without", help="Also train methods without each of these parts: order,teacher,..."),
     ] = "",
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many seeds, from --seed on.")] = 3,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds, from --seed on.")] = 3,
     equal: Annotated[
         Literal["images", "macs"],
-        typer.Option("--equal", help="What all spend alike: training images, or multiply-accumulates."),
+        typer.Option(
+            "--equal", help="What is equal for all methods: training images or multiply-accumulates."
+        ),
     ] = "images",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Directory to write, or to go on in.")
+        Path | None, typer.Option("--output", "-o", help="Directory to write, or to resume in.")
     ] = None,
     ratios: Ratios = None,
     *,
@@ -78,7 +82,7 @@ def compare(
                 live,
             )
         except KeyboardInterrupt:
-            out.note("the same command goes on where this one stopped.")
+            out.note("to resume, run the same command again.")
             raise
     out.result(
         {"path": str(target), "seeds": seeds, "equal": equal, "arms": rows},

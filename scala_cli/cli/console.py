@@ -31,7 +31,7 @@ class Output:
     """Prints results, notes and errors."""
 
     json: bool = option(False, "Print the result as one JSON document.", only="on")
-    quiet: bool = option(False, "Print the result alone.", "-q", only="on")
+    quiet: bool = option(False, "Print only the result.", "-q", only="on")
     debug: bool = option(False, "Show the traceback of an error.", only="on")
 
     def note(self, text: str) -> None:
@@ -86,7 +86,7 @@ class Output:
 
 
 class Live(Watcher):
-    """A live bar with the rate, the time left and the loss of every pass; a table after each epoch."""
+    """Shows a live bar with rate, time left and the loss of every pass, and a table after each epoch."""
 
     def __init__(self, out: Output, progress: Progress, stop: Stop) -> None:
         self.out, self.progress, self.stop = out, progress, stop
@@ -118,7 +118,7 @@ class Live(Watcher):
         try:
             yield
         except LostProcess:
-            # torchrun's signals reach all processes: the first one saves, then the others end
+            # torchrun signals every process; rank 0 saves and ends, which the others see as a lost process
             if self.stop.asked is None:
                 raise
             raise Stopped(self.stop.asked) from None
@@ -174,9 +174,9 @@ def shown(value: Any, column: str = "") -> str:
 
 @contextmanager
 def reporting_errors(out: Output) -> Iterator[None]:
-    """Prints errors as one or two lines.
+    """Prints an error as one or two lines and exits.
 
-    Exits with 2 for what a user can fix, 1 for a bug, 130 or 143 if stopped.
+    The exit code is 2 for an error that the user can fix, 1 for a bug, 130 or 143 if stopped by a signal.
     """
     try:
         yield
@@ -191,13 +191,13 @@ def reporting_errors(out: Output) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         place = Path(error.filename or "the disk")
-        place = place.parent if place.name.startswith(".") else place  # not our temporary names
+        place = place.parent if place.name.startswith(".") else place  # not the name of our temporary file
         code, message = 2, f"{place}: {error.strerror or error}."
         hint = "Free some space and run the command again." if full else "Check the path and its permissions."
     except MemoryError:
         code, message, hint = 2, "not enough memory.", "Stop other programs, or use a machine with more."
     except Exception as error:
-        code, message = 1, f"this is a bug of scala: {type(error).__name__}: {error}"
+        code, message = 1, f"this is a bug in scala: {type(error).__name__}: {error}"
         hint = "Run it again with --debug and report what it prints, with the output of: scala env"
     else:
         return

@@ -32,7 +32,7 @@ def convert(
         bool,
         typer.Option(
             "--ema",
-            help="Take the moving average of the weights that the file also holds (model_ema, teacher).",
+            help="Take the moving average of the weights that the file holds (model_ema, teacher).",
         ),
     ] = False,
     scratch: Annotated[bool, typer.Option("--scratch", help="Start from random weights.")] = False,
@@ -42,26 +42,28 @@ def convert(
             "--labels",
             exists=True,
             dir_okay=False,
-            help="Names for its classes, in their order: a text file, one a line.",
+            help="Text file with the names of the model's classes, in order, one per line.",
         ),
     ] = None,
-    num_classes: Annotated[int | None, typer.Option(min=1, help="A new head with so many classes.")] = None,
+    num_classes: Annotated[int | None, typer.Option(min=1, help="Number of classes of a new head.")] = None,
     num_heads: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Attention heads, where a weight file does not tell. Default: one for 64 channels."
+            min=1, help="Attention heads, if a weight file does not say. Default: one per 64 channels."
         ),
     ] = None,
     img_size: ImgSize = None,
     patch_size: PatchSize = None,
     layout: Annotated[
         Literal["aligned", "fused"],
-        typer.Option(help="Cut every head of q, k and v alike, or qkv as one block (only for comparison)."),
+        typer.Option(
+            help="aligned cuts every head of q, k and v alike; fused cuts qkv as one block (for comparison)."
+        ),
     ] = "aligned",
     order: Annotated[
         Literal["importance", "none"] | None,
         typer.Option(
-            help="Put the channels that matter first, the function unchanged; or never do so. "
+            help="importance puts the most important channels first and keeps the function; none never does. "
             "Default: leave it to scala finetune."
         ),
     ] = None,
@@ -69,14 +71,14 @@ def convert(
         str | None,
         typer.Option(
             "--data",
-            help="Images for --order importance, and to fit the narrower widths on: any folder of them, "
-            "labels are not needed.",
+            help="Images for ordering the channels and fitting the narrower widths: any folder, "
+            "no labels needed.",
         ),
     ] = None,
     task: Annotated[
         Literal["classification", "features"] | None,
         typer.Option(
-            help="What it is for; features leaves out its classifier. Default: features where it has none."
+            help="What the model is for; features removes its classifier. Default: features if it has none."
         ),
     ] = None,
     force: Force = False,
@@ -96,11 +98,11 @@ def convert(
     Example: scala convert deit_s -o deit_s-slimmable; and: scala convert deit_s --data PHOTOS
     """
     if data is not None and order == "none":
-        raise typer.BadParameter("--data is for --order importance.")
+        raise typer.BadParameter("--data needs --order importance.")
     if data is None and calibration.calibrate:
-        raise typer.BadParameter("--calibrate needs images, without labels: --data DIR")
+        raise typer.BadParameter("--calibrate needs images (labels are not used): --data DIR")
     if data is not None and (scratch or layout == "fused"):
-        raise typer.BadParameter("--data is for pretrained weights in layout aligned.")
+        raise typer.BadParameter("--data needs pretrained weights and --layout aligned.")
     if task == "features" and (num_classes is not None or labels is not None):
         raise typer.BadParameter("--task features has no classes: leave out --num-classes and --labels.")
     points = parse_points(ratios) if ratios else None
@@ -161,7 +163,7 @@ def convert(
 
 
 def r2_of(fit: "Fit | None") -> dict[str, float]:
-    """Returns the R^2 of a fitted width's output as a column; none if that is not known."""
+    """Returns the R^2 of a fitted width's output as a column; no column if it is not known."""
     return {} if fit is None or fit.output is None else {"r2": round(fit.output, 4)}
 
 
@@ -170,7 +172,7 @@ def read_labels(file: Path, count: int) -> list[str]:
     try:
         names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError:
-        raise ScalaError(f"{file} is no text file in UTF-8.", "Write one name a line.") from None
+        raise ScalaError(f"{file} is not a UTF-8 text file.", "Write one name per line.") from None
     if len(names) != count:
         raise ScalaError(
             f"{file} names {len(names)} classes, the model has {count}.", "Write one line for each."

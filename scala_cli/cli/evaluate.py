@@ -25,19 +25,21 @@ def evaluate(
     cascade: Annotated[
         str | None,
         typer.Option(
-            help="Points, 0.25,1 or 0.5@128~0.5,1@224~0.7: the first answers, the next is asked where it is "
-            "unsure. Or auto: the best ones for --max-gmacs."
+            help="Points, 0.25,1 or 0.5@128~0.5,1@224~0.7: the first answers, the next is asked if that one "
+            "is unsure. Or auto: the best points for --max-gmacs."
         ),
     ] = None,
     threshold: Annotated[
         float | None,
         typer.Option(
-            min=0, max=1, help="The cascade's: the probability at which an answer stands. Default: 0.8."
+            min=0, max=1, help="Of --cascade: accept an answer of at least this probability. Default: 0.8."
         ),
     ] = None,
     max_gmacs: Annotated[
         float | None,
-        typer.Option(min=0, help="Of --cascade auto: billions of multiply-accumulates of an image, mean."),
+        typer.Option(
+            min=0, help="Of --cascade auto: billions of multiply-accumulates per image, on average."
+        ),
     ] = None,
     against: Annotated[
         str | None,
@@ -73,13 +75,13 @@ def evaluate(
     Example: scala eval runs/last --data DIR; and: scala eval --data DIR --cascade 0.25,1 --threshold 0.8
     """
     if cascade and ratio:
-        raise typer.BadParameter("--cascade names its widths itself: leave out --ratio.")
+        raise typer.BadParameter("--cascade already names the points: leave out --ratio.")
     if probe.probe and cascade:
         raise typer.BadParameter("--probe judges embeddings, --cascade answers: leave out one.")
     if (plot or threshold is not None) and not cascade:
         raise typer.BadParameter("--threshold and --plot go with --cascade.")
     if settings.resized and (cascade or probe.probe):
-        raise typer.BadParameter("--resized is what --cascade and --probe do anyway: leave it out.")
+        raise typer.BadParameter("--cascade and --probe always resize: leave out --resized.")
     search = cascade == "auto"
     if search is not (max_gmacs is not None):
         raise typer.BadParameter("--cascade auto and --max-gmacs go together.")
@@ -113,7 +115,7 @@ def evaluate(
     named = cascade.split(",") if cascade and not search else ratio
     net, record, points = open_points(checkpoint, named, tokens, out)
     task = task_named(record.task)
-    if cascade:  # refuses points, before anything is looked at
+    if cascade:  # refuses unsuitable points before any image is read
         Cascade(net, points if not search else [points[0], points[-1]], threshold)
     if against and task.labelled:
         raise typer.BadParameter("--against compares features; this model has classes.")

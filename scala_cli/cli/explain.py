@@ -9,12 +9,12 @@ from scala_cli.settings import TokenSettings
 
 
 def explain(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="An image file.")],
     checkpoint: Checkpoint = None,
     *,
     ratio: Annotated[
         str | None,
-        typer.Option("--ratio", help="A point, also 1~0.5 untrained. Default: the widest."),
+        typer.Option("--ratio", help="A point, trained or not, such as 1~0.5. Default: the widest."),
     ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Picture to write: .png, .svg or .pdf.")

@@ -8,7 +8,7 @@ from scala_cli.cli.options import DATA_HELP, Named, find_checkpoint, open_points
 from scala_cli.settings import ReadSettings, TokenSettings
 
 COMPARED = 64
-"""About so many images are put to both runtimes."""
+"""Roughly how many images both runtimes are compared on."""
 
 
 def export(
@@ -16,7 +16,7 @@ def export(
     *,
     ratio: Annotated[str | None, typer.Option("--ratio", help="One of the trained widths.")] = None,
     every: Annotated[
-        bool, typer.Option("--all", help="Every width, as ONNX graphs over one copy of the weights.")
+        bool, typer.Option("--all", help="Every width, as ONNX graphs that share one copy of the weights.")
     ] = False,
     format: Annotated[
         Literal["onnx", "pt2", "openvino", "executorch"], typer.Option("--format", help="What to write.")
@@ -24,27 +24,28 @@ def export(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write; with --all a directory.")
     ] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="With 8-bit weights (onnx).")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Use 8-bit weights (onnx only).")] = False,
     with_preprocess: Annotated[
         bool,
-        typer.Option("--with-preprocess", help="Take pixels, 0 to 255 (uint8), and normalise them within."),
+        typer.Option("--with-preprocess", help="Let the file take pixels, 0 to 255 (uint8), and normalise."),
     ] = False,
     outputs: Annotated[
         str | None,
         typer.Option(
             "--outputs",
-            help="features,tokens (with a classifier logits,tokens): the features of the patches too. "
-            "Default: the first alone.",
+            help="features,tokens (with a classifier logits,tokens) also gives the features of the patches. "
+            "Default: the first only.",
         ),
     ] = None,
     opset: Annotated[
         int | None,
-        typer.Option("--opset", help="Of ONNX, 17 to 25. Default: the exporter's choice."),
+        typer.Option("--opset", help="ONNX opset, 17 to 25. Default: the exporter's choice."),
     ] = None,
     data: Annotated[
-        str | None, typer.Option("--data", help=f"Images to compare the runtimes on, else noise. {DATA_HELP}")
+        str | None,
+        typer.Option("--data", help=f"Images to compare the runtimes on, instead of noise. {DATA_HELP}"),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     tokens: TokenSettings,
     read: ReadSettings,
     out: Output,

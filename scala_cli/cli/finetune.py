@@ -31,7 +31,9 @@ def finetune(
     context: typer.Context,
     model: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL|CKPT", help="What to start from: see scala convert; or a checkpoint."),
+        typer.Argument(
+            metavar="MODEL|CKPT", help="Start from a model, as in scala convert, or a checkpoint."
+        ),
     ] = None,
     data: Annotated[str | None, typer.Option("--data", help=DATA_HELP)] = None,
     output: Annotated[
@@ -75,7 +77,7 @@ def finetune(
     if resume is not None and given.keys() - {*changes, "resume", *vars(out)}:
         options = ", ".join("--" + name.replace("_", "-") for name in ON_RESUME)
         raise typer.BadParameter(
-            f"A resumed run keeps its model, images and settings: beside --resume may stand {options}."
+            f"A resumed run keeps its model, images and settings: only {options} go with --resume."
         )
 
     if resume is None and output is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -108,11 +110,11 @@ def finetune(
                 best = finetune(net, record, settings, run, live, force)
         except KeyboardInterrupt:
             if run.holds_state():
-                out.note(f"go on with: scala finetune --resume {run.path}")
+                out.note(f"resume with: scala finetune --resume {run.path}")
             raise
         except ScalaError as error:
             if error.resumable and run.holds_state():
-                then = f"Then go on: scala finetune --resume {run.path}"
+                then = f"Then resume: scala finetune --resume {run.path}"
                 hint = " ".join(filter(None, (advice(error), then)))
                 raise type(error)(error.message, hint) from error
             raise
@@ -131,6 +133,6 @@ def finetune(
 
 
 def is_given(context: typer.Context, name: str) -> bool:
-    """Whether the user wrote this option."""
+    """Whether the user gave this option."""
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"

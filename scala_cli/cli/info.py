@@ -10,7 +10,7 @@ def info(
     checkpoint: Checkpoint = None,
     architectures: Annotated[
         bool,
-        typer.Option("--architectures", help="Instead: which of timm's Vision Transformers can be sliced."),
+        typer.Option("--architectures", help="List which of timm's Vision Transformers can be sliced."),
     ] = False,
     *,
     out: Output,

@@ -1,7 +1,7 @@
-"""How commands get their options.
+"""Options of the commands.
 
-A parameter whose type is a dataclass becomes one option for each of its fields, so that a default and its
-help text are written once, where the setting is.
+A parameter whose type is a dataclass becomes one option per field, so that each default and help text is
+written once, in that dataclass.
 """
 
 import inspect
@@ -30,21 +30,21 @@ Checkpoint = Annotated[
     ),
 ]
 DATA_HELP = (
-    "A folder with train/ and val/ of class folders, a timm name like torch/cifar10, or digits; "
-    "for features any folder of images. Or tar files: 'DIR/{000..010}.tar', a folder of them."
+    "A folder with class folders in train/ and val/, a timm data set such as torch/cifar10, or digits; "
+    "for features any folder of images. Or tar files: 'DIR/{000..010}.tar' or a folder of them."
 )
 Data = Annotated[str, typer.Option("--data", help=DATA_HELP)]
 Ratios = Annotated[
     str | None,
     typer.Option(
         "--ratios",
-        help=f"Widths, as shares of the full one. Default: the checkpoint's, else {DEFAULT_RATIOS}.",
+        help=f"Widths, as shares of the full width. Default: the checkpoint's, else {DEFAULT_RATIOS}.",
     ),
 ]
 Widths = Annotated[
     list[str] | None,
     typer.Option(
-        "--ratio", help="A trained width or point, 0.5 or 0.5@160~0.7; repeat for more. Default: all."
+        "--ratio", help="A trained width or point, such as 0.5 or 0.5@160~0.7; repeat for more. Default: all."
     ),
 ]
 Named = Annotated[
@@ -55,14 +55,14 @@ Named = Annotated[
     ),
 ]
 Weights = Annotated[Path | None, typer.Option("--weights", help="Read this file instead of downloading.")]
-ImgSize = Annotated[int | None, typer.Option("--img-size", min=1, help="Pixels a side.")]
-PatchSize = Annotated[int | None, typer.Option("--patch-size", min=1, help="Pixels a side of a patch.")]
+ImgSize = Annotated[int | None, typer.Option("--img-size", min=1, help="Image size, pixels per side.")]
+PatchSize = Annotated[int | None, typer.Option("--patch-size", min=1, help="Patch size, pixels per side.")]
 Target = Annotated[Path | None, typer.Option("--output", "-o", help="Directory to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what the output directory holds.")]
 
 
 def find_checkpoint(named: str | None, out: Output) -> Path:
-    """Returns the directory of the checkpoint that a command reads; names the newest run if it is that."""
+    """Returns the directory of the named checkpoint, or else of the newest run, which a note then names."""
     directory = resolve(named)
     if named is None:
         out.note(f"the newest run: {os.path.relpath(directory.resolve())}")
@@ -75,7 +75,7 @@ def open_points(
     """Opens a checkpoint, or a MODEL with its pretrained weights, with the wanted points.
 
     Args:
-        wanted: labels; None is all points of a checkpoint, and the full width of a MODEL.
+        wanted: labels of points; None means all points of a checkpoint, or the full width of a MODEL.
     """
     from scala_cli.models.checkpoint import load_with_record
     from scala_cli.models.points import with_untrained
@@ -95,7 +95,7 @@ def open_points(
 def place_of(data: str) -> str:
     """Returns the images' folder or tar files as an absolute path, so that a run resumes from anywhere.
 
-    Names stay as they are.
+    The name of a data set is returned unchanged.
     """
     place = Path(data).expanduser()
     return str(place.resolve()) if place.is_dir() or place.suffix == ".tar" else data
@@ -104,7 +104,7 @@ def place_of(data: str) -> str:
 def add_command(app: typer.Typer, name: str, function: Callable[..., None]) -> None:
     """Registers a function as a command.
 
-    Its `out: Output` gives every command --json, --quiet and --debug; mistakes are reported through it.
+    Its parameter `out: Output` adds --json, --quiet and --debug; errors are reported through it.
     """
     hints = get_type_hints(function, include_extras=True)
     groups: dict[str, type] = {}
@@ -130,7 +130,7 @@ def add_command(app: typer.Typer, name: str, function: Callable[..., None]) -> N
 
 
 CHOICES = {"method": METHODS}
-"""Settings whose values are names that somebody else knows."""
+"""Allowed values of settings whose type does not list them, by field name."""
 
 
 def parameter_of(field: Field, group: type) -> inspect.Parameter:

@@ -13,15 +13,16 @@ def push(
         str, typer.Argument(metavar="[CKPT]", help="A checkpoint or run. Default: the newest run.")
     ],
     repository: Annotated[
-        str | None, typer.Argument(metavar="REPO", help="Where to: org/name. [required]")
+        str | None, typer.Argument(metavar="REPO", help="Where to upload to: org/name. [required]")
     ] = None,
     ratio: Annotated[
-        str | None, typer.Option("--ratio", help="One width only, as scala slice cuts it. Default: all.")
+        str | None,
+        typer.Option("--ratio", help="Upload one width only, as scala slice cuts it. Default: all."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Write the folder that would be uploaded, and stop.")
+        bool, typer.Option("--dry-run", help="Only write the folder that would be uploaded.")
     ] = False,
-    private: Annotated[bool, typer.Option("--private", help="A new repository that only you see.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the new repository private.")] = False,
     output: Target = None,
     force: Force = False,
     *,

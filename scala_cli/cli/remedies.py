@@ -1,7 +1,7 @@
-"""What to type next, for every kind of error.
+"""What to type next after an error.
 
-The core names a remedy and the facts that its text needs; this file has the texts, with commands and
-options. A fact called `setting` is the name of an option.
+The core names a remedy and the facts that its text needs; the texts, with commands and options, are here.
+A fact called `setting` is the name of an option.
 """
 
 from scala_cli.errors import ScalaError
@@ -20,8 +20,8 @@ REMEDIES = {
     "other_directory": "Choose another one: -o DIR",
     "other_directory_or_force": "Choose another one with -o DIR, or replace it: --force",
     "directory_within": "Name a directory in it: -o DIR",
-    "other_place": "Give another place: --output DIR",
-    "name_file": "Name it so: -o {file}",
+    "other_place": "Choose another directory: --output DIR",
+    "name_file": "Use this name: -o {file}",
     # models and their weights
     "convert_first": "Convert it first: scala convert {model}",
     "convert_directory": "Leave out the file: scala convert {model}",
@@ -33,32 +33,32 @@ REMEDIES = {
     ),
     "name_weights": "Name the file: --weights FILE",
     "name_architecture": "Name it: scala convert deit_s --weights FILE",
-    "name_heads": "Give it: scala convert FILE --num-heads N",
+    "name_heads": "Give the number: scala convert FILE --num-heads N",
     "leave_as_it_is": "Leave out --num-classes, --img-size, --patch-size and --layout.",
     "keep_sizes": "Leave out --weights, --img-size and --patch-size, or name the model it came from.",
     "image_size": "Try --img-size {size}, or another --patch-size.",
-    "add_classes": "Give it some: scala convert MODEL --num-classes N",
+    "add_classes": "Add one: scala convert MODEL --num-classes N",
     "normalise_yourself": "Normalise the images yourself: leave out --with-preprocess.",
     # widths
-    "several_ratios": "Give --ratio again for another, --ratios 0.25,0.5,1 for several at once.",
+    "several_ratios": "For several widths repeat --ratio, or give --ratios 0.25,0.5,1.",
     "trained_ratio": "Try --ratio {trained}, or train it: scala finetune ... --ratios {wanted},...",
     "closest_ratio": (
-        "Allow more, or cut that one: scala slice --ratio {ratio}; "
+        "Relax the limit, or cut that one: scala slice --ratio {ratio}; "
         "or train other widths: scala finetune ... --ratios"
     ),
     # images
-    "data_dir": "Name its place: --data-dir DIR",
+    "data_dir": "Name its directory: --data-dir DIR",
     "known_data": (
-        "Give a folder with train/ and val/ of class folders, torch/cifar10 with --data-dir, or digits."
+        "Give a folder with class folders in train/ and val/, torch/cifar10 with --data-dir, or digits."
     ),
-    "tar_files": "Tar files are given so: --data 'DIR/{{000..010}}.tar', or --data DIR.",
-    "hold_out": "Give a folder with train/ and val/; or, to train, judge on some of them: --holdout 0.1",
+    "tar_files": "Give tar files as --data 'DIR/{{000..010}}.tar' or --data DIR.",
+    "hold_out": "Give a folder with train/ and val/; or, to train, hold out some images: --holdout 0.1",
     "larger_holdout": "Give more images, or a larger --holdout.",
-    "skip_corrupt": "Mend it, or pass --on-corrupt skip.",
+    "skip_corrupt": "Repair or remove it, or pass --on-corrupt skip.",
     "train_head": "Train a head: scala finetune CKPT --data DIR --task classification",
     "same_classes": (
         "Train a head for them: scala finetune CKPT --data {data}; "
-        "or, where they are the same under other names: scala convert MODEL --labels FILE"
+        "or, if they are the same classes under other names: scala convert MODEL --labels FILE"
     ),
     # memory and processes
     "smaller_batch": "Give a smaller --batch-size (-b).",
@@ -68,36 +68,37 @@ REMEDIES = {
     "other_runtime": "Leave that runtime out, or try a smaller --batch-size.",
     "fewer_workers": "Use fewer of them: --workers 1, or 0 to read in the main process.",
     "shared_memory": (
-        "Read in the main process: --workers 0. Under docker give more: docker run --shm-size 1g."
+        "Read in the main process: --workers 0. "
+        "Under docker, allow more shared memory: docker run --shm-size 1g."
     ),
     "one_process": "Start it without torchrun: scala compare ...",
     # training
     "name_or_train": "Name one, or train one: scala finetune deit_s --data DIR",
     "start_run": "Start it: scala finetune MODEL --data DIR",
     "train_family": "Use it as it is: scala finetune {model} --data DIR",
-    "from_weights": "Go on from its weights: scala finetune {weights} --data DIR",
-    "resume": "Go on: scala finetune --resume {run}",
-    "resume_or_slice": "Go on with it: scala finetune --resume {run}; cut it: scala slice {run}",
-    "resume_together": "Then go on: torchrun ... -m scala_cli finetune --resume RUN",
+    "from_weights": "Start a new run from its weights: scala finetune {weights} --data DIR",
+    "resume": "Resume it: scala finetune --resume {run}",
+    "resume_or_slice": "Resume it: scala finetune --resume {run}; or cut it: scala slice {run}",
+    "resume_together": "Then resume: torchrun ... -m scala_cli finetune --resume RUN",
     "slim_tokens": "Slim its tokens first: scala finetune MODEL --data DIR --method sit",
-    "distilled": "Leave out --teacher-model, or start from one that has: deit_s_distilled.",
-    "lower_rate": "Lower --lr (now {rate:g}). What was saved before is whole.",
-    "whole_method": "Leave it out of another method: --methods paper has all of the paper's parts.",
+    "distilled": "Leave out --teacher-model, or start from a model that has one: deit_s_distilled.",
+    "lower_rate": "Lower --lr (now {rate:g}). Earlier saves are intact.",
+    "whole_method": "Leave it out of a method that has it: --methods paper has all of the paper's parts.",
     "learn_classes": (
         "Learn them once: scala finetune MODEL --data DIR --ratios 1 --method {method} --order none "
-        "-o full; then compare full/last --ratios 0.25,0.5,0.75,1"
+        "-o full; then scala compare full/last --ratios 0.25,0.5,0.75,1"
     ),
     # the Hub
-    "name_repository": "Name it so: scala push [CKPT] org/name",
+    "name_repository": "Name it as in: scala push [CKPT] org/name",
     "log_in": "Log in: hf auth login; or set HF_TOKEN",
     "check_token": "Check its name, and that your token may write there: hf auth whoami",
-    "mend_card": "Write the folder with --dry-run, mend its README.md, and upload it: hf upload",
+    "mend_card": "Write the folder with --dry-run, correct its README.md, and upload it: hf upload",
     "upload_later": "Write the folder with --dry-run, and upload it later: hf upload",
 }
 """Text of each remedy by name; braces hold the facts of the error."""
 
 
 def advice(error: ScalaError) -> str:
-    """Returns the hint of an error, then the text of its remedy."""
+    """Returns an error's hint, followed by the text of its remedy."""
     text = REMEDIES[error.remedy].format(**error.facts) if error.remedy else ""
     return " ".join(part for part in (error.hint, text) if part)

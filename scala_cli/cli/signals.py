@@ -12,14 +12,14 @@ AT_ONCE = 2.0
 STDERR = 2
 NOTE = b"stopping after this step, once its state is saved; again to stop at once.\n"
 FROM_LINE_START, SHOW_CURSOR = b"\r\x1b[2K", b"\x1b[?25h"
-"""A progress bar leaves its line unfinished and hides the cursor."""
+"""Control sequences for a terminal: a progress bar leaves its line unfinished and hides the cursor."""
 
 
 class Stop:
     """Handles SIGINT and SIGTERM: the first stops at once, or after the current step while `waits` is set.
 
-    In the latter case a second one stops at once. One more, while the process is ending, ends it without
-    removing temporary files.
+    In the latter case a second one stops at once. A further one, while the process is ending, ends it
+    without removing temporary files.
 
     Args:
         tells: whether to print a note at the first signal.
@@ -41,7 +41,7 @@ class Stop:
         if self.ending:
             try:
                 write(SHOW_CURSOR, b"")
-            finally:  # also where one more signal comes here
+            finally:  # even if one more signal interrupts the write
                 os._exit(128 + number)
         if not self.waits or self.asked is not None:
             self.ending = True

@@ -18,7 +18,7 @@ from scala_cli.settings import (
 )
 from scala_cli.slicing.point import Point
 
-NAMED = {"second": "the second best", "better": "the next better, if the limit were higher"}
+NAMED = {"second": "the second best", "better": "the next better, over the limit"}
 
 
 def slice(
@@ -32,11 +32,11 @@ def slice(
     *,
     ratio: Annotated[
         str | None,
-        typer.Option("--ratio", help="One of its widths or points, 0.5@160~0.7; of a MODEL any width."),
+        typer.Option("--ratio", help="A width or point of it, such as 0.5@160~0.7; of a MODEL any width."),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", help="Images to fit the slice on: any folder of them, labels are not needed."),
+        typer.Option("--data", help="Images to fit the slice on: any folder, no labels needed."),
     ] = None,
     output: Target = None,
     force: Force = False,
@@ -59,9 +59,9 @@ def slice(
     Example: scala slice deit_s --ratio 0.5 --data PHOTOS -o half; and: scala slice --max-latency-ms 8
     """
     if (ratio is not None) is bool(budget.limits()):
-        raise typer.BadParameter("Give either a width, --ratio 0.5, or what it must fit, --max-latency-ms 8.")
+        raise typer.BadParameter("Give either a width, --ratio 0.5, or a limit, --max-latency-ms 8.")
     if calibration.calibrate and data is None:
-        raise typer.BadParameter("--calibrate needs images, without labels: --data DIR")
+        raise typer.BadParameter("--calibrate needs images (labels are not used): --data DIR")
     point = Point.of(ratio) if ratio is not None else None
     source = path_of(checkpoint) if checkpoint else None
     if output is not None:
@@ -78,9 +78,9 @@ def slice(
     from scala_cli.tasks import task_named
 
     if device != DeviceSettings() and not is_measured(budget) and data is None:
-        raise typer.BadParameter("--device, --amp and --threads go with what is measured: --max-latency-ms.")
+        raise typer.BadParameter("--device, --amp and --threads go with a measured limit: --max-latency-ms.")
     if budget.runtime != Budget.runtime and not is_measured(budget):
-        raise typer.BadParameter("--runtime goes with what is measured: --max-latency-ms.")
+        raise typer.BadParameter("--runtime goes with a measured limit: --max-latency-ms.")
     changes = Changes(None, img_size, patch_size)
     # at the full width, another size or fewer tokens need no images
     whole = point is not None and point.ratio == 1 and point != Point(point.ratio)
@@ -112,7 +112,7 @@ def slice(
             on = Calibration(split, replace(calibration, calibrate=fits), read, device, live)
             net, record = cut_without_training(net, record, points, on)
         elif split is not None and calibration.calibrate is None:
-            live.note("nothing is fitted: the width is trained, or the full one. To fit it: --calibrate")
+            live.note("nothing is fitted: the width is trained or full. To fit it anyway: --calibrate")
         if point is None:
             if data is not None and cut_anew:
                 loader = validation_loader(net, task, data, EvalSettings().batch_size, read)
@@ -129,8 +129,8 @@ def slice(
     fit = result.get("fit", {})
     if fit.get("r2") is not None:
         out.note(
-            f"fitted to {fit['images']} images; of {fit['held_out']} others its output explains "
-            f"{fit['r2']:.1%} of how the full model's varies."
+            f"fitted to {fit['images']} images; on {fit['held_out']} others its output explains "
+            f"{fit['r2']:.1%} of the variance of the full model's output."
         )
     if rows:
         others = alternatives(rows, budget)
@@ -138,12 +138,12 @@ def slice(
         for name, row in others.items():
             out.note(f"{NAMED[name]}: {described(row)}.")
     out.result(result, rows)
-    needed = "import scala_cli, which brings timm its architecture; " if "import" in result else ""
+    needed = "import scala_cli, which registers its architecture in timm; " if "import" in result else ""
     out.note(f"load it: {needed}timm.create_model('local-dir:{result['path']}', pretrained=True)")
 
 
 def described(row: dict[str, Any]) -> str:
-    """Returns a candidate in words: its point, then its figures."""
+    """Describes a candidate: its point, then its figures."""
     point, skipped = Point.of_row(row), {"ratio", "size", "keep", "fits", "predicted"}
     figures = ", ".join(
         f"{name} {value:.4g}" for name, value in row.items() if name not in skipped and value is not None

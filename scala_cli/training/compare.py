@@ -67,7 +67,7 @@ class Arm:
             method = replace(method, isolation=False)  # as with ordering, so that only one part differs
         if self.kind.effective(method) == self.kind.effective(self.method):
             raise TrainingError(
-                f"{part} has no part in {self.name}: leaving it out changes nothing.", remedy="whole_method"
+                f"{part} has no effect in {self.name}: leaving it out changes nothing.", remedy="whole_method"
             )
         return Arm(f"{self.name}-no-{part.replace('_', '-')}", replace(self.recipe, settings=method))
 
@@ -112,7 +112,7 @@ def compare(
     be chosen on the same images that it is reported for.
 
     Args:
-        model: the user's name of the start.
+        model: the start's name, as the user gave it.
         equal: "images" trains every arm on as many images as `settings` says; "macs" scales the epochs so
             that every arm spends as many multiply-accumulates in training as the first.
 
@@ -162,7 +162,7 @@ def compare(
 
 
 def refuse_unfit(net: SlimmableViT, record: Record, arms: Sequence[Arm], settings: Settings) -> None:
-    """Raises TrainingError unless every arm can train from this start, and it has learnt the classes."""
+    """Raises TrainingError unless every arm can train from this start, and the start knows the classes."""
     for idle in filter(None, (arm.kind.idle(arm.method, net.points) for arm in arms)):
         raise TrainingError(
             f"{idle}.",
@@ -219,7 +219,7 @@ def train(
 def summary(
     runs: Sequence[Sequence[dict[str, Any]]], macs: Mapping[Point, int], column: str, digits: int = 2
 ) -> dict[str, Any]:
-    """Returns mean and standard deviation of a metric over the seeds, for each point, and minutes per seed.
+    """Returns each point's mean and standard deviation of a metric over the seeds, and minutes per seed.
 
     Args:
         runs: the rows of all epochs, for every seed.
@@ -257,12 +257,12 @@ def claimed(folder: Path, what: dict[str, Any]) -> Iterator[None]:
     inside = {path.name: path for path in folder.iterdir()} if folder.exists() else {}
     begun = {name for name in inside if target_of(name) in (RESULT, TABLE)}
     if held is None and inside.keys() - begun - {LOCK}:
-        raise TrainingError(f"{folder} holds files that are not of a comparison.", remedy="other_place")
+        raise TrainingError(f"{folder} holds files that do not belong to a comparison.", remedy="other_place")
     if held != what and any(folder.rglob(STATE)):
         raise TrainingError(f"{folder} holds another comparison.", remedy="other_place")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        for name in begun:  # by a process that was killed
+        for name in begun:  # left by a killed process
             remove(inside[name])
         write(folder, what, [])
         yield

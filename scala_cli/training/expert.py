@@ -13,7 +13,7 @@ from scala_cli.models.vit import Spec
 
 
 class Expert(nn.Module):
-    """A frozen classifier. It takes the student's images and converts their normalisation to its own.
+    """A frozen classifier that takes the student's images and converts their normalisation to its own.
 
     Args:
         name: a timm name, or a directory in timm's format.
@@ -60,12 +60,12 @@ class Expert(nn.Module):
         return self.model(images * self.scale + self.shift).argmax(-1)
 
     def train(self, mode: bool = True) -> "Expert":
-        """Stays in evaluation mode."""
+        """Stays in evaluation mode, whatever `mode` is."""
         return super().train(False)
 
 
 def opened(name: str) -> Any:
-    """Returns a timm model with its weights. Raises CheckpointError."""
+    """Returns a timm model with its weights. Raises CheckpointError if it cannot be loaded."""
     config, directory = config_of(name), directory_of(name)
     if directory is None:
         with quiet_hub(), naming_failure(f"no weights of {name}", kind=CheckpointError):

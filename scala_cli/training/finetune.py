@@ -41,8 +41,8 @@ def finetune(
     """Trains every width of `start` at once and returns the row of the best epoch.
 
     For features, the frozen full width teaches and no labels are used. For classification, a model whose
-    classes differ from the data's gets a new head, and if it is to be taught, the full width first learns the
-    classes alone, in a separate run, and then teaches.
+    classes differ from the data's gets a new head; with a teacher, the full width first learns the classes
+    alone, in a separate run, and then teaches.
 
     Raises:
         ScalaError: its subclasses for data, points, checkpoints and training; nothing is written before all
@@ -136,7 +136,7 @@ def resume_from(state: dict[str, Any], run: Run, watch: Watcher, changes: Mappin
     trainer.restore(state)
     refuse_length(trainer, run)
     if len(trainer.rows) < trainer.epochs:
-        watch.note(f"going on after step {trainer.step.number} of {trainer.steps}.")
+        watch.note(f"resuming after step {trainer.step.number} of {trainer.steps}.")
     return trainer.train(run, record_of_training(record, start, settings, state["taught"]), watch)
 
 

@@ -12,7 +12,7 @@ from scala_cli.files import whole_file
 
 
 class GradientLog:
-    """Separates the gradients of the passes of a step, and writes one line of JSON per step.
+    """Separates the gradients of a step's passes, and writes one line of JSON per step.
 
     {"step", "norm": {width: norm}, "cosine": {"width,width": cosine}}. The gradient of a narrow width is zero
     for the channels that it lacks, so cosines compare gradients of the whole model.
@@ -32,7 +32,7 @@ class GradientLog:
         self.passes: dict[str, Tensor] = {}
 
     def add(self, name: str) -> None:
-        """Adds the gradient of a pass, after its backward: the change of the accumulated gradient."""
+        """Adds the gradient of a pass after its backward, as the change of the accumulated gradient."""
         total = torch.cat(
             [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in self.parameters]
         )

@@ -86,7 +86,9 @@ class Trainer:
         chosen = settings.optimizer
         low, high = settings.augment.scale
         if not 0 < low <= high <= 1:
-            raise TrainingError(f"scale {low:g} {high:g} is no range.", "Give the smaller share first: 0.5 1")
+            raise TrainingError(
+                f"scale {low:g} {high:g} is not a range.", "Give the smaller share first: 0.5 1"
+            )
         with refusing_settings():
             augmented, plain = transform_for(start.spec, settings.augment), transform_for(start.spec)
         self.training = Loader(
@@ -120,7 +122,7 @@ class Trainer:
         self.epoch = Epoch()
 
     def measure(self, watch: Watcher) -> None:
-        """Computes statistics of the teacher's outputs that the loss needs, on some training images.
+        """Measures the statistics of the teacher's outputs that the loss needs, on some training images.
 
         Raises DataError if no image can be read, or all are the same.
         """
@@ -143,7 +145,7 @@ class Trainer:
         }
 
     def images(self) -> dict[str, Any]:
-        """Returns the numbers of images, and their classes."""
+        """Returns the numbers of training and validation images, and their classes."""
         training, validation = self.training.split, self.validation.split
         return {
             "training images": len(training),
@@ -161,7 +163,7 @@ class Trainer:
         self.step.restore(state)
 
     def train(self, run: Run, record: Record, watch: Watcher) -> Row:
-        """Trains the remaining epochs, saves after and during each, and returns the row of the best.
+        """Trains the remaining epochs, saving during and after each, and returns the row of the best.
 
         Args:
             record: the record to save with the weights; its metrics are filled in.
@@ -230,7 +232,7 @@ class Trainer:
         watch.phase(of, self.steps * self.images_per_step, done=self.step.number * self.images_per_step)
         self.step.net.train()
         self.scheduler.step_update(max(self.step.number - 1, 0))
-        lr = self.lr  # the last step's, reported if no step of this epoch is left
+        lr = self.lr  # that of the last step, reported if this epoch has no steps left
         self.scheduler.step_update(self.step.number)
         began = saved = time.perf_counter()
         for images, targets in islice(self.training.of_epoch(number, first), last - self.step.number):

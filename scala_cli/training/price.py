@@ -21,11 +21,11 @@ STEPS = 1000
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulates of the forward of one image.
+    """Multiply-accumulates of one image's forward pass.
 
     Args:
-        points: at each trained point.
-        full: of the full-width model, which teaches even if it is not one of the points.
+        points: for each trained point.
+        full: for the full-width model, which teaches even if it is not one of the points.
     """
 
     points: Mapping[Point, int]
@@ -61,7 +61,7 @@ def training_macs(macs: Macs, method: MethodSettings, task: str, pretrained: boo
 
 
 def price_of_run(net: SlimmableViT, record: Record, checkpoint: Path) -> dict[str, float] | None:
-    """Returns the cost of the run that wrote a checkpoint; None if it is not in a run of all widths.
+    """Returns the cost of the run that wrote a checkpoint; None if no run of all widths did.
 
     Returns:
         {"minutes", "separate"}: minutes of training, including a new head; and the multiply-accumulates per

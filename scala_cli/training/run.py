@@ -122,7 +122,7 @@ class Run:
             save(net, record, self.teacher.path / "last")
 
     def read_teacher(self) -> SlimmableViT | None:
-        """Returns the model that teaches, if it is not the starting model."""
+        """Returns the model that teaches; None if that is the starting model."""
         last = self.teacher.path / "last"
         return load(last) if last.is_dir() else None
 
@@ -138,9 +138,8 @@ class Run:
     def discard_if_no_step_was_saved(self) -> None:
         """Removes the files of the run unless they hold a step to resume from."""
         parts = [part for part in (self, self.teacher) if part.holds_state()]
-        if not any(
-            part.read_state().get("step") for part in parts
-        ):  # no "step" while `teacher` learns classes
+        # the state has no "step" while `teacher` learns classes
+        if not any(part.read_state().get("step") for part in parts):
             clear(self.path, FILES)
             with suppress(OSError):
                 self.path.rmdir()
@@ -191,7 +190,7 @@ class Run:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except (OSError, MemoryError):
             raise
-        except Exception:  # arbitrary bytes make the unpickler fail in arbitrary ways
+        except Exception:  # damaged bytes make the unpickler raise any kind of error
             raise TrainingError(f"{file} is damaged.", remedy="from_weights", weights=self.weights) from None
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise TrainingError(

@@ -44,8 +44,8 @@ def bench_training(
 
         images_per_sec: the median.
         cost_ratio: multiply-accumulates per image relative to timm's.
-        efficiency: images/s times cost_ratio, relative to timm's images/s: 1 if a step takes as long as timm
-            would for that arithmetic, though some of it is skipped (`modes.skip_unread`).
+        efficiency: images/s times cost_ratio, relative to timm's images/s; 1 if a step takes as long as timm
+            would for that many multiply-accumulates, of which a step skips some (`modes.skip_unread`).
         mb_per_image: peak memory above what was held before the step, divided by the batch size; None if the
             system does not report it.
     """

@@ -1,4 +1,4 @@
-"""Prepares the starting model of training: classes, order of channels, fit of widths, and isolation."""
+"""Prepares the model that training starts from: classes, order of channels, fit of widths, isolation."""
 
 import shlex
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ ONE_FIT = FamilySettings(keep_full=0.0)
 
 
 def unlearnt(start: SlimmableViT, record: Record, classes: Sequence[str]) -> str:
-    """Returns why the model has to learn these classes first; "" if it knows them."""
+    """Returns why the model must first learn these classes; "" if it knows them."""
     if record.new_head and len(classes) == start.spec.num_classes:
         return f"none of its {len(classes)} classes has been learnt"
     return class_misfit(classes, start.spec.num_classes, start.spec.label_names)
@@ -45,7 +45,7 @@ def unlearnt(start: SlimmableViT, record: Record, classes: Sequence[str]) -> str
 def is_taught(record: Record, task: Task, method: MethodSettings) -> bool:
     """Whether the frozen starting model teaches.
 
-    Raises TrainingError if it cannot although it has to, because there are no labels.
+    Raises TrainingError if there are no labels, so that it has to teach, but it cannot.
     """
     wanted = method.teacher != "none" and (
         not task.labelled or "teacher" in method_named(method.method).parts
@@ -77,7 +77,7 @@ def refuse_foreign(method: MethodSettings) -> None:
     for name in sorted(others):
         if getattr(method, name) != getattr(MethodSettings(), name):
             raise TrainingError(
-                f"{name} has no part in method {method.method}.",
+                f"{name} has no effect with method {method.method}.",
                 "Leave it out.",
             )
     if method.mask_patches and not method_named(method.method).masks_patches:
@@ -111,8 +111,8 @@ def prepare(
 ) -> tuple[SlimmableViT, Record]:
     """Returns the model to train: ordered, fitted and isolated as the method and its settings say.
 
-    Channels are put in order unless their order is decided already. Widths are fitted if only the full width
-    has been trained, and a narrower one has not been fitted yet.
+    Channels are put in order unless their order is fixed already. Widths are fitted if only the full width
+    has been trained and a narrower one has not been fitted yet.
 
     Raises TrainingError if fitted widths would be isolated.
     """

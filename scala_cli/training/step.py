@@ -84,7 +84,7 @@ class Step:
         name = chosen.opt or task.opt
         if chosen.lr is None and has_relative_rates(name) != has_relative_rates(task.opt):
             raise TrainingError(
-                f"{name} has another kind of learning rate than {task.opt}, so there is no default for it.",
+                f"{name} needs another scale of learning rate than {task.opt}: there is no default for it.",
                 remedy="example",
                 setting="lr",
                 value="1e-5" if task.every_token else "1e-2",
@@ -118,7 +118,7 @@ class Step:
                     model.compile(dynamic=False)
         self.number = 0
         self.moving = False
-        """Whether a step is changing the weights; after an error then, the state cannot be resumed."""
+        """Whether a step is changing the weights; if that fails, the state must not be saved."""
         self.gradients: GradientLog | None = None
 
     @property
@@ -270,7 +270,7 @@ class Step:
             self.world.agree_on(self.statistics.values())
 
     def predict(self, images: Tensor, point: Point) -> Any:
-        """Returns the output at a point, in float32 and in the task's units, such as (B, classes) logits."""
+        """Returns a point's output in float32 and in the task's units, such as logits (B, classes)."""
         return self.output_of(self.net.at(point), self.net.fitting(images, point))
 
     @torch.no_grad()
@@ -321,7 +321,7 @@ def mixer(
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Returns a function that applies mixup and cutmix to a batch, if set.
 
-    They pair images, so one image of an odd batch is dropped.
+    Both pair images, so an odd batch loses one image.
     """
     if not (augment.mixup or augment.cutmix):
         return lambda images, targets: (images, targets)
@@ -335,5 +335,5 @@ def mixer(
 
 
 def refusing_settings() -> AbstractContextManager[object]:
-    """Returns a context in which an error is reported as TrainingError: timm rejects the settings."""
+    """Returns a context that reports any error as a TrainingError: timm rejects the settings."""
     return naming_failure("timm refuses these settings", kind=TrainingError, remedy="see_options")
