@@ -87,8 +87,8 @@ def test_mistakes_of_a_features_run(scala, pictures, photos, tiny):
             "supervit",
             "--sizes",
             16,
-        ): "mask_patches has no part",
-        ("--data", pictures, "--mask-patches", 1, "--method", "sit"): "mask_patches has no part",
+        ): "mask_patches has no effect",
+        ("--data", pictures, "--mask-patches", 1, "--method", "sit"): "mask_patches has no effect",
     }
     for words, message in refused.items():
         answer = scala("finetune", "backbone", *words, *QUICK, "-o", "run")

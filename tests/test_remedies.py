@@ -139,7 +139,7 @@ def test_advice_without_a_remedy_is_the_hint():
     [
         ("slice tiny --ratio 0.46", "Try --ratio 0.5, or train it: scala finetune ... --ratios 0.46,..."),
         ("slice tiny --ratio 2", "Give a share of the full width. For example: --ratio 0.5"),
-        ("slice tiny --ratio half", "Write 0.5 or 1/2. For several widths repeat --ratio"),
+        ("slice tiny --ratio half", "Write 0.5 or 1/2. Several widths are --ratio"),
         ("slice nowhere --ratio 0.5", "Make one: scala convert deit_s -o DIR"),
         ("slice tiny-timm --ratio 0.5", "Convert it first: scala convert local-dir:tiny-timm"),
         ("convert deit_s -o tiny", "Choose another one with -o DIR, or replace it: --force"),

@@ -187,8 +187,8 @@ class Bench:
         reached = 2 * subject.macs / 1e9 * self.size / (timing.median / 1000) / self.peak
         return {
             "latency_ms": round(timing.median, 3),
-            "latency_ms_low": round(timing.low, 3) if timing.low else None,
-            "latency_ms_high": round(timing.high, 3) if timing.high else None,
+            "latency_ms_low": round(timing.low, 3) if timing.low is not None else None,
+            "latency_ms_high": round(timing.high, 3) if timing.high is not None else None,
             "latency_ms_p95": round(timing.p95, 3),
             "of_peak": None if is_int8(runtime) else round(reached, 3),
         }

@@ -129,7 +129,7 @@ def evaluate(
         if calibration.calibrate:
             images = open_images(data, read.data_dir)
             on = Calibration(images, calibration, read, device, live)
-            net, _ = cut_without_training(net, record, net.points, on)
+            net, _ = cut_without_training(net, record, points, on)
         reference = None
         if against:
             other = reference_for(net, open_backbone(against, net.spec, live)).to(place)

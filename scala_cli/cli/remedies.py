@@ -40,7 +40,7 @@ REMEDIES = {
     "add_classes": "Add one: scala convert MODEL --num-classes N",
     "normalise_yourself": "Normalise the images yourself: leave out --with-preprocess.",
     # widths
-    "several_ratios": "For several widths repeat --ratio, or give --ratios 0.25,0.5,1.",
+    "several_ratios": "Several widths are --ratio 0.25 --ratio 0.5, in training --ratios 0.25,0.5.",
     "trained_ratio": "Try --ratio {trained}, or train it: scala finetune ... --ratios {wanted},...",
     "closest_ratio": (
         "Relax the limit, or cut that one: scala slice --ratio {ratio}; "

@@ -72,16 +72,16 @@ def is_taught(record: Record, task: Task, method: MethodSettings) -> bool:
 
 
 def refuse_foreign(method: MethodSettings) -> None:
-    """Raises TrainingError for a setting that only another method uses."""
+    """Raises TrainingError for a setting that only other methods use."""
     others = {name for each in METHODS for name in method_named(each).own} - method_named(method.method).own
+    others |= set() if method_named(method.method).masks_patches else {"mask_patches"}
     for name in sorted(others):
         if getattr(method, name) != getattr(MethodSettings(), name):
             raise TrainingError(
                 f"{name} has no effect with method {method.method}.",
-                "Leave it out.",
+                remedy="leave_out",
+                setting=name.replace("_", "-"),
             )
-    if method.mask_patches and not method_named(method.method).masks_patches:
-        raise TrainingError(f"mask_patches has no part in method {method.method}.", "Leave it out.")
 
 
 def refuse_different(splits: tuple[Split, Split], world: World) -> None:
