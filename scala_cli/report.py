@@ -55,7 +55,7 @@ def cell(column: str, value: Any) -> str:
 
 def write_csv(file: Path, rows: Rows) -> None:
     """Writes rows as CSV, with every column that any of them has."""
-    with whole_file(file) as target, target.open("w", newline="", encoding="utf-8") as handle:
+    with file.open("w", newline="", encoding="utf-8") as handle:  # in place, so that it may be a link
         writer = csv.DictWriter(handle, list(dict.fromkeys(column for row in rows for column in row)))
         writer.writeheader()
         writer.writerows(rows)

@@ -37,7 +37,7 @@ from runs import QUICK
         (["convert", "missing.pth", "--ema"], "missing.pth is no file"),
         (["convert", "."], "no config.json"),
         (["slice", "tiny", "--ratio", "0.5", "--max-gmacs", "1"], "Give either a width"),
-        (["finetune", "--resume", "run", "--lr", "3"], "beside --resume may stand"),
+        (["finetune", "--resume", "run", "--lr", "3"], "go with --resume"),
         (["eval", "tiny", "--data", "nowhere"], "no such folder"),
         (["eval", "tiny", "--data", "digits"], "3 classes, the data has 10"),
         (["eval", "tiny", "--data", "digits", "--device", "tpu9"], "cannot be used here"),

@@ -272,7 +272,8 @@ def write(folder: Path, what: dict[str, Any], rows: Sequence[dict[str, Any]]) ->
     """Writes the rows so far, as JSON and as CSV."""
     with whole_file(folder / RESULT) as file:
         file.write_text(json.dumps({"of": what, "arms": rows}, indent=2) + "\n", encoding="utf-8")
-    write_csv(folder / TABLE, [columns(row) for row in rows])
+    with whole_file(folder / TABLE) as file:
+        write_csv(file, [columns(row) for row in rows])
 
 
 def columns(row: dict[str, Any]) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def refuse_length(trainer: Trainer, run: Run) -> None:
     if trainer.epochs < done or trainer.step.number > trainer.steps:
         raise TrainingError(
             f"this run has trained {trainer.step.number / an_epoch:.4g} epochs already.",
-            "Give more, or leave out --epochs.",
+            "Give more epochs, or leave their number out.",
         )
     if trainer.step.number < min(done * an_epoch, trainer.steps):
         raise TrainingError(

@@ -168,7 +168,8 @@ class Run:
     def write_metrics(self, rows: Sequence[Row], task: Task) -> None:
         with whole_file(self.path / METRICS) as file:
             file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        write_csv(self.path / "summary.csv", [flat(row, task) for row in rows])
+        with whole_file(self.path / "summary.csv") as file:
+            write_csv(file, [flat(row, task) for row in rows])
 
     def write_state(self, state: Mapping[str, Any]) -> None:
         if self.writes:

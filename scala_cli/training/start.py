@@ -79,8 +79,7 @@ def refuse_foreign(method: MethodSettings) -> None:
         if getattr(method, name) != getattr(MethodSettings(), name):
             raise TrainingError(
                 f"{name} has no effect with method {method.method}.",
-                remedy="leave_out",
-                setting=name.replace("_", "-"),
+                "Leave it out.",
             )
 
 
