@@ -248,3 +248,16 @@ def test_importing_the_names_of_methods_imports_no_torch():
     """Otherwise every `scala -h` would take seconds."""
     code = "import scala_cli.cli.app, sys; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_full_width_is_trained_in_one_of_so_many_steps():
+    points = parse_points("0.25,0.5,0.75,1")
+    usual, seldom = (
+        Scala(points, MethodSettings(full_every=every), task_named("classification")) for every in (1, 4)
+    )
+    drawn = [seldom.draw(Random(seed)) for seed in range(400)]
+    assert all(each == usual.draw(Random(seed))[-len(each) :] for seed, each in enumerate(drawn))
+    assert {len(each) for each in drawn} == {3, 4}
+    assert 70 < sum(len(each) == 4 for each in drawn) < 130
+    alone = Scala(points[-1:], MethodSettings(full_every=4), task_named("classification"))
+    assert all(alone.draw(Random(seed)) == [*points[-1:]] for seed in range(20))

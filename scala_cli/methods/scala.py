@@ -25,6 +25,7 @@ class Scala(Method):
     """
 
     parts = frozenset(OFF)
+    own = frozenset({"full_every"})
     isolated = True
     recipes: ClassVar[Mapping[str, Recipe]] = {
         # the authors' released code with pretrained weights (Table 8), which cuts qkv as one block
@@ -38,11 +39,17 @@ class Scala(Method):
     }
 
     def draw(self, random: Random) -> list[Point]:
-        """Draws the largest point, two between, and the smallest."""
-        if not self.settings.stable_sampling:
-            return uniform_sample(self.points, random)
-        widths = len(widths_of(self.points)) == len(self.points)
-        return (stable_sample if widths else sample_axes)(self.points, random)
+        """Draws the largest point, two between, and the smallest.
+
+        The largest, which costs half of a step, is drawn in one of `full_every` steps only: from pretrained
+        weights it is good from the start, and its frozen copy teaches the others (docs/performance.md).
+        """
+        if self.settings.stable_sampling:
+            widths = len(widths_of(self.points)) == len(self.points)
+            drawn = (stable_sample if widths else sample_axes)(self.points, random)
+        else:
+            drawn = uniform_sample(self.points, random)
+        return drawn[1:] if len(drawn) > 1 and random.randrange(self.settings.full_every) else drawn
 
     def passes(
         self, batch: Batch, student: Student, teacher: Teacher | None, drawn: Sequence[Point]
