@@ -16,7 +16,7 @@ from scala_cli.cli.app import app
 from scala_cli.errors import PointError
 from scala_cli.methods import METHODS, method_named
 from scala_cli.methods.base import OFF, Batch, Method
-from scala_cli.methods.scala import Scala, sample_axes, stable_sample, uniform_sample
+from scala_cli.methods.scala import Scala, narrowest, sample_axes, stable_sample, uniform_sample
 from scala_cli.methods.separate import Separate
 from scala_cli.methods.usnet import USNet
 from scala_cli.settings import MethodSettings
@@ -188,18 +188,22 @@ def test_stable_sampling_draws_one_width_from_each_half(count):
 
 
 def test_a_grid_is_sampled_on_every_axis():
-    """All points are drawn, the two between from different halves of each axis; both ends always train."""
+    """All points are drawn, two from different halves of each axis beside the largest and the narrowest."""
     points = grid(parse_points("0.25,0.5,0.75,1"), (16, 20, 24, 32), (Fraction(1, 2), Fraction(1)))
     seen: Counter = Counter()
     for seed in range(2000):
         drawn = sample_axes(points, Random(seed))
-        assert (drawn[0], drawn[-1]) == (points[-1], points[0])
+        always = {points[-1], Point.of("0.25@32")}
+        assert always <= {*drawn} and narrowest(points) == Point.of("0.25@32")
         seen.update(drawn)
-        if len(drawn) == 4:
+        between = [point for point in drawn if point not in always]
+        if len(between) == 2:
             for axis, middle in (("ratio", 0.6), ("size", 22), ("keep", 0.7)):
-                low, high = sorted(getattr(point, axis) for point in drawn[1:3])
+                low, high = sorted(getattr(point, axis) for point in between)
                 assert low < middle < high
     assert set(seen) == set(points)
+    assert narrowest(parse_points("0.25,0.5,1")) == Point.of("0.25")
+    assert narrowest(parse_points("1@16~0.5,1@16,1@32")) == Point.of("1@16~0.5"), "a single width"
     few = [points[0], points[5], points[-1]]
     assert all(set(sample_axes(few, Random(seed))) <= set(few) for seed in range(50))
 

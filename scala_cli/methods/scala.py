@@ -39,7 +39,7 @@ class Scala(Method):
     }
 
     def draw(self, random: Random) -> list[Point]:
-        """Draws the largest point, two between, and the smallest.
+        """Draws the largest point, two between, and the `narrowest`.
 
         The largest, which costs half of a step, is drawn in one of `full_every` steps only: from pretrained
         weights it is good from the start, and its frozen copy teaches the others (docs/performance.md).
@@ -70,12 +70,12 @@ class Scala(Method):
                 lesson = output.detach()
 
     def weight(self, point: Point, drawn: Sequence[Point]) -> float:
-        """Returns the weight of a point's loss: the narrowest counts as much as all others of the step.
+        """Returns the weight of a point's loss: the `narrowest` counts as much as all others of the step.
 
         All wider widths train its channels too, so otherwise it would have the least influence on the only
         channels it has.
         """
-        favoured = self.settings.favour_narrowest and point == self.points[0]
+        favoured = self.settings.favour_narrowest and point == narrowest(self.points)
         return max(1, len(drawn) - 1) if favoured else 1
 
     @classmethod
@@ -105,6 +105,18 @@ def stable_sample(points: Sequence[Point], random: Random) -> list[Point]:
     return sorted({points[0], *between, points[-1]}, reverse=True)
 
 
+def narrowest(points: Sequence[Point]) -> Point:
+    """Returns the point that every step trains beside the largest.
+
+    In a grid it is the narrowest width at the largest size with all tokens. Training the smallest point
+    instead costs narrow widths at the largest size up to 5 points of accuracy (docs/results/axes.md). If the
+    family lacks that point or has a single width, it is the smallest point.
+    """
+    largest = points[-1]
+    whole = [p for p in points[:-1] if (p.size, p.keep) == (largest.size, largest.keep)]
+    return (whole or points)[0]
+
+
 def sample_axes(points: Sequence[Point], random: Random) -> list[Point]:
     """Stable Sampling in a grid of widths, sizes and shares of tokens; the points between cover each axis.
 
@@ -117,7 +129,8 @@ def sample_axes(points: Sequence[Point], random: Random) -> list[Point]:
     between = [
         Point(ratio, size or None, keep) for ratio, size, keep in zip(ratios, sizes, keeps, strict=True)
     ]
-    return sorted({points[0], *(point for point in between if point in points), points[-1]}, reverse=True)
+    chosen = {narrowest(points), *(point for point in between if point in points), points[-1]}
+    return sorted(chosen, reverse=True)
 
 
 def from_both_halves(values: Sequence[Value], random: Random) -> list[Value]:
