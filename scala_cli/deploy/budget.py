@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scala_cli.bench.run import bench
-from scala_cli.cost import gmacs
+from scala_cli.cost import gmacs, pareto
 from scala_cli.deploy.predict import predict, work_of
 from scala_cli.errors import PointError
 from scala_cli.models.checkpoint import Record
@@ -36,10 +36,10 @@ def candidates(
 ) -> Rows:
     """Returns a row for each point with the columns that the budget limits.
 
-    Latency and memory of up to FIRST points are measured. In a larger family FIRST points, spread over the
-    multiply-accumulates, are measured and the others predicted. Then the chosen point is measured and the
-    prediction fitted again, until the chosen point is one that was measured. After FIRST + MORE measurements
-    only measured points get a row.
+    Latency and memory of up to FIRST points are measured. In a larger family only those of `measured_first`
+    are, and the others are predicted. Then the chosen point is measured and the prediction fitted again,
+    until the chosen point is one that was measured. After FIRST + MORE measurements only measured points get
+    a row.
 
     Returns:
         per point its columns, "params", "gmacs", the task's first metric (None if not known) and "fits"; if
@@ -67,7 +67,7 @@ def candidates(
         return judged(known, {}, budget)
     settings = BenchSettings(batch_size=1, runtime=budget.runtime)
     measured: dict[Point, dict[str, float | None]] = {}
-    todo = spread(sorted(points, key=lambda point: work[point][2]), FIRST)
+    todo = measured_first(known, main)
     while todo:
         for row in bench(net, record, todo, (), settings, where, watch)["points"]:
             measured[Point.of_row(row)] = {name: row[name] for name in columns}
@@ -98,8 +98,24 @@ def predicted(
     return rows
 
 
+def measured_first(known: Mapping[Point, Mapping[str, Any]], metric: str) -> list[Point]:
+    """Returns FIRST points, from little to much work: of those that no other beats in work and accuracy.
+
+    If predictions fail, the choice is among measured points, so these have to be good ones. Without known
+    accuracies, or if there are too few such points, others are added.
+    """
+    points = sorted(known, key=lambda point: known[point]["gmacs"])
+    places = [(known[point]["gmacs"], known[point][metric]) for point in points]
+    front = [points[n] for n in pareto(places)] if all(gain is not None for _, gain in places) else []
+    chosen = spread(front, FIRST)
+    others = [point for point in points if point not in chosen]
+    return [*chosen, *spread(others, FIRST - len(chosen))]
+
+
 def spread(points: Sequence[Point], count: int) -> list[Point]:
     """Returns `count` points, spread evenly from the first to the last; all if there are no more."""
+    if count < 2:
+        return [*points[:count]]
     last = len(points) - 1
     places = range(len(points)) if last < count else [round(n * last / (count - 1)) for n in range(count)]
     return [points[place] for place in places]

@@ -21,8 +21,8 @@ def work_of(spec: Spec) -> tuple[float, float, float, float]:
     """
     skeleton, written = spec.build(), [0]
 
-    def count(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-        written[0] += output.numel()
+    def count(module: nn.Module, given: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        written[0] += sum(each.numel() for each in (output if isinstance(output, tuple) else (output,)))
 
     for module in skeleton.modules():
         if not any(module.children()):
