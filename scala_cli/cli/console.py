@@ -19,6 +19,7 @@ from rich.table import Table
 
 from scala_cli.cli.remedies import advice
 from scala_cli.cli.signals import Stop
+from scala_cli.cli.track import Tracker
 from scala_cli.errors import LostProcess, ScalaError
 from scala_cli.report import even
 from scala_cli.settings import option
@@ -92,6 +93,7 @@ class Live(Watcher):
         self.out, self.progress, self.stop = out, progress, stop
         self.task: TaskID | None = None
         self.unit = ""
+        self.tracker = Tracker()
 
     def note(self, text: str) -> None:
         self.out.note(text)
@@ -101,6 +103,7 @@ class Live(Watcher):
             self.progress.remove_task(self.task)
         self.task = self.progress.add_task(name, total=total, completed=done, rate="", losses="")
         self.unit = unit
+        self.tracker.phase(done)
 
     def step(self, count: int, losses: Mapping[str, float] | None = None) -> None:
         assert self.task is not None
@@ -109,6 +112,8 @@ class Live(Watcher):
         rate = f"{speed:.0f} {self.unit}/s" if speed else ""
         text = "  ".join(f"{name}: {loss:.3f}" for name, loss in (losses or {}).items())
         self.progress.update(self.task, rate=rate, losses=text)
+        if losses:
+            self.tracker.step(count, losses)
         if self.stop.asked is not None and is_first():
             raise Stopped(self.stop.asked)
 
@@ -126,6 +131,7 @@ class Live(Watcher):
             self.stop.waits = False
 
     def epoch(self, row: Mapping[str, Any]) -> None:
+        self.tracker.epoch(row)
         if not self.out.quiet and is_first():
             points = [
                 {name: value for name, value in point.items() if name != "images"} for point in row["points"]

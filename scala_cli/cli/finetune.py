@@ -10,6 +10,7 @@ import typer
 from scala_cli.cli.console import Output
 from scala_cli.cli.options import DATA_HELP, Force, ImgSize, PatchSize, Ratios, Weights, place_of
 from scala_cli.cli.remedies import advice
+from scala_cli.cli.track import Service, tracking
 from scala_cli.errors import ScalaError
 from scala_cli.files import new_directory, refuse_occupied
 from scala_cli.models.locate import path_of, short_name
@@ -51,6 +52,10 @@ def finetune(
             "it goes on past its planned end, at the learning rates of the longer run.",
         ),
     ] = None,
+    log_to: Annotated[
+        Service | None,
+        typer.Option("--log-to", help="Also send losses and accuracies there, as training goes."),
+    ] = None,
     force: Force = False,
     *,
     method: MethodSettings,
@@ -74,8 +79,8 @@ def finetune(
         raise typer.BadParameter("Give a model and its images: scala finetune deit_s --data DIR")
     given = {name: value for name, value in context.params.items() if is_given(context, name)}
     changes = {name: given[name] for name in ON_RESUME if name in given}
-    if resume is not None and given.keys() - {*changes, "resume", *vars(out)}:
-        options = ", ".join("--" + name.replace("_", "-") for name in ON_RESUME)
+    if resume is not None and given.keys() - {*changes, "resume", "log_to", *vars(out)}:
+        options = ", ".join("--" + name.replace("_", "-") for name in (*ON_RESUME, "log_to"))
         raise typer.BadParameter(
             f"A resumed run keeps its model, images and settings: only {options} go with --resume."
         )
@@ -92,7 +97,7 @@ def finetune(
 
     named, moment = resume or output, time.strftime("%Y%m%d-%H%M%S")
     place = nullcontext(named) if named else new_directory(Path(f"runs/{short_name(model or '')}-{moment}"))
-    with out.progress() as live, place as path:
+    with out.progress() as live, place as path, tracking(log_to, path) as live.tracker:
         run = Run(path, newest=True)
         try:
             if resume is not None:
