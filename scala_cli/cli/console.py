@@ -93,7 +93,7 @@ class Live(Watcher):
         self.out, self.progress, self.stop = out, progress, stop
         self.task: TaskID | None = None
         self.unit = ""
-        self.tracker = Tracker()
+        self.tracker: Tracker | None = None
 
     def note(self, text: str) -> None:
         self.out.note(text)
@@ -103,7 +103,8 @@ class Live(Watcher):
             self.progress.remove_task(self.task)
         self.task = self.progress.add_task(name, total=total, completed=done, rate="", losses="")
         self.unit = unit
-        self.tracker.phase(done)
+        if self.tracker:
+            self.tracker.phase(done)
 
     def step(self, count: int, losses: Mapping[str, float] | None = None) -> None:
         assert self.task is not None
@@ -112,7 +113,7 @@ class Live(Watcher):
         rate = f"{speed:.0f} {self.unit}/s" if speed else ""
         text = "  ".join(f"{name}: {loss:.3f}" for name, loss in (losses or {}).items())
         self.progress.update(self.task, rate=rate, losses=text)
-        if losses:
+        if losses and self.tracker:
             self.tracker.step(count, losses)
         if self.stop.asked is not None and is_first():
             raise Stopped(self.stop.asked)
@@ -131,7 +132,8 @@ class Live(Watcher):
             self.stop.waits = False
 
     def epoch(self, row: Mapping[str, Any]) -> None:
-        self.tracker.epoch(row)
+        if self.tracker:
+            self.tracker.epoch(row)
         if not self.out.quiet and is_first():
             points = [
                 {name: value for name, value in point.items() if name != "images"} for point in row["points"]

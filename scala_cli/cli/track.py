@@ -1,5 +1,6 @@
 """Sends the figures of a training run to TensorBoard or Weights & Biases."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -13,8 +14,8 @@ from scala_cli.watch import is_first
 Service = Literal["tensorboard", "wandb"]
 
 
-class Tracker:
-    """Receives losses and metrics, over the number of training images so far. This base class drops them."""
+class Tracker(ABC):
+    """Sends losses and metrics, over the number of training images so far."""
 
     def __init__(self) -> None:
         self.images = 0
@@ -38,9 +39,11 @@ class Tracker:
             figures |= {f"{name}/{label}": point[name] for name in measured if point[name] is not None}
         self.write(figures)
 
+    @abstractmethod
     def write(self, figures: Mapping[str, float]) -> None:
         """Sends figures by name."""
 
+    @abstractmethod
     def close(self) -> None:
         """Sends what is still waiting."""
 
@@ -90,17 +93,18 @@ class WandB(Tracker):
 
 
 @contextmanager
-def tracking(service: Service | None, run: Path) -> Iterator[Tracker]:
+def tracking(service: Service | None, run: Path) -> Iterator[Tracker | None]:
     """Yields the tracker of a run; TensorBoard's files go to tensorboard/NAME beside the run directory.
 
     Raises ScalaError if the service's package is not installed.
     """
     if service and find_spec(service) is None:
         raise ScalaError(f"--log-to {service} needs {service}.", f"pip install {service}")
-    tracker = Tracker()
-    if service and is_first():
-        beside = run.parent / "tensorboard" / run.name
-        tracker = TensorBoard(beside) if service == "tensorboard" else WandB(run)
+    if not service or not is_first():
+        yield None
+        return
+    beside = run.parent / "tensorboard" / run.name
+    tracker = TensorBoard(beside) if service == "tensorboard" else WandB(run)
     try:
         yield tracker
     finally:
