@@ -70,7 +70,12 @@ def evaluate_as_sliced(
     watch: Watcher,
     reference: Predictor | None = None,
 ) -> list[dict[str, Any]]:
-    """Returns the rows of `evaluate`, each point on images decoded at its own size."""
+    """Returns the rows of `evaluate`, each point on images decoded at its own size.
+
+    Features are compared with the full model's on the same images, so there these are resized for a point.
+    """
+    if task.every_token:
+        return evaluate(net, task, loader, points, settings, watch, reference=reference)
     rows: dict[Point, dict[str, Any]] = {}
     for some, sized in at_their_sizes(net, points, loader):
         found = evaluate(net, task, sized, some, settings, watch, reference=reference)
@@ -108,12 +113,8 @@ def evaluate(
 def widths(
     net: SlimmableViT, task: Task, points: Sequence[Point], settings: DeviceSettings
 ) -> dict[Point, Predictor]:
-    """Returns a function for each point that computes its outputs.
-
-    Raises PointError if the task compares patches and a point has others than the full model.
-    """
+    """Returns a function for each point that computes its outputs."""
     net.eval()
-    refuse_other_patches(net, task, points)
     device = next(net.parameters()).device
 
     def predict(point: Point, images: Tensor) -> Tensor:
@@ -121,16 +122,6 @@ def widths(
             return task.forward(net.at(point), net.fitting(images, point))
 
     return {point: partial(predict, point) for point in points}
-
-
-def refuse_other_patches(net: SlimmableViT, task: Task, points: Sequence[Point]) -> None:
-    """Raises PointError if the task compares patches with the full model's and a point has others."""
-    for point in points if task.every_token else ():
-        if net.spec_at(point).patches != net.spec.patches:
-            raise PointError(
-                f"features are compared patch by patch, and {point} has other patches than the full model.",
-                f"Leave out sizes other than {net.spec.size}.",
-            )
 
 
 def answering(vit: VisionTransformer, task: Task, settings: DeviceSettings) -> Predictor:

@@ -1,9 +1,11 @@
 """The features task as a user runs it: folders of images, commands and mistakes."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from conftest import build, write_timm_directory
 from huggingface_hub import ModelCard
@@ -77,7 +79,7 @@ def test_mistakes_of_a_features_run(scala, pictures, photos, tiny):
         ("--data", "alike"): "the images are all the same to the model",
         ("--data", pictures, "--teacher", "none"): "has to teach. Leave out --teacher.",
         ("--data", pictures, "--class-token", 0, "--patch-tokens", 0): "count in the loss",
-        ("--data", pictures, "--sizes", "8,16"): "has other patches than the full model",
+        ("--data", pictures, "--sizes", "8,16", "--mask-patches", 1): "Leave out --mask-patches, or --sizes.",
         (
             "--data",
             pictures,
@@ -201,3 +203,18 @@ def test_features_are_learnt_with_fewer_tokens(scala, pictures, tokens):
     found = {Point.of_row(row).label: row["r2"] for row in told["points"]}
     assert [*found] == ["0.5~0.7", "0.5", "1~0.7", "1"]
     assert found["1~0.7"] < found["1"] and found["1"] > 0.9
+
+
+def test_features_are_learnt_at_smaller_sizes(scala, pictures):
+    """Every point of the grid is judged, from command to slice."""
+    write_timm_directory(Path("backbone"), num_classes=0)
+    words = ("--sizes", "8,16", "--keeps", "0.5,1", "--tokens", "merge", "--ratios", "0.5,1")
+    told = scala("finetune", "backbone", "--data", pictures, *words, *QUICK, "-o", "run", "--json")
+    assert told.code == 0, told.told
+    rows = json.loads(told.stdout)["points"]
+    assert len(rows) == 8 and all(row["r2"] is not None for row in rows)
+    again = scala("eval", "run/last", "--data", pictures, "-j", 0, "--no-amp", "--json")
+    assert again.code == 0, again.told
+    assert scala("slice", "run", "--ratio", "0.5@8", "-o", "small").code == 0
+    small = timm.create_model("local-dir:small", pretrained=True)
+    assert small(torch.zeros(1, 3, 8, 8)).shape == (1, 32)

@@ -36,6 +36,7 @@ from scala_cli.settings import (
 from scala_cli.slicing.point import Point, grid, parse_points, sized
 from scala_cli.tasks import task_named
 from scala_cli.training.step import Step
+from scala_cli.world import ALONE
 
 GRID = GridSettings("8,12,16", "0.5,0.7,1")
 
@@ -340,7 +341,6 @@ def test_scala_trains_every_point_of_a_grid():
 
 @torch.no_grad()
 def test_features_with_fewer_tokens_are_those_of_every_patch(images):
-    """The task's reference has all patches, so another size is refused."""
     vit, _ = build("deit", depth=4, num_classes=0)
     net, record, task = of_memory(vit, "0.5,1").eval(), Record(task="features"), task_named("features")
     merged, points = with_untrained(net, record, ["0.5~0.7"], TokenSettings())
@@ -350,9 +350,30 @@ def test_features_with_fewer_tokens_are_those_of_every_patch(images):
         dense = fewer.features(images, "0.5~0.7").tokens
         assert dense.shape == (3, 16, 32)
         torch.testing.assert_close(predict(images)[:, 1:], dense)
-    smaller, points = with_untrained(net, record, ["0.5@8"], TokenSettings())
-    with pytest.raises(PointError, match=r"0\.5@8 has other patches than the full model"):
-        widths(smaller, task, points, DeviceSettings())
+
+
+@torch.no_grad()
+def test_features_of_smaller_images_are_compared_on_their_own_grid(images):
+    """The full model's 4 x 4 map is resampled to 2 x 2, here by antialiasing's triangle filter by hand."""
+    vit, _ = build("deit", depth=2, num_classes=0)
+    net, task = of_memory(vit, "0.5,1").eval(), task_named("features")
+    net, points = with_untrained(net, Record(task="features"), ["0.5@8"], TokenSettings())
+    (predict,) = widths(net, task, points, DeviceSettings(device="cpu", amp=False)).values()
+    small, full = predict(images), task.forward(net.vit, images)
+    assert small.shape == (3, 1 + 4, 32)
+    places = torch.arange(4) + 0.5
+    filters = torch.stack([(1 - (places - centre).abs() / 2).clamp_min(0) for centre in (1.0, 3.0)])
+    filters /= filters.sum(1, keepdim=True)
+    wanted = torch.einsum("yr,xc,brcd->byxd", filters, filters, full[:, 1:].unflatten(1, (4, 4)))
+    meter = task.meter()
+    meter.update(small, full)
+    found, wanted = meter.result(ALONE), wanted.flatten(1, 2)
+    spread = (wanted - wanted.mean((0, 1))).square().sum()
+    assert found["r2"] == pytest.approx(
+        1 - ((small[:, 1:] - wanted).square().sum() / spread).item(), abs=1e-5
+    )
+    loss = task.loss(small, None, full, MethodSettings(class_token=0.0))
+    assert loss.item() == pytest.approx((small[:, 1:] - wanted).square().mean().item(), rel=1e-4)
 
 
 @torch.no_grad()

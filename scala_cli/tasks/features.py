@@ -18,6 +18,7 @@ from scala_cli.models.vit import Spec
 from scala_cli.settings import MethodSettings, Settings
 from scala_cli.tasks.likeness import Likeness
 from scala_cli.tasks.losses import mean_square
+from scala_cli.tasks.regrid import on_the_grid_of
 from scala_cli.tasks.standard import in_units, spreads
 from scala_cli.watch import QUIET, Watcher
 
@@ -126,7 +127,8 @@ class Features:
         """Returns the weighted sum of the mean squared errors of class token and patch tokens.
 
         With `hidden`, only the weighted error of the hidden patches, which the teacher saw. These are the
-        three terms of Proteus (ICLR 2025).
+        three terms of Proteus (ICLR 2025). If the student saw a smaller image, the teacher's patches are
+        resampled to the student's grid.
 
         Args:
             output, lesson: (B, 1 + patches, C) of the student and the teacher, in the same units.
@@ -141,6 +143,7 @@ class Features:
                 remedy="leave_out",
                 setting="teacher",
             )
+        lesson = on_the_grid_of(lesson, output)
         patches = mean_square(output[:, 1:], lesson[:, 1:], hidden)
         if hidden is not None:
             return settings.mask_patches * patches

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from scala_cli.errors import DataError
 from scala_cli.slicing.ridge import in_double
+from scala_cli.tasks.regrid import on_the_grid_of
 from scala_cli.tasks.standard import NOTHING
 from scala_cli.world import World
 
@@ -55,7 +56,8 @@ class Likeness:
         self.answer, self.patches = Sums(), Sums()
 
     def update(self, output: Tensor, targets: Tensor) -> None:
-        """Adds features (B, 1 + patches, C) of the model and of the reference."""
+        """Adds features (B, 1 + patches, C) of the model, and of the reference on the grid of the model."""
+        targets = on_the_grid_of(targets, output)
         self.answer.add(output[:, :1], targets[:, :1])
         self.patches.add(output[:, 1:], targets[:, 1:])
 

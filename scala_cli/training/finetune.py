@@ -7,7 +7,6 @@ from typing import Any
 from scala_cli.data.split import Split
 from scala_cli.device import choose_device
 from scala_cli.errors import DataError, TrainingError
-from scala_cli.evaluate import refuse_other_patches
 from scala_cli.methods import ONE_POINT, method_named
 from scala_cli.models.checkpoint import Record, load_with_record
 from scala_cli.models.features import for_task
@@ -55,10 +54,16 @@ def finetune(
     task = task_named(record.task)
     refuse_foreign(settings.method)
     taught = is_taught(record, task, settings.method)
-    refuse_other_patches(start, task, start.points)
     splits = task.open(settings, start.spec.label_names, watch)
     refuse_different(splits, world)
     if sizes := [point.size for point in start.points if point.size]:
+        if settings.method.mask_patches:
+            raise TrainingError(
+                "mask_patches hides patches of one image size, and this family has several.",
+                remedy="leave_out_one",
+                setting="mask-patches",
+                other="--sizes",
+            )
         splits[0].tell_enlarged(max(sizes), watch)
     classes = splits[0].classes
     kind = method_named(settings.method.method)
