@@ -27,7 +27,7 @@ from scala_cli.watch import Watcher
 from scala_cli.world import ALONE, World
 
 Key = TypeVar("Key")
-THRESHOLDS = tuple(n / 40 for n in range(8, 40))
+TRIED_THRESHOLDS = tuple(n / 40 for n in range(8, 40))
 """Thresholds that `find_cascade` tries: 0.2 to 0.975."""
 
 
@@ -187,11 +187,11 @@ def evaluate_cascade(
     """Evaluates a cascade at every threshold, in one pass over the images.
 
     Returns:
-        the rows of `alone`, one per point, and the rows of `sweep`, one per threshold.
+        the rows of `as_points`, one per point, and the rows of `sweep`, one per threshold.
     """
     spent = [macs(cascade.net.spec_at(point)) for point in cascade.points]
     sure, right = answers(cascade.net, cascade.points, loader, settings, watch)
-    return alone(cascade.points, right, spent), sweep(sure, right, spent, thresholds)
+    return as_points(cascade.points, right, spent), sweep(sure, right, spent, thresholds)
 
 
 def find_cascade(
@@ -207,7 +207,7 @@ def find_cascade(
     It is chosen on every second image and evaluated on the others.
 
     Returns:
-        {"cascade": labels, "threshold", "top1", "gmacs", "escalated", "points": the rows of `alone`}; a
+        {"cascade": labels, "threshold", "top1", "gmacs", "escalated", "points": the rows of `as_points`}; a
         single point if no cascade is better.
 
     Raises PointError if nothing fits the budget, DataError for a single image.
@@ -216,7 +216,7 @@ def find_cascade(
     sure, right = answers(net, points, loader, settings, watch)
     if right.shape[1] < 2:
         raise DataError("a cascade needs images to choose it on and others to judge it on.", "Give more.")
-    found = best_cascade(sure[:, ::2], right[:, ::2], spent, max_gmacs, THRESHOLDS)
+    found = best_cascade(sure[:, ::2], right[:, ::2], spent, max_gmacs, TRIED_THRESHOLDS)
     if found is None:
         cheapest = gmacs(min(spent))
         raise PointError(
@@ -230,10 +230,10 @@ def find_cascade(
         sure[members, 1::2], right[members, 1::2], [spent[n] for n in members], [found["threshold"]]
     )
     labels = [str(points[number]) for number in members]
-    return {**row, "cascade": labels, "points": alone(points, right[:, 1::2], spent)}
+    return {**row, "cascade": labels, "points": as_points(points, right[:, 1::2], spent)}
 
 
-def alone(points: Sequence[Point], right: Tensor, spent: Sequence[int]) -> list[dict[str, Any]]:
+def as_points(points: Sequence[Point], right: Tensor, spent: Sequence[int]) -> list[dict[str, Any]]:
     """Returns a row per point: its columns, "top1" and "gmacs".
 
     Args:

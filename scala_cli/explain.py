@@ -38,7 +38,7 @@ class Merging:
         most, owners = self.shares.max(0)
         return owners.where(most > 0, -1)
 
-    def told(self) -> dict[str, Any]:
+    def as_row(self) -> dict[str, Any]:
         """Returns {"block", "tokens", "effective", "owners"}.
 
         A token is effectively made of 1 / sum(share^2) patches; "effective" is the mean over tokens. "owners"

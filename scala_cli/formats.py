@@ -193,7 +193,7 @@ def to_opset_17(graph: Any) -> None:
     RemoveUnusedNodesPass()(graph)
 
 
-def alone(outputs: Sequence[Any]) -> Any:
+def only_output(outputs: Sequence[Any]) -> Any:
     """Returns copies of a runtime's outputs, as a tuple of tensors; a single one by itself."""
     tensors = tuple(torch.as_tensor(output).clone() for output in outputs)
     return tensors if len(tensors) > 1 else tensors[0]
@@ -243,7 +243,7 @@ def open_onnx(file: Path) -> Predictor:
     # spinning threads would slow whatever runs next (docs/performance.md)
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    return lambda images: alone(session.run(None, {"images": images.numpy()}))
+    return lambda images: only_output(session.run(None, {"images": images.numpy()}))
 
 
 def write_pt2(
@@ -281,7 +281,7 @@ def open_openvino(file: Path, precision: str = "f32") -> Predictor:
 
     settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = openvino.Core().compile_model(file, "CPU", settings)
-    return lambda images: alone([*compiled(images.numpy()).values()])
+    return lambda images: only_output([*compiled(images.numpy()).values()])
 
 
 def write_executorch(
@@ -308,7 +308,7 @@ def open_executorch(file: Path) -> Predictor:
 
     _unsafe_reset_threadpool(torch.get_num_threads())
     method = Runtime.get().load_program(file).load_method("forward")
-    return lambda images: alone(method.execute([images]))
+    return lambda images: only_output(method.execute([images]))
 
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")

@@ -1,6 +1,7 @@
 """Slices every supported Vision Transformer of timm, two blocks deep and 32 channels wide."""
 
 import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -38,7 +39,10 @@ def small(name: str) -> tuple[VisionTransformer, dict]:
 def test_how_many_there_are():
     rows = survey(QUIET)
     assert [row["architecture"] for row in rows] == NAMES
-    assert sum(row["supported"] for row in rows) >= 132
+    cut = sum(row["supported"] for row in rows)
+    readme = Path(__file__).parents[1] / "README.md"
+    ours, theirs = map(int, re.search(r"(\d+) of its (\d+)\s+can be cut", readme.read_text()).groups())
+    assert cut == ours if len(rows) == theirs else cut > 0.8 * len(rows)  # other versions of timm have others
     assert all(row["supported"] is not bool(row["why_not"]) for row in rows)
 
 

@@ -19,7 +19,7 @@ from scala_cli.models.order import order_channels
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.source import Changes, open_model
 from scala_cli.models.stages import embed, normed
-from scala_cli.slicing.original import BASIS, BIAS, NAMES, WEIGHT
+from scala_cli.slicing.original import BASIS, BIAS, ORIGINAL_MAPS, WEIGHT
 from scala_cli.slicing.point import Point
 from scala_cli.slicing.tokens import TokenRule
 from scala_cli.training.start import with_new_head
@@ -167,7 +167,7 @@ def test_fitted_widths_answer_with_their_own_weights(classes):
 @torch.no_grad()
 def test_the_basis_is_saved_and_not_trained(classes, images, tmp_path):
     net = order_channels(from_memory(build("deit", num_classes=classes)[0]), [images])
-    assert {*net.extra} == ({*NAMES} if classes else {BASIS}) and not net.vectors
+    assert {*net.extra} == ({*ORIGINAL_MAPS} if classes else {BASIS}) and not net.vectors
     assert all(not tensor.requires_grad for tensor in net.extra.values())
     assert {name for name, _ in net.named_parameters()} == {f"vit.{n}" for n, _ in net.vit.named_parameters()}
     save(net, Record(order="importance"), tmp_path / "net")
@@ -193,7 +193,7 @@ def test_a_model_converted_again_or_given_another_head_keeps_its_basis(images, t
             torch.testing.assert_close(
                 other.features(images, ratio).tokens, net.features(images, ratio).tokens, atol=1e-5, rtol=1e-5
             )
-    assert headed(images).shape == (3, 3) and {*headed.extra} == {*NAMES}
+    assert headed(images).shape == (3, 3) and {*headed.extra} == {*ORIGINAL_MAPS}
     slice_model(tmp_path / "net", 0.5, tmp_path / "half")
     assert not open_model(str(tmp_path / "half"), half)[0].extra
 
@@ -226,7 +226,7 @@ def test_the_map_back_to_full_width_is_sliced():
     net = slimmable()
     full = {BASIS: torch.eye(32), WEIGHT: torch.eye(32), BIAS: torch.zeros(32)}
     cut = net.rule.slice_state(full, HALF)
-    assert [tuple(cut[name].shape) for name in NAMES] == [(16, 32), (32, 16), (32,)]
+    assert [tuple(cut[name].shape) for name in ORIGINAL_MAPS] == [(16, 32), (32, 16), (32,)]
     assert isinstance(net, SlimmableViT) and not net.original
 
 

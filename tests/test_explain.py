@@ -78,7 +78,7 @@ def test_a_picture_shows_tokens_in_their_colour():
     assert torch.allclose(picture[4:, :3], torch.full((4, 3), 0.6))
     assert torch.equal(picture[4:, 3], torch.zeros(4))
     assert torch.allclose(picture[4:, 4:], torch.full((4, 4), 0.8))
-    told = Merging(0, shares).told()
+    told = Merging(0, shares).as_row()
     assert told["owners"] == [0, 0, 1, 2] and told["effective"] == pytest.approx(4 / 3, abs=0.01)
 
 

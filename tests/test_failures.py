@@ -17,7 +17,7 @@ from scala_cli.methods.scala import Scala
 from scala_cli.models.checkpoint import Record
 from scala_cli.settings import ReadSettings
 from scala_cli.training.finetune import finetune, resume_run
-from scala_cli.training.run import FILES, Run
+from scala_cli.training.run import RUN_FILES, Run
 from scala_cli.training.step import Step
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -43,7 +43,7 @@ def test_a_disk_that_fills_up_loses_nothing(photos, every):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error.value.filename == ("cut/state.pt" if every else "cut/last")
-    assert files_of(Path("cut")) <= FILES
+    assert files_of(Path("cut")) <= RUN_FILES
     resume_run(Run(Path("cut")), Listener())
     assert same_runs("whole", "cut")
 

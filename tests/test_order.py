@@ -5,7 +5,7 @@ import timm
 import torch
 from conftest import KINDS, build, slimmable
 
-from scala_cli.models.order import Moments, observe, order_channels
+from scala_cli.models.order import GroupMoments, observe, order_channels
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.stream import norms_of
 from scala_cli.models.vit import describe
@@ -47,7 +47,7 @@ def test_the_full_model_is_the_same_function(kind, images):
 @torch.no_grad()
 def test_hidden_channels_come_by_their_score(images):
     ordered = order_channels(slimmable(), [images])
-    read = {"blocks.1.mlp.fc2": Moments()}
+    read = {"blocks.1.mlp.fc2": GroupMoments()}
     observe(ordered.vit, [images], read, {})
     scores = channel_scores(read["blocks.1.mlp.fc2"].deviation, ordered.vit.blocks[1].mlp.fc2.weight.double())
     assert (scores.diff() <= 1e-6).all()
@@ -311,12 +311,12 @@ def test_permuting_is_indexing_by_hand():
 
 def test_moments_are_those_of_all_batches_together():
     vectors = sample(40, 3, 6)
-    moments = Moments(2)
+    moments = GroupMoments(2)
     for part in vectors.split(7):
         moments.add(part)
     flat = vectors.reshape(-1, 3, 2)
     torch.testing.assert_close(moments.second, torch.einsum("ngi,ngj->gij", flat, flat) / len(flat))
     torch.testing.assert_close(moments.central[1], torch.cov(flat[:, 1].T, correction=0))
-    single = Moments()
+    single = GroupMoments()
     single.add(vectors)
     torch.testing.assert_close(single.deviation, vectors.reshape(-1, 6).std(0, correction=0))

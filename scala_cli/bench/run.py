@@ -173,7 +173,7 @@ class Bench:
                     "runtime": runtime,
                     "params": each.params,
                     "gmacs": gmacs(each.macs),
-                    **self.told(each, timings[each], runtime),
+                    **self.row_of(each, timings[each], runtime),
                     "throughput": round(most[each][0] / most[each][1].median * 1000, 2),
                     "batch": most[each][0],
                     "memory_mb": megabytes(peaks[each]),
@@ -182,7 +182,7 @@ class Bench:
                 for each in subjects
             ]
 
-    def told(self, subject: Subject, timing: Timing, runtime: str) -> dict[str, Any]:
+    def row_of(self, subject: Subject, timing: Timing, runtime: str) -> dict[str, Any]:
         """Returns the columns of a latency."""
         reached = 2 * subject.macs / 1e9 * self.size / (timing.median / 1000) / self.peak
         return {

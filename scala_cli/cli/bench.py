@@ -138,8 +138,8 @@ def bench(
     if html is not None:
         facts = {name: value for name, value in document.items() if isinstance(value, str | int | float)}
         title = f"{net.spec.architecture}: what each width costs"
-        write_page(html, title, facts, told(rows), as_svg(bench_picture(rows, task)))
-    out.result(document, told(rows))
+        write_page(html, title, facts, readable(rows), as_svg(bench_picture(rows, task)))
+    out.result(document, readable(rows))
 
 
 def what_to_time(
@@ -163,7 +163,7 @@ def what_to_time(
     return *open_slimmable(checkpoint, None, scratch=not trained), None
 
 
-def told(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def readable(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns the rows without empty columns, and without a model or runtime that is the same in all."""
     from scala_cli.report import even
 

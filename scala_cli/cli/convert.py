@@ -9,7 +9,7 @@ from scala_cli.cli.console import Output
 from scala_cli.cli.options import Force, ImgSize, PatchSize, Ratios, Target, Weights
 from scala_cli.errors import ScalaError
 from scala_cli.files import refuse_occupied
-from scala_cli.models.locate import FILES, path_of, short_name
+from scala_cli.models.locate import CHECKPOINT_FILES, path_of, short_name
 from scala_cli.settings import CalibrationSettings, DeviceSettings, FamilySettings, ReadSettings
 from scala_cli.slicing.point import Point, parse_points
 
@@ -107,7 +107,7 @@ def convert(
         raise typer.BadParameter("--task features has no classes: leave out --num-classes and --labels.")
     points = parse_points(ratios) if ratios else None
     target = output or Path(f"{short_name(model)}-slimmable")
-    refuse_occupied(target, force, FILES, weights or path_of(model))
+    refuse_occupied(target, force, CHECKPOINT_FILES, weights or path_of(model))
 
     from scala_cli.calibration import Calibration, fit_family
     from scala_cli.cost import cost

@@ -14,7 +14,7 @@ from scala_cli.settings import (
     TokenSettings,
 )
 
-THRESHOLDS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+DRAWN_THRESHOLDS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
 def evaluate(
@@ -151,7 +151,7 @@ def evaluate(
             rows = document["points"]
         elif cascade:
             asked = Cascade(net, points, threshold)
-            thresholds = sorted({*THRESHOLDS, threshold})
+            thresholds = sorted({*DRAWN_THRESHOLDS, threshold})
             rows, sweep = evaluate_cascade(asked, loader, thresholds, device, live)
             document = next({**row} for row in sweep if row["threshold"] == threshold)
             document |= {"cascade": [str(point) for point in asked.points], "points": rows, "sweep": sweep}

@@ -46,6 +46,6 @@ def explain(
     titles = [f"{spec.patches} patches"]
     titles += [f"{len(stage.shares)} tokens after block {stage.block}" for stage in stages]
     save(stages_picture([picture.numpy() for picture in pictures], titles), output)
-    rows = [stage.told() for stage in stages]
+    rows = [stage.as_row() for stage in stages]
     document = {"path": str(output), "image": str(image), "patches": spec.patches, "stages": rows}
     out.result(document, [{k: v for k, v in row.items() if k != "owners"} for row in rows])

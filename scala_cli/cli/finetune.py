@@ -93,7 +93,7 @@ def finetune(
     from scala_cli.models.points import open_grid
     from scala_cli.models.source import Changes, is_checkpoint
     from scala_cli.training.finetune import finetune, resume_run
-    from scala_cli.training.run import FILES, Run
+    from scala_cli.training.run import RUN_FILES, Run
 
     named, moment = resume or output, time.strftime("%Y%m%d-%H%M%S")
     place = nullcontext(named) if named else new_directory(Path(f"runs/{short_name(model or '')}-{moment}"))
@@ -104,7 +104,7 @@ def finetune(
                 best = resume_run(run, live, changes)
             else:
                 assert model is not None and data is not None
-                refuse_occupied(run.path, force, FILES, path_of(model), in_place=True)
+                refuse_occupied(run.path, force, RUN_FILES, path_of(model), in_place=True)
                 refuse_unknown(data, read.data_dir)  # before anything is downloaded
                 settings = Settings(place_of(data), method, optimizer, augment, read, device, drawn)
                 kind = method_named(method.method)

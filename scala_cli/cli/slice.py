@@ -7,7 +7,7 @@ import typer
 from scala_cli.cli.console import Output
 from scala_cli.cli.options import Force, ImgSize, PatchSize, Target, Weights, find_checkpoint
 from scala_cli.files import refuse_occupied
-from scala_cli.models.locate import FILES, path_of, short_name
+from scala_cli.models.locate import CHECKPOINT_FILES, path_of, short_name
 from scala_cli.settings import (
     Budget,
     CalibrationSettings,
@@ -65,7 +65,7 @@ def slice(
     point = Point.of(ratio) if ratio is not None else None
     source = path_of(checkpoint) if checkpoint else None
     if output is not None:
-        refuse_occupied(output, force, FILES, source=source)  # before anything is measured
+        refuse_occupied(output, force, CHECKPOINT_FILES, source=source)  # before anything is measured
 
     from scala_cli.calibration import Calibration, cut_without_training
     from scala_cli.data.split import open_images

@@ -172,7 +172,7 @@ def choose(rows: Rows, budget: Budget) -> dict[str, Any]:
         return found
     nearest = closest(rows, budget)
     ratio = Point.of_row(nearest).label
-    has = ", ".join(f"{name} {shown(nearest.get(name))}" for name, _, _ in budget.limits())
+    has = ", ".join(f"{name} {amount(nearest.get(name))}" for name, _, _ in budget.limits())
     raise PointError(
         f"no trained width fits; the closest is {ratio} with {has}.", remedy="closest_ratio", ratio=ratio
     )
@@ -192,7 +192,7 @@ def alternatives(rows: Rows, budget: Budget) -> dict[str, dict[str, Any]]:
     return {name: row for name, row in found.items() if row is not None}
 
 
-def shown(value: float | None) -> str:
+def amount(value: float | None) -> str:
     """Formats a number with four digits."""
     return "not known" if value is None else f"{value:.4g}"
 

@@ -45,7 +45,7 @@ from scala_cli.slicing.point import Point
 from scala_cli.timing import Predictor
 from scala_cli.watch import QUIET, Watcher
 
-TOLERANCE = 1e-4
+EXPORT_TOLERANCE = 1e-4
 """Largest difference in float32 between the outputs of torch and of another runtime, relative to their root
 mean square if that is above one."""
 AGREEMENT = 0.9
@@ -342,8 +342,8 @@ def refuse_difference(found: Difference, kind: str, real: bool = False, features
             else f"gives another class to {1 - kept:.0%} of the images"
         )
     else:
-        good = found.relative <= TOLERANCE
-        what = f"differs by {found.relative:.2g}, more than {TOLERANCE:g}"
+        good = found.relative <= EXPORT_TOLERANCE
+        what = f"differs by {found.relative:.2g}, more than {EXPORT_TOLERANCE:g}"
     if good:
         return
     message = f"the {kind} file read back by its runtime {what}; nothing was written."

@@ -13,7 +13,7 @@ from scala_cli.errors import ScalaError
 from scala_cli.files import refuse_occupied, whole_directory
 from scala_cli.models.checkpoint import copy_files, read_about
 from scala_cli.models.hub import TRANSPORT, quiet_hub
-from scala_cli.models.locate import CARD, FILES
+from scala_cli.models.locate import CARD, CHECKPOINT_FILES
 from scala_cli.models.slimmable import Ratio
 from scala_cli.plot import arms_picture, can_draw, save
 from scala_cli.slicing.point import find_point
@@ -22,7 +22,7 @@ from scala_cli.tasks.base import main_column
 from scala_cli.watch import Watcher
 
 PICTURE = "widths.svg"
-OURS = {*FILES, PICTURE}
+OURS = {*CHECKPOINT_FILES, PICTURE}
 
 
 def write_repository(

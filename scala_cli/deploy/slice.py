@@ -25,7 +25,7 @@ from scala_cli.models.checkpoint import (
 )
 from scala_cli.models.fit import Fit
 from scala_cli.models.fitted import FittedViT
-from scala_cli.models.locate import CARD, FILES, WEIGHTS, resolve, short_name
+from scala_cli.models.locate import CARD, CHECKPOINT_FILES, WEIGHTS, resolve, short_name
 from scala_cli.models.slimmable import Ratio, SlimmableViT
 from scala_cli.models.slimmed import apart
 from scala_cli.models.views import fill
@@ -34,7 +34,7 @@ from scala_cli.slicing.own import at_size, own_vectors
 from scala_cli.slicing.point import Point, find_point
 from scala_cli.watch import QUIET, Watcher
 
-TOLERANCE = 1e-5
+RELOAD_TOLERANCE = 1e-5
 """Largest difference of logits in fp32 between the family at a width and the slice read back."""
 
 
@@ -62,7 +62,7 @@ def slice_model(
     checkpoint, target = resolve(checkpoint), Path(target)
     full, rule, record, points = read_about(checkpoint)
     point = find_point(ratio, points, full.size)
-    refuse_occupied(target, force, FILES, source=checkpoint)
+    refuse_occupied(target, force, CHECKPOINT_FILES, source=checkpoint)
     spec, extra = full.at_point(point), read_extra(checkpoint)
     weights, probe = TensorByTensor(checkpoint / WEIGHTS), random_images(spec, 1)
     extra, slim = apart(extra)
@@ -91,7 +91,7 @@ def slice_family(
         as `slice_model`; for a fitted width also "fit": `Fit.as_json`.
     """
     point = net.find(ratio)
-    refuse_occupied(target, force, FILES)
+    refuse_occupied(target, force, CHECKPOINT_FILES)
     piece, fit = net.slice(point), net.fits.get(point.ratio) if isinstance(net, FittedViT) else None
     spec = net.spec_at(point)
     expected = piece(random_images(spec, 1))
@@ -142,10 +142,10 @@ def write_slice(
         (fresh / CARD).write_text(card, encoding="utf-8")
         again = timm.create_model(f"local-dir:{fresh}", pretrained=True).eval()
         difference = (again(random_images(spec, 1)) - expected).abs().max().item()
-        if not difference <= TOLERANCE:
+        if not difference <= RELOAD_TOLERANCE:
             raise CheckpointError(
                 f"the slice read back by timm differs by {difference:.2g}, "
-                f"more than {TOLERANCE:g}; nothing was written.",
+                f"more than {RELOAD_TOLERANCE:g}; nothing was written.",
                 remedy="report",
             )
     return {**result, "max_abs_diff": difference}

@@ -16,7 +16,8 @@ from scala_cli.slicing.table import Layout
 from scala_cli.tasks.base import Task
 
 Student = Callable[[Tensor, Point], Any]
-"""Function: images (B, C, H, W), point -> the task's output, such as logits (B, classes); or `Output`."""
+"""Function: images (B, C, H, W), point -> the task's output, such as logits (B, classes);
+or `BlockOutput`."""
 
 Teacher = Callable[[Tensor], Any]
 """Function: images (B, C, H, W) -> the frozen model's output of the same kind, without gradient."""
@@ -53,7 +54,7 @@ class Batch(NamedTuple):
             yield Batch(**dict(zip(given, some, strict=True)))
 
 
-class Output(NamedTuple):
+class BlockOutput(NamedTuple):
     """A model's output for a method that reads its blocks.
 
     Args:
@@ -106,7 +107,7 @@ class Method(ABC):
     """Whether `prepared` changes the full width; the unchanged model then teaches the full width as well."""
 
     reads_blocks: ClassVar[bool] = False
-    """Whether `passes` reads the tokens after every block: student and teacher then return an `Output`."""
+    """Whether `passes` reads the tokens after every block; both models then return a `BlockOutput`."""
 
     masks_patches: ClassVar[bool] = True
     """Whether `passes` yields the passes of `masked`."""

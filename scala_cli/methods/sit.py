@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from scala_cli.errors import PointError, TrainingError
-from scala_cli.methods.base import Batch, Method, Output, Pass, Student, Teacher
+from scala_cli.methods.base import Batch, BlockOutput, Method, Pass, Student, Teacher
 from scala_cli.models.modes import copy_dropout
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.slimmed import start_slimming
@@ -148,7 +148,7 @@ def with_modules(net: SlimmableViT, counts: Mapping[int, int], start: str, seed:
     return SlimmableViT(vit, spec, net.rule, net.extra)
 
 
-def recalibrated_error(found: Output, lesson: Output, reverse: nn.ModuleDict) -> Tensor:
+def recalibrated_error(found: BlockOutput, lesson: BlockOutput, reverse: nn.ModuleDict) -> Tensor:
     """Returns the mean squared error of the patch tokens, mean over blocks.
 
     Args:

@@ -26,7 +26,7 @@ KINDS = {
 
 PREPROCESSOR = "preprocessor_config.json"
 BLOCK = r"(?:encoder\.layer|layers)\.(\d+)\."
-NAMES = {
+TIMM_NAMES = {
     r"embeddings\.cls_token": "cls_token",
     r"embeddings\.distillation_token": "dist_token",
     r"embeddings\.position_embeddings": "pos_embed",
@@ -159,7 +159,9 @@ def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ours: dict[str, Tensor] = {}
     for name, tensor in state.items():
         bare = re.sub(r"^(vit|deit)\.", "", name)
-        new = next((re.sub(f"^{old}", new, bare) for old, new in NAMES.items() if re.match(old, bare)), name)
+        new = next(
+            (re.sub(f"^{old}", new, bare) for old, new in TIMM_NAMES.items() if re.match(old, bare)), name
+        )
         ours[new] = tensor
     for name in [name for name in ours if ".attn.query." in name]:
         parts = [name.replace("query", part) for part in ("query", "key", "value")]

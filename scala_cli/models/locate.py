@@ -9,7 +9,7 @@ from scala_cli.errors import CheckpointError
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 EXTRA = "extra.safetensors"
 """Tensors that timm has no place for; the file is missing if there are none."""
-FILES = {WEIGHTS, EXTRA, CONFIG, CARD}
+CHECKPOINT_FILES = {WEIGHTS, EXTRA, CONFIG, CARD}
 INDEX = f"{WEIGHTS}.index.json"
 """Maps each tensor to one of several weight files, as written by transformers."""
 WEIGHT_FILES = (WEIGHTS, INDEX, "pytorch_model.bin")

@@ -38,7 +38,7 @@ HEADS = {("4_2", 12, 240): 4}
 ELSEWHERE = re.compile(r"patch_embed\.|r?tsm\.|aux_head\.")
 """Parameters that are renamed or left out."""
 HEAD_DIM = 64
-NAMES = {
+TIMM_NAMES = {
     "sit_lvvit_tiny": "sit_t",
     "sit_lvvit_xsmall": "sit_xs",
     "sit_lvvit_small": "sit_s",
@@ -137,7 +137,7 @@ def ends_of(state: State, depth: int, patches: int) -> list[tuple[int, int]]:
 
 def named_ends(held: Source) -> list[tuple[int, int]]:
     """Returns (block, tokens) of a released model, by the name in the file; [] for an unknown name."""
-    name = NAMES.get(held.config.architecture)
+    name = TIMM_NAMES.get(held.config.architecture)
     if name is None:
         return []
     return [*describe(skeleton(name)).tsm.items()]

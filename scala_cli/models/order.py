@@ -20,15 +20,15 @@ from scala_cli.slicing.importance import (
     stream_basis,
     value_basis,
 )
-from scala_cli.slicing.original import BASIS, NAMES, WEIGHT, identity_tensor
+from scala_cli.slicing.original import BASIS, ORIGINAL_MAPS, WEIGHT, identity_tensor
 from scala_cli.slicing.table import Group
 
-TOLERANCE = 1e-4
+ORDER_TOLERANCE = 1e-4
 """Largest allowed difference between the outputs of the ordered and the pretrained model, relative to their
 root mean square where that is above one."""
 
 
-class Moments:
+class GroupMoments:
     """Mean and second moment of vectors, accumulated for groups of channels.
 
     Args:
@@ -85,8 +85,8 @@ def order_channels(net: SlimmableViT, batches: Iterable[Tensor]) -> SlimmableViT
         batches: images (B, C, H, W), normalised; a few hundred suffice.
 
     Raises:
-        CheckpointError: if rounding changes the output by more than TOLERANCE, or if the widths have been
-            fitted, or trained with isolation.
+        CheckpointError: if rounding changes the output by more than ORDER_TOLERANCE, or if the widths have
+            been fitted, or trained with isolation.
     """
     if net.rule.isolated or net.vectors:
         raise CheckpointError(
@@ -114,13 +114,13 @@ def order_channels(net: SlimmableViT, batches: Iterable[Tensor]) -> SlimmableViT
     readers += [name for block in blocks for name in mlp_readers(vit, block)]
     slimming = [f"blocks.{number}.tsm" for number in modules_of(vit)]
     readers += [f"{name}.key" for name in slimming]
-    inputs = {name: Moments(spec.embed_dim if norms else 1) for name in readers}
+    inputs = {name: GroupMoments(spec.embed_dim if norms else 1) for name in readers}
     hidden: list[tuple[str, Group]] = [(f"{block}.mlp.fc2", "hidden") for block in blocks] + [
         (f"{m}.query", "slim") for m in slimming
     ]
-    inputs |= {name: Moments() for name, _ in hidden}
-    inputs |= {f"{block}.attn.proj": Moments(spec.head_dim) for block in blocks}
-    outputs = {f"{block}.attn.qkv": Moments(spec.head_dim) for block in blocks}
+    inputs |= {name: GroupMoments() for name, _ in hidden}
+    inputs |= {f"{block}.attn.proj": GroupMoments(spec.head_dim) for block in blocks}
+    outputs = {f"{block}.attn.qkv": GroupMoments(spec.head_dim) for block in blocks}
     probe = observe(vit, batches, inputs, outputs)
 
     for block in blocks:
@@ -142,7 +142,7 @@ def order_channels(net: SlimmableViT, batches: Iterable[Tensor]) -> SlimmableViT
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 convolutions round to 10 bits
         expected = original(probe)
         difference = (vit(probe) - expected).abs().max()
-    if not difference <= TOLERANCE * expected.square().mean().sqrt().clamp_min(1):
+    if not difference <= ORDER_TOLERANCE * expected.square().mean().sqrt().clamp_min(1):
         raise CheckpointError(
             f"in another order the full model would differ by {difference:.2g}.",
             remedy="try",
@@ -156,21 +156,24 @@ def order_channels(net: SlimmableViT, batches: Iterable[Tensor]) -> SlimmableViT
 
 def original_tensors(net: SlimmableViT) -> dict[str, Tensor]:
     """Returns the tensors that map back to the original channels; identities if never reordered."""
-    names = (BASIS,) if net.spec.features else NAMES
+    names = (BASIS,) if net.spec.features else ORIGINAL_MAPS
     like = next(net.vit.parameters())
     return {
         name: net.original.get(name, identity_tensor(name, net.spec.embed_dim)).to(like) for name in names
     }
 
 
-def share_of_reading(seen: Moments, weight: Tensor) -> Tensor:
+def share_of_reading(seen: GroupMoments, weight: Tensor) -> Tensor:
     """Returns each channel's share in the variance of a layer's output, (channels,); they add up to one."""
     scores = channel_scores(seen.deviation, weight).square()
     return scores / scores.sum().clamp_min(torch.finfo(scores.dtype).tiny)  # zeros if the inputs are constant
 
 
 def observe(
-    vit: nn.Module, batches: Iterable[Tensor], inputs: Mapping[str, Moments], outputs: Mapping[str, Moments]
+    vit: nn.Module,
+    batches: Iterable[Tensor],
+    inputs: Mapping[str, GroupMoments],
+    outputs: Mapping[str, GroupMoments],
 ) -> Tensor:
     """Adds the inputs and outputs of the named layers to their moments. Returns a few of the images."""
     hooks = [
@@ -191,7 +194,7 @@ def observe(
             hook.remove()
 
 
-def change_bases(state: dict[str, Tensor], attn: str, qkv: Moments, attended: Moments) -> None:
+def change_bases(state: dict[str, Tensor], attn: str, qkv: GroupMoments, attended: GroupMoments) -> None:
     """Changes every head of an attention layer to its best bases, in place.
 
     Args:

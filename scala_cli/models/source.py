@@ -29,7 +29,7 @@ from scala_cli.slicing.rule import Rule
 from scala_cli.slicing.table import Layout
 from scala_cli.watch import QUIET, Watcher
 
-TOLERANCE = 1e-3
+BUILD_TOLERANCE = 1e-3
 """Largest allowed difference of logits, relative to the largest logit (rounding is far below it)."""
 
 
@@ -271,7 +271,7 @@ def distance(net: SlimmableViT, original: VisionTransformer, exact: bool = True)
     expected = original(probe)
     found = net.spec.build_with(net.vit.state_dict())(probe)
     difference = (found - expected).abs().max().item()
-    if exact and not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
+    if exact and not difference <= BUILD_TOLERANCE * max(1.0, expected.abs().max().item()):
         raise CheckpointError(
             f"the checkpoint would not compute what its source does: the logits differ by {difference:.2g}; "
             "nothing was written.",

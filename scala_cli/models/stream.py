@@ -18,7 +18,7 @@ WRITERS = re.compile(
 )
 """Parameters that write to the stream of a DeiT or a plain ViT."""
 NEGLIGIBLE = 1e-4
-"""Largest change of a logit that counts as none, as for `order.TOLERANCE`."""
+"""Largest change of a logit that counts as none, as for `order.ORDER_TOLERANCE`."""
 Norms = dict[str, list[str]]
 """Name of a norm -> the linear layers that read the stream through it."""
 

@@ -15,12 +15,12 @@ WEIGHT, BIAS = "tokens.weight", "tokens.bias"
 """(C, C) and (C,): map normed tokens y (..., C) to y @ weight.T + bias.
 
 In a model for features its head is this map."""
-NAMES = (BASIS, WEIGHT, BIAS)
+ORIGINAL_MAPS = (BASIS, WEIGHT, BIAS)
 
 
 def original_of(extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the tensors of `extra.safetensors` that map back to the original channels."""
-    return {name: extra[name] for name in NAMES if name in extra}
+    return {name: extra[name] for name in ORIGINAL_MAPS if name in extra}
 
 
 def identity_tensor(name: str, channels: int) -> Tensor:

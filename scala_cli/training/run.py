@@ -15,8 +15,7 @@ from scala_cli.errors import ScalaError, TrainingError
 from scala_cli.files import clear, refuse_occupied, whole_file
 from scala_cli.lock import LOCK, locked
 from scala_cli.models.checkpoint import Record, load, save
-from scala_cli.models.locate import CARD, LAST_RUN, STATE
-from scala_cli.models.locate import FILES as OF_CHECKPOINT
+from scala_cli.models.locate import CARD, CHECKPOINT_FILES, LAST_RUN, STATE
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.report import write_csv
 from scala_cli.settings import Settings
@@ -32,10 +31,10 @@ Row = dict[str, Any]
 METRICS, GRADIENTS, FORMAT = "metrics.jsonl", "grads.jsonl", 5
 CHECKPOINTS = ("start", "last", "best")
 OF_RUN = {STATE, METRICS, GRADIENTS, "summary.csv", "args.yaml", LOCK}
-OF_RUN |= {f"{name}/{file}" for name in CHECKPOINTS for file in OF_CHECKPOINT - {CARD}}
-FILES = OF_RUN | {f"teacher/{file}" for file in OF_RUN}
+OF_RUN |= {f"{name}/{file}" for name in CHECKPOINTS for file in CHECKPOINT_FILES - {CARD}}
+RUN_FILES = OF_RUN | {f"teacher/{file}" for file in OF_RUN}
 """All files of a run, as paths in its directory."""
-NAMES = {Path(file).parts[0] for file in FILES}
+RUN_NAMES = {Path(file).parts[0] for file in RUN_FILES}
 
 
 @dataclass(frozen=True)
@@ -78,12 +77,14 @@ class Run:
         if not self.writes:
             yield
             return
-        refuse_occupied(self.path, force, FILES, in_place=True)
+        refuse_occupied(self.path, force, RUN_FILES, in_place=True)
         self.path.mkdir(parents=True, exist_ok=True)
         with locked(self.path):
-            refuse_occupied(self.path, force, FILES, in_place=True)  # another run may just have ended here
+            refuse_occupied(
+                self.path, force, RUN_FILES, in_place=True
+            )  # another run may just have ended here
             try:
-                clear(self.path, FILES - {LOCK})
+                clear(self.path, RUN_FILES - {LOCK})
                 with whole_file(self.path / "args.yaml") as file:
                     text = yaml_dump(json.loads(json.dumps(asdict(settings))))
                     file.write_text(text, encoding="utf-8")
@@ -105,7 +106,7 @@ class Run:
             for name in CHECKPOINTS:
                 restore(self.path / name)
             for path in [*self.path.iterdir()]:
-                if target_of(path.name) in NAMES:
+                if target_of(path.name) in RUN_NAMES:
                     remove(path)
             yield
 
@@ -140,7 +141,7 @@ class Run:
         parts = [part for part in (self, self.teacher) if part.holds_state()]
         # the state has no "step" while `teacher` learns classes
         if not any(part.read_state().get("step") for part in parts):
-            clear(self.path, FILES)
+            clear(self.path, RUN_FILES)
             with suppress(OSError):
                 self.path.rmdir()
 

@@ -20,7 +20,7 @@ from scala_cli.device import allow_compiling_all
 from scala_cli.errors import TrainingError, naming_failure
 from scala_cli.memory import naming_lack_of_memory
 from scala_cli.methods import method_named
-from scala_cli.methods.base import Batch, Output
+from scala_cli.methods.base import Batch, BlockOutput
 from scala_cli.models.modes import skip_unread
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.tokens import reductions
@@ -283,9 +283,9 @@ class Step:
         """Returns a model's output, in the form of `predict`."""
         with autocast(self.device, self.settings.device):
             output = self.run(vit, images)
-        if not isinstance(output, Output):
+        if not isinstance(output, BlockOutput):
             return self.task.standardised(output.float(), self.statistics)
-        return Output(
+        return BlockOutput(
             self.task.standardised(output.answer.float(), self.statistics),
             [tokens.float() for tokens in output.tokens],
             None if output.distilled is None else output.distilled.float(),
@@ -299,14 +299,14 @@ class Step:
             run = self.task.forward if self.method.reads_blocks else self.run
             return run(self.frozen, images).float()
 
-    def observe(self, model: VisionTransformer, images: Tensor) -> Output:
+    def observe(self, model: VisionTransformer, images: Tensor) -> BlockOutput:
         """Returns the output of a timm model and its patch tokens after every block."""
         vit: Any = model
         with reductions(vit) as reduced:
             normed, tokens = vit.forward_intermediates(images, output_fmt="NLC")
         head = getattr(vit, "head_dist", None)
         distilled = head(normed[:, 1]) if isinstance(head, nn.Linear) else None
-        return Output(self.task.read(vit, normed, reduced), tokens, distilled)
+        return BlockOutput(self.task.read(vit, normed, reduced), tokens, distilled)
 
 
 def compiling(settings: Settings) -> AbstractContextManager[object]:
