@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: demo test quick lint docs site clean
+.PHONY: demo test coverage quick lint docs site clean
 
 # Everything below runs in a virtual environment that is made on first use.
 $(VENV)/.installed: pyproject.toml
@@ -24,13 +24,18 @@ demo: $(VENV)/.installed
 	$$S bench
 
 # In two processes, each with one thread for torch.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --cov=scala_cli --cov-report=term --cov-fail-under=90
+	$(PYTEST)
+
+# All tests, and the lines that none of them runs; takes half as long again.
+coverage: $(VENV)/.installed
+	$(PYTEST) --cov=scala_cli --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 # The core alone: slicing, points, tokens, order of channels, methods.
 QUICK := point slicing layers tokens slimmable order methods step cost budget cascade console remedies
 quick: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(QUICK:%=tests/test_%.py)
+	$(PYTEST) $(QUICK:%=tests/test_%.py)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

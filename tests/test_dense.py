@@ -176,7 +176,7 @@ def test_the_basis_is_saved_and_not_trained(classes, images, tmp_path):
         (found,) = other.features(images, 0.5, blocks=1)
         assert torch.equal(found.tokens, net.features(images, 0.5, blocks=1)[0].tokens)
         assert torch.equal(other.features(images, 0.5).tokens, net.features(images, 0.5).tokens)
-    (tmp_path / "net/extra.safetensors").unlink()
+    (tmp_path / "net/extra.st").unlink()
     assert torch.equal(load(tmp_path / "net")(images, 0.5), net(images, 0.5))
 
 

@@ -35,7 +35,7 @@ def repository(tmp_path, monkeypatch):
 @torch.no_grad()
 def test_a_checkpoint_on_the_hub(repository, images):
     assert torch.equal(load("hf-hub:org/net@v2")(images, 0.5), slimmable()(images, 0.5))
-    files = ("config.json", "model.safetensors", "extra.safetensors")
+    files = ("config.json", "model.safetensors", "extra.st")
     assert ("org/net", "v2", files) in repository, "in one call, of one commit"
     assert is_checkpoint("hf-hub:org/net") and not is_checkpoint("hf-hub:org/other")
 

@@ -150,7 +150,7 @@ def test_a_run_from_start_to_export(scala, tiny, photos):
     net = load("run")
     assert net.spec.tsm == {0: 8} and [str(p) for p in net.points] == ["1"]
     with (
-        safe_open("run/last/extra.safetensors", "pt") as extra,
+        safe_open("run/last/extra.st", "pt") as extra,
         safe_open("run/last/model.safetensors", "pt") as plain,
     ):
         assert all(name.startswith("blocks.0.tsm.") for name in extra.keys())  # noqa: SIM118

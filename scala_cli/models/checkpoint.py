@@ -1,6 +1,6 @@
 """The checkpoint directory: timm's config.json and model.safetensors, plus what a slimmable ViT needs.
 
-This package adds one top-level "scala" object to config.json, and extra.safetensors if there are tensors
+This package adds one top-level "scala" object to config.json, and extra.st if there are tensors
 that timm has no place for. timm ignores both, so the full model and every slice load with
 `timm.create_model("local-dir:DIR", pretrained=True)`.
 

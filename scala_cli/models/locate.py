@@ -7,8 +7,11 @@ from typing import Any
 from scala_cli.errors import CheckpointError
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-EXTRA = "extra.safetensors"
-"""Tensors that timm has no place for; the file is missing if there are none."""
+EXTRA = "extra.st"
+"""Tensors that timm has no place for, in safetensors format; the file is missing if there are none.
+
+timm before 1.0.29 refuses a directory with two files of a suffix that it knows, so this one has another.
+"""
 CHECKPOINT_FILES = {WEIGHTS, EXTRA, CONFIG, CARD}
 INDEX = f"{WEIGHTS}.index.json"
 """Maps each tensor to one of several weight files, as written by transformers."""

@@ -35,7 +35,7 @@ class SlimmableViT(nn.Module):
         vit: the full-width timm model.
         spec: what `vit` is built from.
         rule: which channels each width keeps.
-        extra: tensors that timm has no place for, as in `extra.safetensors` of a checkpoint: the norms and
+        extra: tensors that timm has no place for, as in `extra.st` of a checkpoint: the norms and
             biases that a width has of its own (`slicing/own.py`), the position embeddings of other sizes, and
             the untrained maps back to the original channels (`slicing/original.py`). A missing embedding is
             resampled.
@@ -102,7 +102,7 @@ class SlimmableViT(nn.Module):
 
     @property
     def extra(self) -> dict[str, Tensor]:
-        """The tensors of `extra.safetensors`, by name."""
+        """The tensors of `extra.st`, by name."""
         return {**self.vectors, **dict(self.positions.items()), **self.original}
 
     @property

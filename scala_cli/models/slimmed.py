@@ -1,7 +1,7 @@
 """Token slimming modules (SiT, arXiv 2111.12624): a ViT whose tokens are merged by a learnt soft assignment.
 
 timm builds such a model as a separate architecture, `slimmed_vit` (models/registered.py). The other weights
-are an ordinary ViT's, so a checkpoint holds those of the modules in `extra.safetensors`.
+are an ordinary ViT's, so a checkpoint holds those of the modules in `extra.st`.
 """
 
 from collections.abc import Mapping, Sequence

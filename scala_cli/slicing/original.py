@@ -1,6 +1,6 @@
 """Tensors that map the channels of a model put in order back to its original channels.
 
-They are not part of timm's model and are saved in `extra.safetensors`. They have rows in the slicing table,
+They are not part of timm's model and are saved in `extra.st`. They have rows in the slicing table,
 so ordering channels changes them together with the weights, and slicing cuts them.
 """
 
@@ -19,7 +19,7 @@ ORIGINAL_MAPS = (BASIS, WEIGHT, BIAS)
 
 
 def original_of(extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors of `extra.safetensors` that map back to the original channels."""
+    """Returns the tensors of `extra.st` that map back to the original channels."""
     return {name: extra[name] for name in ORIGINAL_MAPS if name in extra}
 
 

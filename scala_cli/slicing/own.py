@@ -15,7 +15,7 @@ from scala_cli.slicing.point import decimal
 
 
 def own_name(ratio: Fraction, name: str) -> str:
-    """Returns the name of a width's own vector in `extra.safetensors`: "0.5:blocks.0.norm1.weight"."""
+    """Returns the name of a width's own vector in `extra.st`: "0.5:blocks.0.norm1.weight"."""
     return f"{decimal(ratio)}:{name}"
 
 
@@ -35,7 +35,7 @@ POSITIONS = "pos_embed"
 
 
 def size_name(size: int) -> str:
-    """Returns the name in `extra.safetensors` of the position embedding for a size: "@160:pos_embed"."""
+    """Returns the name in `extra.st` of the position embedding for a size: "@160:pos_embed"."""
     return f"@{size}:{POSITIONS}"
 
 
