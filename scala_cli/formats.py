@@ -111,7 +111,7 @@ def quietly() -> Iterator[None]:
 
 def traced(model: nn.Module, example: Tensor, largest_batch: int | None = None) -> Any:
     """Returns torch.export's program, for batches of any size up to `largest_batch`."""
-    batch = torch.export.Dim("batch", min=1, max=largest_batch)
+    batch = torch.export.Dim("batch", min=1, max=largest_batch or 2**31)
     with quietly():
         return torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
 

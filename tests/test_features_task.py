@@ -17,6 +17,7 @@ from scala_cli.data.loader import Loader
 from scala_cli.data.transform import transform_for
 from scala_cli.errors import DataError, TrainingError
 from scala_cli.evaluate import evaluate
+from scala_cli.methods import METHODS, method_named
 from scala_cli.models.calibrate import calibrate
 from scala_cli.models.checkpoint import Record, load_with_record
 from scala_cli.models.in_memory import slimmable
@@ -171,7 +172,7 @@ def test_constant_features_have_no_r2():
         same.result(ALONE)
 
 
-@pytest.mark.parametrize("method", ["scala", "usnet", "separate"])
+@pytest.mark.parametrize("method", [name for name in METHODS if method_named(name).masks_patches])
 def test_training_lowers_the_loss_of_every_method(pictures, method):
     how = MethodSettings(method=method, order="none", isolation=False)
     listener = Listener()

@@ -11,6 +11,7 @@ from runs import QUICK, Listener, backbone, settings
 from safetensors.torch import load_file
 from timm.utils import random_seed
 
+from scala_cli.methods import METHODS, method_named
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.tokens import answer_and_patches
 from scala_cli.settings import MethodSettings, OptimizerSettings
@@ -49,7 +50,7 @@ def test_half_of_the_patches_of_every_image_are_hidden(patch):
     assert net.at(Fraction(1, 2))(masked).shape == (5, 32)
 
 
-@pytest.mark.parametrize("method", ["scala", "usnet", "separate"])
+@pytest.mark.parametrize("method", [name for name in METHODS if method_named(name).masks_patches])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_step_is_that_of_models_run_one_by_one(method, parts):
     """Compares losses and gradients with those of whole models that are not views, patch by patch."""

@@ -13,16 +13,19 @@ from conftest import build, slimmable
 from torch.nn import functional as F
 
 from scala_cli.cli.app import app
-from scala_cli.errors import PointError
-from scala_cli.methods import METHODS, method_named
+from scala_cli.errors import PointError, TrainingError
+from scala_cli.methods import METHODS, VARIANTS, method_named
 from scala_cli.methods.base import OFF, Batch, Method
-from scala_cli.methods.scala import Scala, narrowest, sample_axes, stable_sample, uniform_sample
+from scala_cli.methods.sampling import narrowest, sample_axes, stable_sample, uniform_sample
+from scala_cli.methods.scala import Scala
 from scala_cli.methods.separate import Separate
 from scala_cli.methods.usnet import USNet
 from scala_cli.settings import MethodSettings
 from scala_cli.slicing.point import Point, grid, parse_points
 from scala_cli.tasks import task_named
 from scala_cli.tasks.losses import cross_entropy, distillation
+from scala_cli.training.compare import recipes
+from scala_cli.training.start import refuse_foreign
 
 TASK = task_named("classification")
 FOUR = parse_points("0.25,0.5,0.75,1")
@@ -246,6 +249,23 @@ def test_every_method_can_be_named_on_the_command_line():
     assert get_args(get_type_hints(command.callback)["method"]) == tuple(METHODS)
     assert all(issubclass(method_named(name), Method) for name in METHODS)
     assert all(method_named(name).parts <= set(OFF) for name in METHODS)
+    assert recipes().keys() == {*METHODS, *VARIANTS}  # which the help of compare lists
+
+
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [
+        ("usnet", {"teacher": "full"}),
+        ("usnet", {"full_every": 4}),
+        ("supervit", {"isolation": True}),
+        ("sit", {"mask_patches": 1.0}),
+        ("separate", {"slim_keep": 0.7}),
+    ],
+)
+def test_a_setting_of_another_method_is_refused(method, setting):
+    with pytest.raises(TrainingError, match=f"{next(iter(setting))} has no effect with method {method}"):
+        refuse_foreign(MethodSettings(method=method, **setting))
+    refuse_foreign(MethodSettings(method=method, teacher="none"))  # off, as it is in any case, or a part
 
 
 def test_importing_the_names_of_methods_imports_no_torch():

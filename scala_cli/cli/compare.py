@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 import typer
 
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import Data, Ratios, place_of
+from scala_cli.cli.options import CHOICES, Data, Ratios, as_sentence, place_of
+from scala_cli.methods import VARIANTS
 from scala_cli.models.locate import short_name
 from scala_cli.settings import (
     AugmentSettings,
@@ -22,9 +23,7 @@ def compare(
     data: Data,
     methods: Annotated[
         str,
-        typer.Option(
-            "--methods", help="Any of scala, paper (as its authors' code), supervit, usnet, separate."
-        ),
+        typer.Option("--methods", help="One or more." + as_sentence({**CHOICES["method"], **VARIANTS})),
     ] = "scala,paper,separate",
     without: Annotated[
         str,

@@ -6,7 +6,7 @@ written once, in that dataclass.
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
@@ -129,8 +129,8 @@ def add_command(app: typer.Typer, name: str, function: Callable[..., None]) -> N
     app.command(name)(run)
 
 
-CHOICES = {"method": METHODS}
-"""Allowed values of settings whose type does not list them, by field name."""
+CHOICES = {"method": {name: what for name, (_, what) in METHODS.items()}}
+"""Allowed values of settings whose type does not list them, and what they mean, by field name."""
 
 
 def parameter_of(field: Field, group: type) -> inspect.Parameter:
@@ -142,11 +142,12 @@ def parameter_of(field: Field, group: type) -> inspect.Parameter:
         off = f"--no-{flag[2:]}"
         flags[0] = {"on": flag, "off": f" /{off}", "": f"{flag}/{off}"}[field.metadata["only"]]
     panel = None if group is Output else (group.__doc__ or "").rstrip(".")
-    kind = Literal[*CHOICES[field.name]] if field.name in CHOICES else hints[field.name]
+    choices = CHOICES.get(field.name, {})
+    kind = Literal[*choices] if choices else hints[field.name]
     shows_default = hints[field.name] is not bool
     info = typer.Option(
         *flags,
-        help=field.metadata["help"],
+        help=field.metadata["help"] + as_sentence(choices),
         rich_help_panel=panel,
         show_default=shows_default,
         min=field.metadata["min"],
@@ -158,3 +159,8 @@ def parameter_of(field: Field, group: type) -> inspect.Parameter:
         default=field.default,
         annotation=Annotated[kind, info],
     )
+
+
+def as_sentence(choices: Mapping[str, str]) -> str:
+    """Returns names and what they mean: " one: what; other: what."; "" without choices."""
+    return f" {'; '.join(f'{name}: {what}' for name, what in choices.items())}." if choices else ""

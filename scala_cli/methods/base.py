@@ -16,8 +16,8 @@ from scala_cli.slicing.table import Layout
 from scala_cli.tasks.base import Task
 
 Student = Callable[[Tensor, Point], Any]
-"""Function: images (B, C, H, W), point -> the task's output, such as logits (B, classes);
-or `BlockOutput`."""
+"""Function: images (B, C, H, W), point -> the task's output with gradient, such as logits (B, classes), or a
+`BlockOutput`. A method that teaches with this output detaches it."""
 
 Teacher = Callable[[Tensor], Any]
 """Function: images (B, C, H, W) -> the frozen model's output of the same kind, without gradient."""
@@ -95,7 +95,11 @@ class Method(ABC):
     """
 
     parts: ClassVar[frozenset[str]] = frozenset()
-    """The keys of OFF that affect the method. With "teacher", the frozen starting model can teach."""
+    """The optional parts, keys of OFF, that this method has.
+
+    They decide how a run prepares its start: "order" reorders the channels, "calibrate" fits the widths, and
+    "teacher" keeps the frozen starting model to teach (for features it always does). All others are off.
+    """
 
     own: ClassVar[frozenset[str]] = frozenset()
     """Fields of MethodSettings that only this method uses."""
@@ -109,8 +113,8 @@ class Method(ABC):
     reads_blocks: ClassVar[bool] = False
     """Whether `passes` reads the tokens after every block; both models then return a `BlockOutput`."""
 
-    masks_patches: ClassVar[bool] = True
-    """Whether `passes` yields the passes of `masked`."""
+    masks_patches: ClassVar[bool] = False
+    """Whether `passes` also yields the passes of `masked`, which --mask-patches asks for."""
 
     rate: ClassVar[float] = 1.0
     """The default learning rate, relative to the task's."""
@@ -135,7 +139,7 @@ class Method(ABC):
 
     @abstractmethod
     def draw(self, random: Random) -> list[Point]:
-        """Returns the points that one step trains, largest first.
+        """Returns the points that one step trains, in the order of their passes (see `sampling.py`).
 
         Args:
             random: the generator of this step, the same in every process.

@@ -14,6 +14,7 @@ class Separate(Method):
     """Trains one width from its slice of the starting weights, with labels and a teacher if there is one."""
 
     parts = frozenset({"order", "calibrate", "teacher"})
+    masks_patches = True
     one_point = True
 
     def __init__(self, points: Sequence[Point], settings: MethodSettings, task: Task) -> None:

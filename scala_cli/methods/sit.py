@@ -62,7 +62,6 @@ class SiT(Method):
     one_point = True
     adds_modules = True
     reads_blocks = True
-    masks_patches = False
     module_rate = 5.0
 
     def __init__(self, points: Sequence[Point], settings: MethodSettings, task: Task) -> None:

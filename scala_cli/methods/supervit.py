@@ -23,7 +23,6 @@ class SuperViT(Method):
     parts = frozenset({"teacher"})
     ratios: ClassVar[str] = "1"
     keeps: ClassVar[str] = "0.5,0.7,1"
-    masks_patches = False
     rate = 0.3  # the sizes of a pretrained model start near their optimum (docs/results/supervit.md)
 
     def __init__(self, points: Sequence[Point], settings: MethodSettings, task: Task) -> None:

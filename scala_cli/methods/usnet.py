@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from random import Random
 
 from scala_cli.methods.base import Batch, Method, Pass, Student, Teacher
-from scala_cli.methods.scala import uniform_sample
+from scala_cli.methods.sampling import uniform_sample
 from scala_cli.slicing.point import Point
 
 
@@ -15,6 +15,7 @@ class USNet(Method):
     """
 
     parts = frozenset({"order", "isolation"})
+    masks_patches = True
 
     def draw(self, random: Random) -> list[Point]:
         return uniform_sample(self.points, random)

@@ -14,6 +14,7 @@ from scala_cli.data.shards import is_shards
 from scala_cli.data.split import Split
 from scala_cli.errors import DataError, TrainingError
 from scala_cli.methods import METHODS, method_named
+from scala_cli.methods.base import OFF
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.dense import kept_reader
 from scala_cli.models.slimmable import SlimmableViT
@@ -71,16 +72,16 @@ def is_taught(record: Record, task: Task, method: MethodSettings) -> bool:
     return True
 
 
-def refuse_foreign(method: MethodSettings) -> None:
+def refuse_foreign(chosen: MethodSettings) -> None:
     """Raises TrainingError for a setting that only other methods use."""
-    others = {name for each in METHODS for name in method_named(each).own} - method_named(method.method).own
-    others |= set() if method_named(method.method).masks_patches else {"mask_patches"}
+    method, default = method_named(chosen.method), MethodSettings()
+    others = {name for each in METHODS for name in method_named(each).own} - method.own
+    others |= set() if method.masks_patches else {"mask_patches"}
+    # what a method has not is off in any case
+    others |= {name for name in OFF.keys() - method.parts if getattr(chosen, name) != OFF[name]}
     for name in sorted(others):
-        if getattr(method, name) != getattr(MethodSettings(), name):
-            raise TrainingError(
-                f"{name} has no effect with method {method.method}.",
-                "Leave it out.",
-            )
+        if getattr(chosen, name) != getattr(default, name):
+            raise TrainingError(f"{name} has no effect with method {chosen.method}.", "Leave it out.")
 
 
 def refuse_different(splits: tuple[Split, Split], world: World) -> None:
