@@ -66,26 +66,6 @@ def other(asked: str) -> Subject:
         sides = [sides, sides] if isinstance(sides, int) else sides
         size = (config.model_args.get("in_chans", channels), *sides)
         costs = params_of(skeleton), macs_of(skeleton, size)
-        subjects.append(Subject(net.spec.architecture, point, size, *costs, partial(net.slice, point)))
-    return subjects
-
-
-def other(asked: str) -> Subject:
-    """Returns a timm model with random weights. Raises CheckpointError if timm has none of this name."""
-    config = config_of(asked)
-
-    def build(_: bool) -> Any:
-        return config.create().eval()
-
-    with naming_failure(f"{asked} cannot be compared with", "Name another.", CheckpointError):
-        skeleton = config.skeleton()
-        channels, *size = skeleton.pretrained_cfg["input_size"]
-        # not every version of timm enters the model's arguments in its pretrained_cfg
-        size = (
-            config.model_args.get("in_chans", channels),
-            *to_2tuple(config.model_args.get("img_size", size)),
-        )
-        costs = params_of(skeleton), macs_of(skeleton, size)
     return Subject(short_name(asked), None, size, *costs, build)
 
 
