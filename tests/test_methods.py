@@ -16,7 +16,7 @@ from scala_cli.cli.app import app
 from scala_cli.errors import PointError, TrainingError
 from scala_cli.methods import METHODS, VARIANTS, method_named
 from scala_cli.methods.base import OFF, Batch, Method
-from scala_cli.methods.sampling import narrowest, sample_axes, stable_sample, uniform_sample
+from scala_cli.methods.sampling import stable_sample, uniform_sample
 from scala_cli.methods.scala import Scala
 from scala_cli.methods.separate import Separate
 from scala_cli.methods.usnet import USNet
@@ -190,25 +190,26 @@ def test_stable_sampling_draws_one_width_from_each_half(count):
     assert set(seen) == set(points[1:-1])
 
 
-def test_a_grid_is_sampled_on_every_axis():
-    """All points are drawn, two from different halves of each axis beside the largest and the narrowest."""
+def test_a_step_of_a_grid_trains_the_whole_widths_and_one_point_of_the_rest():
     points = grid(parse_points("0.25,0.5,0.75,1"), (16, 20, 24, 32), (Fraction(1, 2), Fraction(1)))
-    seen: Counter = Counter()
-    for seed in range(2000):
-        drawn = sample_axes(points, Random(seed))
-        always = {points[-1], Point.of("0.25@32")}
-        assert always <= {*drawn} and narrowest(points) == Point.of("0.25@32")
-        seen.update(drawn)
-        between = [point for point in drawn if point not in always]
-        if len(between) == 2:
-            for axis, middle in (("ratio", 0.6), ("size", 22), ("keep", 0.7)):
-                low, high = sorted(getattr(point, axis) for point in between)
-                assert low < middle < high
-    assert set(seen) == set(points)
-    assert narrowest(parse_points("0.25,0.5,1")) == Point.of("0.25")
-    assert narrowest(parse_points("1@16~0.5,1@16,1@32")) == Point.of("1@16~0.5"), "a single width"
-    few = [points[0], points[5], points[-1]]
-    assert all(set(sample_axes(few, Random(seed))) <= set(few) for seed in range(50))
+    widths = parse_points("0.25@32,0.5@32,0.75@32,1@32")
+    drawn = [stable_sample(points, Random(seed)) for seed in range(1000)]
+    assert all(
+        len(some) == 5 and {*widths} <= {*some} and some == sorted(some, reverse=True) for some in drawn
+    )
+    assert {point for some in drawn for point in some} == {*points}
+    one = parse_points("1@16~0.5,1@16,1@24,1@32~0.5,1@32")
+    drawn = [stable_sample(one, Random(seed)) for seed in range(100)]
+    assert all(len(some) == 4 and some[0] == one[-1] for some in drawn)
+    assert {point for some in drawn for point in some} == {*one}
+
+
+def test_the_narrowest_width_counts_most():
+    points = grid(parse_points("0.25,1"), (16, 32))
+    method = Scala(points, MethodSettings(), TASK)
+    assert [method.weight(point, points) for point in points] == [1, 3, 1, 1]
+    one = Scala(parse_points("1@16,1@24,1@32"), MethodSettings(), TASK)
+    assert {one.weight(point, one.points) for point in one.points} == {1}, "there is no narrower width"
 
 
 @pytest.mark.parametrize("sizes", [(), (16, 32)])

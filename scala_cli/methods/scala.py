@@ -6,16 +6,13 @@ from random import Random
 from typing import ClassVar
 
 from scala_cli.methods.base import OFF, Batch, Method, Pass, Recipe, Student, Teacher
-from scala_cli.methods.sampling import narrowest, sample_axes, stable_sample, uniform_sample
+from scala_cli.methods.sampling import PASSES, stable_sample, uniform_sample, whole
 from scala_cli.settings import MethodSettings
-from scala_cli.slicing.point import Point, widths_of
-
-PASSES = 4
-"""Number of widths trained in one step, if the family has as many."""
+from scala_cli.slicing.point import Point
 
 
 class Scala(Method):
-    """Trains four widths per step, largest first (section 3 of the paper).
+    """Trains four widths per step, largest first (section 3 of the paper); in a grid, other points as well.
 
     In the paper each width is taught by the next larger one of the step, and the largest by the frozen
     pretrained model. From pretrained weights that model is the best teacher for every width
@@ -38,16 +35,13 @@ class Scala(Method):
     }
 
     def draw(self, random: Random) -> list[Point]:
-        """Draws the largest point, two between, and the `narrowest`.
+        """Draws the points of a step (`stable_sample`).
 
         The largest, which costs half of a step, is drawn in one of `full_every` steps only: from pretrained
         weights it is good from the start, and its frozen copy teaches the others (docs/performance.md).
         """
-        if self.settings.stable_sampling:
-            widths = len(widths_of(self.points)) == len(self.points)
-            drawn = (stable_sample if widths else sample_axes)(self.points, random)
-        else:
-            drawn = uniform_sample(self.points, random)
+        sample = stable_sample if self.settings.stable_sampling else uniform_sample
+        drawn = sample(self.points, random)
         return drawn[1:] if len(drawn) > 1 and random.randrange(self.settings.full_every) else drawn
 
     def passes(
@@ -69,12 +63,13 @@ class Scala(Method):
                 lesson = output.detach()
 
     def weight(self, point: Point, drawn: Sequence[Point]) -> float:
-        """Returns the weight of a point's loss: the `narrowest` counts as much as all others of the step.
+        """Returns the weight of a point's loss: the narrowest width counts as much as all others of the step.
 
         All wider widths train its channels too, so otherwise it would have the least influence on the only
-        channels it has.
+        channels it has. In a grid it is the one at the largest size with all tokens.
         """
-        favoured = self.settings.favour_narrowest and point == narrowest(self.points)
+        narrowest, *wider = whole(self.points)
+        favoured = self.settings.favour_narrowest and wider and point == narrowest
         return max(1, len(drawn) - 1) if favoured else 1
 
     @classmethod
