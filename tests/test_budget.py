@@ -140,7 +140,7 @@ def test_a_large_grid_is_searched_with_few_measurements(grid, monkeypatch):
         assert second is None or (second["fits"] and second["top1"] <= top1[point])
     assert right >= 0.6 * len(limits)
     asked.clear()
-    with pytest.raises(PointError, match="no trained width fits"):
+    with pytest.raises(PointError, match="no width fits"):
         budget = Budget(max_latency_ms=0.1)
         choose(candidates(net, record, net.points, budget, DeviceSettings(), QUIET), budget)
     assert set(asked) == set(net.points)

@@ -192,8 +192,8 @@ def test_a_width_that_was_not_trained_is_told(scala, tiny, monkeypatch):
         ("push", "org/cut", "--dry-run", "-o", "pushed"),
     ):
         for net, told in (
-            (tiny, "width 0.5 has not been trained: scala finetune"),
-            ("ordered", "width 0.5 has not been trained, only put in order of importance: scala finetune"),
+            (tiny, "width 0.5 has not been trained: fit it: scala slice"),
+            ("ordered", "width 0.5 has not been trained, only reordered: fit it: scala slice"),
         ):
             answer = scala(words[0], net, *words[1:], "--ratio", "0.5", "--force")
             assert answer.code == 0 and told in answer.stderr

@@ -60,3 +60,16 @@ def test_tables_are_drawn_for_a_terminal(terminal):
 def test_values_as_a_person_reads_them():
     assert [shown(v) for v in (None, True, 0.36541, 12, 5_717_416)] == ["-", "yes", "0.3654", "12", "5.72 M"]
     assert [shown(width, "ratio") for width in (0.28125, 1 / 3)] == ["0.28125", "1/3"]
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch):
+    now = iter(range(0, 1000, 20))
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
+    for quiet in (False, True):
+        with Output(quiet=quiet).progress() as live:
+            live.phase("evaluate", 100)
+            for _ in range(4):
+                live.step(10)
+        lines = [] if quiet else ["evaluate: 20 of 100 images", "evaluate: 40 of 100 images"]
+        told = capsys.readouterr().err.splitlines()
+        assert [line.partition(",")[0] for line in told] == lines

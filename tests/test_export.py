@@ -353,7 +353,7 @@ def test_tokens_from_pixels_as_a_user_asks_for_them(scala):
         ),
         (["--ratio", "0.5", "--outputs", "features,tokens"], "no outputs 'features,tokens'"),
         (["--all", "--outputs", "logits,tokens"], "--all writes plain ONNX"),
-        ([], "Give one width with --ratio, or --all."),
+        ([], "Give one width with --ratio, of 0.25, 0.5, 0.75, 1; or --all."),
         (["--ratio", "0.5", "--all"], "Give one width with --ratio, or --all."),
         (["--ratio", "0.5", "--int8", "--format", "pt2"], "--int8 goes with --format onnx"),
         (["--all", "--format", "pt2"], "--all writes plain ONNX"),
@@ -375,3 +375,15 @@ def test_mistakes_in_exporting(scala, tiny, words, message):
     assert answer.code == 2 and answer.stdout == ""
     assert message in answer.told
     assert sorted(Path().rglob("*")) == before
+
+
+def test_a_slice_has_one_width_to_export(scala, tiny, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "scala_cli.deploy.export.export", lambda _net, point, *_, **__: asked.append(point) or {}
+    )
+    assert scala("slice", tiny, "--ratio", "0.5", "-o", "half").code == 0
+    answer = scala("export", "half", "-o", "half.onnx")
+    assert answer.code == 0 and [str(point) for point in asked] == ["1"], answer.told
+    answer = scala("export", "tiny-timm", "--all")
+    assert answer.code == 2 and "make one first: scala convert tiny-timm" in answer.told

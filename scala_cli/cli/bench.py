@@ -158,7 +158,7 @@ def what_to_time(
     out.note(
         "the narrower widths are cut without training."
         if trained
-        else "random weights, which take as long as trained ones."
+        else "timed with random weights, as trained ones take as long; none are read."
     )
     return *open_slimmable(checkpoint, None, scratch=not trained), None
 

@@ -4,6 +4,7 @@ import errno
 import json
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,6 +26,9 @@ from scala_cli.report import even
 from scala_cli.settings import option
 from scala_cli.slicing.point import Point
 from scala_cli.watch import Stopped, Watcher, is_first
+
+SECONDS_BETWEEN_LINES = 30.0
+"""How often progress is printed where no bar can be shown."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,8 @@ class Live(Watcher):
         self.task: TaskID | None = None
         self.unit = ""
         self.tracker: Tracker | None = None
+        self.told = time.monotonic()
+        """When a line of progress was last printed, if there is no bar."""
 
     def note(self, text: str) -> None:
         self.out.note(text)
@@ -113,6 +119,10 @@ class Live(Watcher):
         rate = f"{speed:.0f} {self.unit}/s" if speed else ""
         text = "  ".join(f"{name}: {loss:.3f}" for name, loss in (losses or {}).items())
         self.progress.update(self.task, rate=rate, losses=text)
+        if self.progress.disable and time.monotonic() - self.told > SECONDS_BETWEEN_LINES:
+            self.told, task = time.monotonic(), self.progress.tasks[-1]
+            left = f", {task.time_remaining:.0f} s left" if task.time_remaining else ""
+            self.out.note(f"{task.description}: {task.completed:.0f} of {task.total:.0f} {self.unit}{left}")
         if losses and self.tracker:
             self.tracker.step(count, losses)
         if self.stop.asked is not None and is_first():

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 import typer
 
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import DATA_HELP, Named, find_checkpoint, open_points
+from scala_cli.cli.options import Named, find_checkpoint, open_points
 from scala_cli.settings import ReadSettings, TokenSettings
 
 COMPARED = 64
@@ -14,7 +14,9 @@ COMPARED = 64
 def export(
     checkpoint: Named = None,
     *,
-    ratio: Annotated[str | None, typer.Option("--ratio", help="One of the trained widths.")] = None,
+    ratio: Annotated[
+        str | None, typer.Option("--ratio", help="A width or point. Default: that of a checkpoint with one.")
+    ] = None,
     every: Annotated[
         bool, typer.Option("--all", help="Every width, as ONNX graphs that share one copy of the weights.")
     ] = False,
@@ -43,7 +45,7 @@ def export(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", help=f"Images to compare the runtimes on, instead of noise. {DATA_HELP}"),
+        typer.Option("--data", help="Images to compare the runtimes on, instead of noise: any folder."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     tokens: TokenSettings,
@@ -57,7 +59,7 @@ def export(
 
     Example: scala export --ratio 0.5 --format onnx -o half.onnx
     """
-    if (ratio is None) is not every:
+    if ratio and every:
         raise typer.BadParameter("Give one width with --ratio, or --all.")
     if int8 and format != "onnx":
         raise typer.BadParameter("--int8 goes with --format onnx.")
@@ -80,10 +82,15 @@ def export(
     from scala_cli.models.source import is_checkpoint
     from scala_cli.models.vit import random_images
 
-    is_model = checkpoint is not None and not is_checkpoint(checkpoint) and ratio is not None
+    is_model = checkpoint is not None and not is_checkpoint(checkpoint)
+    if is_model and every:
+        raise typer.BadParameter(f"--all writes a family; make one first: scala convert {checkpoint}")
     directory = Path(short_name(str(checkpoint))) if is_model else find_checkpoint(checkpoint, out)
-    net, record, points = open_points(checkpoint, None if every else [str(ratio)], tokens, out)
-    point = net.widest if every else points[0]
+    net, record, points = open_points(checkpoint, [ratio] if ratio else None, tokens, out)
+    if len(points) > 1 and not every:
+        have = ", ".join(point.label for point in points)
+        raise typer.BadParameter(f"Give one width with --ratio, of {have}; or --all.")
+    point = points[-1]
     spec = net.spec_at(point)
     with out.progress() as live:
         images = random_images(spec, COMPARED if spec.input_size[1] <= 64 else 4)

@@ -42,14 +42,12 @@ REMEDIES = {
     # widths
     "several_ratios": "Several widths are --ratio 0.25 --ratio 0.5, in training --ratios 0.25,0.5.",
     "trained_ratio": "Try --ratio {trained}, or train it: scala finetune ... --ratios {wanted},...",
-    "closest_ratio": (
-        "Relax the limit, or cut that one: scala slice --ratio {ratio}; "
-        "or train other widths: scala finetune ... --ratios"
-    ),
+    "closest_ratio": "Relax the limit, or take that one, --ratio {ratio}, or make a family with other --ratios.",
     # images
     "data_dir": "Name its directory: --data-dir DIR",
     "known_data": (
-        "Give a folder with class folders in train/ and val/, torch/cifar10 with --data-dir, or digits."
+        "Give a folder (to train and judge a classifier: class folders in train/ and val/), "
+        "torch/cifar10 with --data-dir, or digits."
     ),
     "tar_files": "Give tar files as --data 'DIR/{{000..010}}.tar' or --data DIR.",
     "hold_out": "Give a folder with train/ and val/; or, to train, hold out some images: --holdout 0.1",

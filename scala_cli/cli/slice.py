@@ -9,6 +9,7 @@ from scala_cli.cli.options import Force, ImgSize, PatchSize, Target, Weights, fi
 from scala_cli.files import refuse_occupied
 from scala_cli.models.locate import CHECKPOINT_FILES, path_of, short_name
 from scala_cli.settings import (
+    DEFAULT_RATIOS,
     Budget,
     CalibrationSettings,
     DeviceSettings,
@@ -26,7 +27,8 @@ def slice(
         str | None,
         typer.Argument(
             metavar="[CKPT|MODEL]",
-            help="A checkpoint, or with --data a model as in scala convert. Default: the newest run.",
+            help="A checkpoint; with --data also a model as in scala convert, of which limits try the widths "
+            f"{DEFAULT_RATIOS}. Default: the newest run.",
         ),
     ] = None,
     *,

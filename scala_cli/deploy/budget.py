@@ -174,7 +174,7 @@ def choose(rows: Rows, budget: Budget) -> dict[str, Any]:
     ratio = Point.of_row(nearest).label
     has = ", ".join(f"{name} {amount(nearest.get(name))}" for name, _, _ in budget.limits())
     raise PointError(
-        f"no trained width fits; the closest is {ratio} with {has}.", remedy="closest_ratio", ratio=ratio
+        f"no width fits; the closest is {ratio} with {has}.", remedy="closest_ratio", ratio=ratio
     )
 
 

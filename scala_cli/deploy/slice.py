@@ -154,7 +154,9 @@ def write_slice(
 def tell_untrained(record: Record, points: Sequence[Point], watch: Watcher) -> None:
     """Notes which of the points have not been trained, if any."""
     if told := record.untrained(points):
-        watch.note(f"{told}: scala finetune CKPT --data DIR")
+        may_be_fitted = record.is_untrained(points) and not record.calibrated
+        fit = "fit it: scala slice MODEL --data PHOTOS; or train it: " if may_be_fitted else ""
+        watch.note(f"{told}: {fit}scala finetune MODEL --data DIR")
 
 
 def default_target(named: str | None, checkpoint: Path, suffix: str) -> Path:

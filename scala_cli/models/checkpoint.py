@@ -74,7 +74,7 @@ class Record:
         if self.method is not None or not narrow:
             return ""
         have = f"width {narrow[0]} has" if len(narrow) == 1 else "the narrower widths have"
-        instead = ", only put in order of importance" if self.order == "importance" else ""
+        instead = ", only reordered" if self.order == "importance" else ""
         if self.calibrated:
             instead = f", only fitted to the full model on {self.calibrated} images without labels"
         return f"{have} not been trained{instead}"
