@@ -15,7 +15,7 @@ def export(
     checkpoint: Named = None,
     *,
     ratio: Annotated[
-        str | None, typer.Option("--ratio", help="A width or point. Default: that of a checkpoint with one.")
+        str | None, typer.Option("--ratio", help="A width or point. Default: the only one of a slice.")
     ] = None,
     every: Annotated[
         bool, typer.Option("--all", help="Every width, as ONNX graphs that share one copy of the weights.")
