@@ -42,7 +42,7 @@ REMEDIES = {
     # widths
     "several_ratios": "Several widths are --ratio 0.25 --ratio 0.5, in training --ratios 0.25,0.5.",
     "trained_ratio": "Try --ratio {trained}, or train it: scala finetune ... --ratios {wanted},...",
-    "closest_ratio": "Relax the limit, take that one (--ratio {ratio}), or make a family with other --ratios.",
+    "closest_ratio": "Relax the limit, take that one (--ratio {ratio}), or give a family other --ratios.",
     # images
     "data_dir": "Name its directory: --data-dir DIR",
     "known_data": (
