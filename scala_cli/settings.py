@@ -202,10 +202,11 @@ class EvalSettings:
 class ProbeSettings:
     """How embeddings are probed."""
 
-    probe: Literal["knn", "linear"] | None = option(
+    probe: Literal["knn", "linear", "recall"] | None = option(
         None,
-        "Judge embeddings on labelled images, by a vote of neighbours or a linear classifier, fitted to the "
-        "full width's embeddings and to each width's own.",
+        "Judge embeddings. knn, linear: on labelled images, by a vote of neighbours or a linear classifier, "
+        "fitted to the full width's embeddings and to each width's own. recall: on any images, as queries to "
+        "an index of the full width's embeddings, or of those of --against.",
     )
     probe_images: int = option(
         10_000, "At most this many training images to fit a probe to, and images to judge it on.", min=1

@@ -13,11 +13,13 @@ from torch.nn import functional as F
 from scala_cli import probe
 from scala_cli.embeddings import FULL, embed, probe_loaders, probe_widths
 from scala_cli.errors import DataError
+from scala_cli.evaluate import answering
 from scala_cli.models.dense import pooled
 from scala_cli.models.in_memory import slimmable
 from scala_cli.models.order import order_channels
 from scala_cli.probe import LinearProbe, agreement, nearest, recall, vote
 from scala_cli.settings import DeviceSettings, ProbeSettings, ReadSettings
+from scala_cli.tasks import task_named
 from scala_cli.watch import QUIET
 
 CPU, READ = DeviceSettings(device="cpu", amp=False), ReadSettings(workers=0)
@@ -141,12 +143,43 @@ def test_a_probe_is_of_what_the_model_pools(textures):
         found = embed(net, loader, [net.points[1]], CPU, QUIET)
         (images, labels), *_ = loader
         with torch.no_grad():
-            assert torch.equal(found.of[FULL], net(images))
+            assert torch.equal(found.index, net(images))
             assert torch.equal(found.of[net.points[1]], net(images, 0.5))
         assert torch.equal(found.labels, labels)
     net = slimmable(build("deit")[0])
     with torch.no_grad():
         assert torch.equal(pooled(net, images, FULL.ratio), net.vit.forward_features(images)[:, 0])
+
+
+def test_another_model_takes_the_place_of_the_full_width(textures):
+    """Its embeddings are the index, also for the full width's own recall."""
+    net, other = (slimmable(build("deit", num_classes=0)[0]) for _ in range(2))
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.copy_(torch.randn_like(weight) * 0.1)
+    reference = answering(other.vit, task_named("features"), CPU)
+    chosen = ProbeSettings("knn")
+    loaders = probe_loaders(net, str(textures), chosen, 64, READ)
+    rows = probe_widths(net, chosen, loaders, net.points, CPU, QUIET, reference)
+    (seen, labels), *_ = loaders[0]
+    (images, _), *_ = loaders[1]
+    with torch.no_grad():
+        queries, bank, index = net(images, 0.5), other(seen), other(images)
+    right = vote(nearest(queries, bank), labels, 3) == embed(net, loaders[1], [], CPU, QUIET).labels
+    assert rows[1]["knn_full"] == pytest.approx(100 * right.float().mean().item(), abs=1e-3)
+    assert rows[1]["recall@1"] == pytest.approx(100 * recall(queries, index, (1,))[0], abs=1e-3)
+    assert rows[-1]["recall@1"] < 100 and rows[-1]["agreement"] < 100
+
+
+def test_recall_needs_no_classes(scala, pictures):
+    write_timm_directory(Path("backbone"), num_classes=0)
+    assert scala("convert", "backbone", "-o", "net").code == 0
+    assert scala("slice", "net", "--ratio", "0.5", "-o", "half").code == 0
+    words = ("--data", pictures, "-j", 0, "--no-amp", "--probe", "recall", "--json")
+    rows = scala("eval", "net", *words).json["points"]
+    assert rows[-1] == {"ratio": 1, "recall@1": 100, "recall@10": 100, "images": 24}
+    (row,) = scala("eval", "half", "--against", "backbone", *words).json["points"]
+    assert row == {**rows[1], "ratio": 1}, "a slice in the index of the model that it came from"
 
 
 def test_a_cap_takes_images_of_every_class(textures):

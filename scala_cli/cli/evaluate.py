@@ -65,9 +65,10 @@ def evaluate(
 
     For a backbone it compares the features of every width with the full width's, on any folder of images.
 
-    With --probe it measures embeddings on labelled images: the accuracy of a probe fitted to the full width's
-    embeddings (full) and to the width's own (own); agreement, how many of the full width's 10 nearest images
-    are among its own; recall, how often it finds the same image in an index of the full width's.
+    With --probe it measures embeddings: the accuracy of a probe fitted to the full width's embeddings (full)
+    and to the width's own (own); agreement, how many of the full width's 10 nearest images are among its own;
+    recall, how often it finds the same image in an index of the full width's. --against takes the place of
+    the full width.
 
     --cascade auto finds the best one, two or three points within a mean budget. It chooses them on half of
     the images and evaluates them on the others.
@@ -142,10 +143,12 @@ def evaluate(
         if sizes := [point.size for point in points if point.size]:
             loader.split.tell_enlarged(max(sizes), live)
         if probe.probe:
-            loaders[0].split.tell(live)
-            rows = probe_widths(net, probe, loaders, points, device, live)
+            if loaders[0] is not loader:
+                loaders[0].split.tell(live)
+            rows = probe_widths(net, probe, loaders, points, device, live, reference)
             document = {"points": rows}
-            loaders[0].tell_skipped(live)
+            if loaders[0] is not loader:
+                loaders[0].tell_skipped(live)
         elif max_gmacs is not None:
             document = find_cascade(net, points, loader, max_gmacs, device, live)
             rows = document["points"]
@@ -164,5 +167,5 @@ def evaluate(
         loader.tell_skipped(live)
     if cascade and plot:
         save(cascade_picture(document["sweep"], rows), plot)
-    skipped = [*(loaders[0].skipped if probe.probe else ()), *loader.skipped]
+    skipped = [*(loaders[0].skipped if probe.probe and loaders[0] is not loader else ()), *loader.skipped]
     out.result({**document, "skipped": skipped}, document.get("sweep", rows))

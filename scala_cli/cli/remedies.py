@@ -51,6 +51,7 @@ REMEDIES = {
     ),
     "tar_files": "Give tar files as --data 'DIR/{{000..010}}.tar' or --data DIR.",
     "hold_out": "Give a folder with train/ and val/; or, to train, hold out some images: --holdout 0.1",
+    "no_classes": "Give images of two classes or more; or --probe recall, which needs none.",
     "larger_holdout": "Give more images, or a larger --holdout.",
     "skip_corrupt": "Repair or remove it, or pass --on-corrupt skip.",
     "train_head": "Train a head: scala finetune CKPT --data DIR --task classification",
