@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from conftest import KINDS, TINY, slimmable
+from runs import backbone
 from torch import Tensor, nn
 
 from scala_cli.errors import DataError, PointError
@@ -146,7 +147,18 @@ def test_images_held_out_judge_and_do_not_fit():
     again, other = calibrate(net, 0.5, others.split(16), strengths=[0.1])
     assert all(torch.equal(a, b) for a, b in zip(fitted.parameters(), again.parameters(), strict=True))
     assert (fit.images, fit.held_out) == (other.images, other.held_out) == (28, 4)
-    assert fit.output != other.output
+    assert fit.output != other.output and fit.embedding is None
+
+
+def test_the_embedding_is_judged_alone_where_features_are_the_task():
+    images = sample(32)
+    net = order_channels(backbone(), [images])
+    fitted, fit = calibrate(net, 0.5, [images], every_token=True)
+    held = images[HELD_OUT - 1 :: HELD_OUT]
+    with torch.no_grad():
+        given, wanted = fitted(held).double(), net(held).double()
+    by_hand = 1 - (given - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()
+    assert fit.embedding == pytest.approx(by_hand.item(), abs=1e-4) and fit.embedding != fit.output
 
 
 def test_batches_of_any_size_come_to_the_same():

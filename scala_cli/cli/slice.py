@@ -130,9 +130,10 @@ def slice(
             result = slice_model(directory, point, target, force, live)
     fit = result.get("fit", {})
     if fit.get("r2") is not None:
+        embedding = f", and {fit['embedding']:.1%} of its embedding's" if "embedding" in fit else ""
         out.note(
             f"fitted to {fit['images']} images; on {fit['held_out']} others its output explains "
-            f"{fit['r2']:.1%} of the variance of the full model's output."
+            f"{fit['r2']:.1%} of the variance of the full model's output{embedding}."
         )
     if rows:
         others = alternatives(rows, budget)

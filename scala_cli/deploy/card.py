@@ -117,7 +117,8 @@ def fitted(fit: Fit | None) -> str:
     """Returns a sentence on how well a slice was fitted; empty if it was not, or if that is not known."""
     if fit is None or fit.output is None:
         return ""
-    return f" On {fit.held_out} other images the R² of its output is {fit.output:.4f}."
+    told = f" On {fit.held_out} other images the R² of its output is {fit.output:.4f}"
+    return told + ("." if fit.embedding is None else f", that of its embedding {fit.embedding:.4f}.")
 
 
 def holds_full_width(rows: Rows, spec: Spec) -> bool:

@@ -30,6 +30,7 @@ class Fit:
             linear map.
         patches: of the patch tokens, by the same map.
         output: of the full model's output, predicted by the slice's output.
+        embedding: of the first token of that output alone, in a model for features.
     """
 
     images: int
@@ -37,10 +38,13 @@ class Fit:
     class_token: float | None
     patches: float | None
     output: float | None
+    embedding: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Returns the figures for rows and JSON; "r2" is that of the output."""
         figures = {"r2": self.output, "class_token": self.class_token, "patches": self.patches}
+        if self.embedding is not None:
+            figures["embedding"] = self.embedding
         rounded = {name: None if r2 is None else round(r2, 4) for name, r2 in figures.items()}
         return {**rounded, "images": self.images, "held_out": self.held_out}
 
@@ -72,6 +76,7 @@ def judge(full: Run, narrow: Run, held: Sequence[Tensor]) -> Fit:
         class_token=explained(guess[:, :classes], truth[:, :classes]),
         patches=explained(guess[:, prefix:], truth[:, prefix:]),
         output=explained(output, answer),
+        embedding=explained(output[:, 0], answer[:, 0]) if answer.ndim == 3 else None,
     )
 
 
