@@ -64,7 +64,9 @@ class MethodSettings:
         True, "Weight all losses equally, instead of the narrowest's as all others together.", only="off"
     )
     full_every: int = option(
-        1, "Of scala: train the full width in every Nth step only. 4 saves a third of the time.", min=1
+        1,
+        "Of scala: train the largest point in one of N steps, at random. 4 saves a third of the time.",
+        min=1,
     )
     stages: str | None = option(
         None, "Of sit: blocks in each stage; each passes fewer tokens to the next. Default: four equal ones."

@@ -35,6 +35,11 @@ class Watcher:
         """While active, Ctrl-C and SIGTERM take effect after the current step, once it can be saved."""
         yield
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """While active, another run than the main one is trained: its teacher."""
+        yield
+
     def epoch(self, row: Mapping[str, Any]) -> None:
         """Reports that an epoch is trained, evaluated and saved; the row is that of metrics.jsonl."""
 

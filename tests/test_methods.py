@@ -286,3 +286,11 @@ def test_the_full_width_is_trained_in_one_of_so_many_steps():
     assert 70 < sum(len(each) == 4 for each in drawn) < 130
     alone = Scala(points[-1:], MethodSettings(full_every=4), task_named("classification"))
     assert all(alone.draw(Random(seed)) == [*points[-1:]] for seed in range(20))
+
+
+def test_a_step_without_the_full_width_and_a_teacher_learns_from_labels(images):
+    settings = MethodSettings(noise_calibration=False, teacher="none", full_every=100)
+    method = Scala(FOUR, settings, TASK)
+    batch, student = Batch(images, TARGETS), slimmable()
+    passes = [*method.passes(batch, lambda some, point: student(some, point.ratio), None, FOUR[2::-1])]
+    assert len(passes) == 3 and all(each.loss.requires_grad for each in passes)

@@ -288,8 +288,9 @@ def answering_in(runtime: str, net: SlimmableViT, point: Point, task: Task, fold
     """Returns a width in another runtime, with the output that the task needs."""
     file = folder / f"{point.file_name}{FORMATS[runtime].suffix}"
     model = Answering(net.slice(point, fixed_size=True), task).eval()
-    write(runtime, model, torch.randn(2, *net.spec.input_size), file)
-    return FORMATS[runtime].open(file)
+    write(runtime, model, torch.randn(2, *net.spec_at(point).input_size), file)
+    opened = FORMATS[runtime].open(file)
+    return lambda images: opened(net.fitting(images, point))
 
 
 def measured(
@@ -301,9 +302,13 @@ def measured(
     watch: Watcher,
     reference: Predictor | None = None,
 ) -> dict[Point, float]:
-    """Returns the task's first metric of every point; arguments are those of `metrics`."""
+    """Returns the task's first metric of every point; arguments are those of `metrics`.
+
+    Images are decoded at each point's size, or for features once (see `evaluate_as_sliced`).
+    """
     found: dict[Point, dict[str, Any]] = {}
-    for points, sized in at_their_sizes(net, [*models], loader):
+    sizes = [([*models], loader)] if task.every_token else at_their_sizes(net, [*models], loader)
+    for points, sized in sizes:
         some = {point: models[point] for point in points}
         found |= metrics(some, task, sized, device, watch, reference=reference)
     return {point: each[main_column(task)] for point, each in found.items()}

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,8 +109,7 @@ class Live(Watcher):
             self.progress.remove_task(self.task)
         self.task = self.progress.add_task(name, total=total, completed=done, rate="", losses="")
         self.unit = unit
-        if self.tracker:
-            self.tracker.phase(done)
+        self.track(lambda tracker: tracker.phase(done))
 
     def step(self, count: int, losses: Mapping[str, float] | None = None) -> None:
         assert self.task is not None
@@ -123,8 +122,8 @@ class Live(Watcher):
             self.told, task = time.monotonic(), self.progress.tasks[-1]
             left = f", {task.time_remaining:.0f} s left" if task.time_remaining else ""
             self.out.note(f"{task.description}: {task.completed:.0f} of {task.total:.0f} {self.unit}{left}")
-        if losses and self.tracker:
-            self.tracker.step(count, losses)
+        if losses:
+            self.track(lambda tracker: tracker.step(count, losses))
         if self.stop.asked is not None and is_first():
             raise Stopped(self.stop.asked)
 
@@ -141,9 +140,26 @@ class Live(Watcher):
         finally:
             self.stop.waits = False
 
+    def track(self, send: Callable[[Tracker], None]) -> None:
+        """Sends figures to the tracker, if there is one; if that fails, training goes on without it."""
+        if self.tracker is None:
+            return
+        try:
+            send(self.tracker)
+        except Exception as error:
+            self.tracker = None
+            self.note(f"--log-to failed and is off now: {type(error).__name__}: {error}")
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        tracker, self.tracker = self.tracker, None
+        try:
+            yield
+        finally:
+            self.tracker = tracker
+
     def epoch(self, row: Mapping[str, Any]) -> None:
-        if self.tracker:
-            self.tracker.epoch(row)
+        self.track(lambda tracker: tracker.epoch(row))
         if not self.out.quiet and is_first():
             points = [
                 {name: value for name, value in point.items() if name != "images"} for point in row["points"]

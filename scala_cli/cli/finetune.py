@@ -54,7 +54,7 @@ def finetune(
     ] = None,
     log_to: Annotated[
         Service | None,
-        typer.Option("--log-to", help="Also send losses and accuracies there, as training goes."),
+        typer.Option("--log-to", help="Also send losses and accuracies to TensorBoard or Weights & Biases."),
     ] = None,
     force: Force = False,
     *,
@@ -97,6 +97,7 @@ def finetune(
 
     named, moment = resume or output, time.strftime("%Y%m%d-%H%M%S")
     place = nullcontext(named) if named else new_directory(Path(f"runs/{short_name(model or '')}-{moment}"))
+    again = f" --log-to {log_to}" if log_to else ""
     with out.progress() as live, place as path, tracking(log_to, path) as live.tracker:
         run = Run(path, newest=True)
         try:
@@ -115,11 +116,11 @@ def finetune(
                 best = finetune(net, record, settings, run, live, force)
         except KeyboardInterrupt:
             if run.holds_state():
-                out.note(f"resume with: scala finetune --resume {run.path}")
+                out.note(f"resume with: scala finetune --resume {run.path}{again}")
             raise
         except ScalaError as error:
             if error.resumable and run.holds_state():
-                then = f"Then resume: scala finetune --resume {run.path}"
+                then = f"Then resume: scala finetune --resume {run.path}{again}"
                 hint = " ".join(filter(None, (advice(error), then)))
                 raise type(error)(error.message, hint) from error
             raise

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,7 @@ class Tracker(ABC):
         """Training images so far, those of a resumed run's earlier part included."""
 
     def phase(self, done: int) -> None:
-        """Starts an epoch after `done` images of the run."""
+        """Starts a phase; in training after `done` images of the run, elsewhere after none."""
         self.images = max(self.images, done)
 
     def step(self, images: int, losses: Mapping[str, float]) -> None:
@@ -71,7 +72,7 @@ class TensorBoard(Tracker):
 
 
 class WandB(Tracker):
-    """Sends to the project `scala` of Weights & Biases; a resumed run goes on under its name."""
+    """Sends to the project `scala` of Weights & Biases; a resumed run goes on where it was."""
 
     def __init__(self, run: Path) -> None:
         super().__init__()
@@ -82,8 +83,10 @@ class WandB(Tracker):
         if self.run is None:
             import wandb
 
+            began = (self.path / "args.yaml").stat().st_mtime_ns  # written once, when a run begins
+            own = sha256(f"{self.path} {began}".encode()).hexdigest()[:12]
             self.run = wandb.init(
-                project="scala", name=self.path.name, id=self.path.name, resume="allow", dir=self.path.parent
+                project="scala", name=self.path.name, id=own, resume="allow", dir=self.path.parent
             )
         self.run.log({**figures, "images": self.images})
 
@@ -103,6 +106,7 @@ def tracking(service: Service | None, run: Path) -> Iterator[Tracker | None]:
     if not service or not is_first():
         yield None
         return
+    run = run.resolve()  # runs/last is a link
     beside = run.parent / "tensorboard" / run.name
     tracker = TensorBoard(beside) if service == "tensorboard" else WandB(run)
     try:

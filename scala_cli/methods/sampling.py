@@ -40,5 +40,5 @@ def uniform_sample(points: Sequence[Point], random: Random) -> list[Point]:
 
 
 def whole(points: Sequence[Point]) -> list[Point]:
-    """Returns the points of the largest size with all tokens, one per width."""
+    """Returns the points of the widest one's size and share of tokens, usually the largest and all."""
     return [point for point in points if (point.size, point.keep) == (points[-1].size, points[-1].keep)]

@@ -52,7 +52,7 @@ class Scala(Method):
             output = student(batch.images, point)
             largest = point == self.points[-1]
             # Noise Calibration: labels correct a noisy teacher; without it only the largest point gets labels
-            labels = batch.targets if self.settings.noise_calibration or largest else None
+            labels = batch.targets if self.settings.noise_calibration or largest or lesson is None else None
             weight = self.weight(point, drawn)
             yield Pass(point, self.task.loss(output, labels, lesson, self.settings), weight)
             yield from self.masked(batch, student, point, lesson, weight)

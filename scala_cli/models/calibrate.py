@@ -124,7 +124,8 @@ def with_own_vectors(net: SlimmableViT) -> SlimmableViT:
     vit = net.spec.build_with({name: tensor.clone() for name, tensor in net.vit.state_dict().items()})
     absorb_layer_scale(vit)
     weights = vit.state_dict()
-    extra = {name: tensor.clone() for name, tensor in net.original.items()}
+    kept = {**net.original, **dict(net.positions.items())}
+    extra = {name: tensor.detach().clone() for name, tensor in kept.items()}
     vectors = [
         name
         for name, tensor in weights.items()

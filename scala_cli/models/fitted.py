@@ -44,12 +44,6 @@ class FittedViT(SlimmableViT):
         """Returns the fitted slice of a width in `widths`."""
         return self.get_submodule(f"slice_{self.widths.index(ratio)}")  # type: ignore
 
-    def at(self, point: Point | Fraction) -> VisionTransformer:
-        """Returns the fitted slice of a fitted width, else what `SlimmableViT.at` returns."""
-        point = Point.of(point)
-        plain = point == Point(point.ratio) and point.ratio in self.widths
-        return self.fitted(point.ratio) if plain else super().at(point)
-
     def weights(self, ratio: Fraction) -> dict[str, Tensor]:
         """Returns the tensors that a width is cut from: for a fitted width those of its slice."""
         return weights_of(self.fitted(ratio)) if ratio in self.widths else super().weights(ratio)
@@ -66,7 +60,7 @@ class FittedViT(SlimmableViT):
 def fit_widths(
     net: SlimmableViT, points: Iterable[Point], images: Iterable[Tensor], watch: Watcher = QUIET, **how: Any
 ) -> FittedViT:
-    """Fits the slice of each point separately; the full width stays as it is.
+    """Fits a slice of each width separately, at the largest of its points; the full width stays as it is.
 
     Args:
         net: a family with its channels in order.
@@ -76,7 +70,7 @@ def fit_widths(
     Raises as `calibrate`.
     """
     slices, fits = {}, {}
-    for point in points:
-        if point.ratio < 1:
-            slices[point.ratio], fits[point.ratio] = calibrate(net, point, images, watch=watch, **how)
+    largest = {point.ratio: point for point in sorted(points) if point.ratio < 1}
+    for ratio, point in largest.items():
+        slices[ratio], fits[ratio] = calibrate(net, point, images, watch=watch, **how)
     return FittedViT(net, slices, fits)

@@ -56,7 +56,7 @@ class Likeness:
         self.answer, self.patches = Sums(), Sums()
 
     def update(self, output: Tensor, targets: Tensor) -> None:
-        """Adds features (B, 1 + patches, C) of the model, and of the reference on the grid of the model."""
+        """Adds features (B, 1 + patches, C) of the model, and of the reference on any grid."""
         targets = on_the_grid_of(targets, output)
         self.answer.add(output[:, :1], targets[:, :1])
         self.patches.add(output[:, 1:], targets[:, 1:])

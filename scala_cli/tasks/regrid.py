@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from scala_cli.errors import PointError
+
 
 def on_the_grid_of(features: Tensor, other: Tensor) -> Tensor:
     """Returns features with their patches resampled to as many as `other` has; unchanged if it has as many.
@@ -13,14 +15,21 @@ def on_the_grid_of(features: Tensor, other: Tensor) -> Tensor:
     Bilinear, with antialiasing. The first token, of the whole image, stays as it is.
 
     Args:
-        features: (B, 1 + N, C), patches of a square image row by row.
+        features: (B, 1 + N, C), patches row by row.
         other: (B, 1 + n, C).
+
+    Raises PointError for patches that are not a square.
     """
     count = other.shape[1] - 1
     answer, patches = features[:, :1], features[:, 1:]
     if patches.shape[1] == count:
         return features
-    side = isqrt(patches.shape[1])
-    maps = patches.mT.unflatten(2, (side, side))
-    resampled = F.interpolate(maps, (isqrt(count),) * 2, mode="bilinear", antialias=True)
-    return torch.cat([answer, resampled.flatten(2).mT], 1)
+    side, other_side = isqrt(patches.shape[1]), isqrt(count)
+    if (side**2, other_side**2) != (patches.shape[1], count):
+        raise PointError(
+            "features of other image sizes are compared only for square images and patches.",
+            "Leave out the sizes.",
+        )
+    maps = patches.float().mT.unflatten(2, (side, side))  # antialiasing knows no bfloat16 on a CPU
+    resampled = F.interpolate(maps, (other_side, other_side), mode="bilinear", antialias=True)
+    return torch.cat([answer, resampled.flatten(2).mT.to(features.dtype)], 1)

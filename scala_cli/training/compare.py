@@ -135,6 +135,9 @@ def compare(
     }
     if any(point.keep < 1 for point in net.points):
         what["drop_blocks"] = [*net.spec.tokens.places(len(net.vit.blocks))]
+        what["tokens"] = net.spec.tokens.kind
+    if any(point.size for point in net.points):
+        what["resize"] = net.spec.resize
     macs, task = Macs.of(net), task_named(record.task)
     first = training_macs(macs, arms[0].method, record.task, record.trained)
     with claimed(folder, what):
@@ -174,8 +177,8 @@ def refuse_unfit(net: SlimmableViT, record: Record, arms: Sequence[Arm], setting
     task = task_named(record.task)
     for arm in arms:
         is_taught(record, task, arm.method)
-        if not arm.kind.one_point:
-            arm.kind(net.points, arm.method, task)  # refuses points that it does not train
+        for points in [(point,) for point in net.points] if arm.kind.one_point else [net.points]:
+            arm.kind(points, arm.method, task)  # refuses points that it does not train
     classes = task.open(settings, net.spec.label_names)[0].classes
     misfit = unlearnt(net, record, classes) if task.labelled else ""
     if misfit:

@@ -57,12 +57,11 @@ def finetune(
     splits = task.open(settings, start.spec.label_names, watch)
     refuse_different(splits, world)
     if sizes := [point.size for point in start.points if point.size]:
-        if settings.method.mask_patches:
+        if task.masks(settings.method):
             raise TrainingError(
-                "mask_patches hides patches of one image size, and this family has several.",
-                remedy="leave_out_one",
+                "mask_patches hides patches of the model's own image size, and points have other sizes.",
+                remedy="leave_out",
                 setting="mask-patches",
-                other="--sizes",
             )
         splits[0].tell_enlarged(max(sizes), watch)
     classes = splits[0].classes
@@ -122,9 +121,9 @@ def resume_from(state: dict[str, Any], run: Run, watch: Watcher, changes: Mappin
         settings = replace(settings, optimizer=replace(settings.optimizer, batch_size=share))
     if state.get("learning"):
         run.write_state({**state, "settings": asdict(settings), "processes": world.size})
-        resume_run(
-            run.teacher, watch, {name: new for name, new in (changes or {}).items() if name != "epochs"}
-        )
+        others = {name: new for name, new in (changes or {}).items() if name != "epochs"}
+        with watch.aside():
+            resume_run(run.teacher, watch, others)
         world.wait()
         points = [Point.of(ratio) for ratio in state["points"]]
         _, record = load_with_record(run.teacher.path / "start")
@@ -176,7 +175,8 @@ def learn_classes_first(
             run.teacher.begin(alone, record, trainer.state())
             state = {**trainer.terms(), "settings": asdict(settings), "learning": True, "points": points}
             run.write_state(state)
-            trainer.train(run.teacher, record_of_training(record, alone, learning, taught=False), watch)
+            with watch.aside():
+                trainer.train(run.teacher, record_of_training(record, alone, learning, taught=False), watch)
         trainer.world.wait()
         return widen(run, settings, start.points, splits, watch)
 
