@@ -303,4 +303,8 @@ def test_it_is_compared_with_other_methods(scala, tiny, photos):
     words = ("--ratios", "1", "--seeds", "1", "--epochs", "1", "-b", "4", "--workers", "0", "-o", "out")
     told = scala("compare", "tiny", "--data", photos, "--methods", "separate,sit", *words, "--json")
     assert told.code == 0, told.stderr
-    assert {arm["arm"] for arm in told.json["arms"]} == {"separate", "sit"}
+    plain, slimmed = told.json["arms"]
+    assert (plain["arm"], slimmed["arm"]) == ("separate", "sit")
+    assert slimmed["gmacs_per_image"] < plain["gmacs_per_image"], "the cost of the slimmed tokens"
+    told = scala("compare", "tiny", "--data", photos, "--methods", "sit", "-o", "four", "-j", 0)
+    assert told.code == 2 and not Path("four").exists(), "refused before anything is trained"

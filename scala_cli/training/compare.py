@@ -26,7 +26,7 @@ from scala_cli.settings import MethodSettings, Settings
 from scala_cli.slicing.point import Point
 from scala_cli.swap import remove, target_of
 from scala_cli.tasks import TASKS, task_named
-from scala_cli.tasks.base import main_column
+from scala_cli.tasks.base import Task, main_column
 from scala_cli.training.finetune import finetune, resume_run
 from scala_cli.training.price import Macs, training_macs
 from scala_cli.training.run import METRICS, Run
@@ -138,11 +138,13 @@ def compare(
         what["tokens"] = net.spec.tokens.kind
     if any(point.size for point in net.points):
         what["resize"] = net.spec.resize
-    macs, task = Macs.of(net), task_named(record.task)
-    first = training_macs(macs, arms[0].method, record.task, record.trained)
+    task = task_named(record.task)
+    costs = {arm.name: Macs.of(prepared(arm, net, task)) for arm in arms}
+    first = training_macs(costs[arms[0].name], arms[0].method, record.task, record.trained)
     with claimed(folder, what):
         rows = []
         for arm in arms:
+            macs = costs[arm.name]
             spent = training_macs(macs, arm.method, record.task, record.trained)
             optimizer = settings.optimizer.for_share(first / spent if equal == "macs" else 1)
             runs = []
@@ -162,6 +164,11 @@ def compare(
         if can_draw():
             save(arms_picture(rows, task), folder / "compare.svg")
         return rows
+
+
+def prepared(arm: Arm, net: SlimmableViT, task: Task) -> SlimmableViT:
+    """Returns the start with the modules that an arm's method adds, which change its cost."""
+    return arm.kind(net.points, arm.method, task).prepared(net, 0) if arm.kind.adds_modules else net
 
 
 def refuse_unfit(net: SlimmableViT, record: Record, arms: Sequence[Arm], settings: Settings) -> None:
