@@ -1,6 +1,8 @@
 """Training figures in TensorBoard and Weights & Biases."""
 
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -35,15 +37,38 @@ def test_tensorboard_shows_every_step_and_every_epoch(scala, tiny, folder, elsew
     assert not [name for name in seen if name.startswith(("ratio", "images/"))]
 
 
-def test_a_resumed_run_goes_on_where_it_was(scala, tiny, folder, elsewhere):
-    assert (
-        scala("finetune", tiny, "--data", folder, *QUICK, "-o", "runs/a", "--log-to", "tensorboard").code == 0
-    )
-    more = scala("finetune", "--resume", "runs/a", "--epochs", 2, "--log-to", "tensorboard")
-    assert more.code == 0, more.stderr
+def test_a_resumed_run_goes_on_from_its_state(scala, tiny, folder, elsewhere):
+    """What was recorded after the state that it resumes from is hidden; runs/last leads to the same files."""
+    words = ("finetune", tiny, "--data", folder, *QUICK, "-o", "runs/a", "--log-to", "tensorboard")
+    assert scala(*words).code == 0
+    shutil.copytree("runs/a", "killed")
+    more = ("finetune", "--resume", "runs/last", "--epochs", 2, "--log-to", "tensorboard")
+    assert scala(*more).code == 0
+    shutil.rmtree("runs/a")
+    shutil.copytree("killed", "runs/a")
+    assert scala(*more).code == 0
+    assert [path.name for path in Path("runs/tensorboard").iterdir()] == ["a"]
     steps = [step for step, _ in events("runs/tensorboard/a")["loss/1"]]
     assert steps == [4 * i for i in range(1, len(steps) + 1)]
     assert len(events("runs/tensorboard/a")["top1/1"]) == 2
+
+
+def test_a_service_that_fails_does_not_stop_the_run(scala, tiny, folder, monkeypatch):
+    def fail(*_):
+        raise ValueError("no login")
+
+    monkeypatch.setattr(track.TensorBoard, "write", fail)
+    done = scala("finetune", tiny, "--data", folder, *QUICK, "-o", "runs/a", "--log-to", "tensorboard")
+    assert done.code == 0 and done.stderr.count("--log-to failed and is off now: ValueError: no login") == 1
+
+
+def test_only_the_widths_are_recorded_where_the_full_width_learns_classes_first(scala, tiny, folder):
+    for part in ("train", "val"):
+        (folder / part / "blue").rename(folder / part / "azure")
+    done = scala("finetune", tiny, "--data", folder, *QUICK, "-o", "runs/a", "--log-to", "tensorboard")
+    assert done.code == 0 and Path("runs/a/teacher/last").is_dir(), done.stderr
+    seen = events("runs/tensorboard/a")
+    assert [step for step, _ in seen["loss/1"]] == [step for step, _ in seen["loss/0.25"]]
 
 
 def test_wandb_gets_the_same_figures(scala, tiny, folder, elsewhere, monkeypatch):
