@@ -166,6 +166,6 @@ def test_an_older_config_is_one_object(elsewhere, images):
     file = elsewhere / "old/config.json"
     config = json.loads(file.read_text())
     older = {"architecture": config["architecture"], "model_args": config["model_args"], "num_classes": 5}
-    file.write_text(json.dumps(older | config["pretrained_cfg"] | {"labels": list("abcde")}))
+    file.write_text(json.dumps(config["pretrained_cfg"] | older | {"labels": list("abcde")}))
     net, _ = open_model("old", None)
     assert torch.equal(net(images), vit(images)) and net.spec.label_names == tuple("abcde")
