@@ -18,7 +18,7 @@ COMMANDS = (
     "scala slice --ratio 0.5 -o half --force",
     """python -c "import timm; print(timm.create_model('local-dir:half', pretrained=True).embed_dim)" """,
 )
-WIDTH = 100
+WIDTH = 140
 
 directory = sys.argv[1]
 console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
