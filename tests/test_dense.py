@@ -160,7 +160,8 @@ def test_fitted_widths_answer_with_their_own_weights(classes):
         error, before = ((each.tokens - final.tokens).square().mean() for each in (last, cut_last))
         assert error < before
     assert torch.equal(apart(images, 0.5), apart.slice(0.5)(images))
-    assert torch.equal(apart(images), net(images)) and apart.at(HALF) is apart.fitted(0.5)
+    assert torch.equal(apart(images), net(images))
+    assert torch.equal(apart(images, 0.5), apart.fitted(HALF)(images))
 
 
 @pytest.mark.parametrize("classes", [0, 5])
