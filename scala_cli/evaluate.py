@@ -72,7 +72,8 @@ def evaluate_as_sliced(
 ) -> list[dict[str, Any]]:
     """Returns the rows of `evaluate`, each point on images decoded at its own size.
 
-    Features are compared with the full model's on the same images, so there these are resized for a point.
+    For features all images are decoded at the model's size and resized for each point, as the reference, the
+    full model, needs them at its own.
     """
     if task.every_token:
         return evaluate(net, task, loader, points, settings, watch, reference=reference)

@@ -37,7 +37,7 @@ class Watcher:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """While active, another run than the main one is trained: its teacher."""
+        """While active, the teacher of a run is trained, not yet the run itself."""
         yield
 
     def epoch(self, row: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,12 @@ from PIL import Image
 
 import scala_cli
 from scala_cli.errors import PointError
-from scala_cli.models.fitted import fit_widths
-from scala_cli.slicing.point import parse_points
+from scala_cli.models.calibrate import calibrate, with_own_vectors
+from scala_cli.models.checkpoint import Record
+from scala_cli.models.fitted import FittedViT, fit_widths
+from scala_cli.models.points import with_untrained
+from scala_cli.settings import TokenSettings
+from scala_cli.slicing.point import Point, parse_points
 
 QUICK = ("--calibration-images", 24, "-j", 0, "--json")
 
@@ -138,3 +143,37 @@ def test_a_fitted_family_answers_with_its_slices(images):
         with pytest.raises(PointError, match="was not trained"):
             family.with_points(parse_points("0.25,1"))(images, asked)
     assert family.slice(0.5, fixed_size=True)(images).shape == (3, 5)
+
+
+@torch.no_grad()
+def test_a_fitted_width_takes_fewer_tokens_too(images):
+    net, _ = with_untrained(slimmable(), Record(), ["0.5@8~0.7"], TokenSettings())
+    fitted = net.slice("0.5")
+    for parameter in fitted.parameters():
+        parameter.mul_(1.1)
+    apart = FittedViT(net, {Fraction(1, 2): fitted}, {})
+    assert torch.equal(apart(images, "0.5"), fitted(images))
+    small = apart(images, "0.5@8~0.7")
+    assert torch.equal(small, apart.slice("0.5@8~0.7")(apart.fitting(images, Point.of("1@8"))))
+    assert not torch.allclose(small, net(images, "0.5@8~0.7"))
+
+
+@torch.no_grad()
+def test_points_of_one_width_share_its_fitted_slice(images):
+    """Fitted with all tokens, as the largest of the points, and cut from there."""
+    net, points = with_untrained(slimmable(), Record(), ["0.5", "0.5~0.7", "0.5@8"], TokenSettings())
+    fitted = fit_widths(net, points, [images])
+    (alone, _) = calibrate(net, Point.of("0.5@16"), [images])
+    assert torch.equal(fitted(images, "0.5"), alone(images))
+    for point in ("0.5~0.7", "0.5@8"):
+        apart = fitted.slice(point)
+        assert torch.equal(fitted(images, point), apart(fitted.fitting(images, fitted.find(point))))
+    assert not torch.equal(fitted(images, "0.5~0.7"), fitted(images, "0.5"))
+
+
+@torch.no_grad()
+def test_fitting_a_family_keeps_its_trained_embeddings():
+    net, _ = with_untrained(slimmable(), Record(), ["0.5@8"], TokenSettings())
+    (name,) = net.positions.keys()
+    net.positions[name].add_(5)
+    assert torch.equal(with_own_vectors(net).positions[name], net.positions[name])

@@ -18,9 +18,7 @@ from scala_cli.evaluate import widths
 from scala_cli.methods.base import Batch
 from scala_cli.methods.scala import Scala
 from scala_cli.methods.supervit import SuperViT
-from scala_cli.models.calibrate import calibrate, with_own_vectors
 from scala_cli.models.checkpoint import Record, load, load_with_record, save
-from scala_cli.models.fitted import FittedViT, fit_widths
 from scala_cli.models.in_memory import slimmable as of_memory
 from scala_cli.models.order import order_channels
 from scala_cli.models.points import in_grid, with_untrained
@@ -377,19 +375,6 @@ def test_features_of_smaller_images_are_compared_on_their_own_grid(images):
     assert loss.item() == pytest.approx((small[:, 1:] - wanted).square().mean().item(), rel=1e-4)
 
 
-@torch.no_grad()
-def test_a_fitted_width_takes_fewer_tokens_too(images):
-    net, _ = with_untrained(slimmable(), Record(), ["0.5@8~0.7"], TokenSettings())
-    fitted = net.slice("0.5")
-    for parameter in fitted.parameters():
-        parameter.mul_(1.1)
-    apart = FittedViT(net, {Fraction(1, 2): fitted}, {})
-    assert torch.equal(apart(images, "0.5"), fitted(images))
-    small = apart(images, "0.5@8~0.7")
-    assert torch.equal(small, apart.slice("0.5@8~0.7")(apart.fitting(images, Point.of("1@8"))))
-    assert not torch.allclose(small, net(images, "0.5@8~0.7"))
-
-
 def test_the_default_rate_is_lower_than_that_of_widths():
     net = in_grid(slimmable("deit", "1"), GRID)
     settings = Settings("digits", method=MethodSettings(method="supervit", teacher="none"))
@@ -399,24 +384,3 @@ def test_the_default_rate_is_lower_than_that_of_widths():
         for each in (settings, given)
     ]
     assert rates == pytest.approx([3e-4, 0.02])
-
-
-@torch.no_grad()
-def test_points_of_one_width_share_its_fitted_slice(images):
-    """Fitted with all tokens, as the largest of the points, and cut from there."""
-    net, points = with_untrained(slimmable(), Record(), ["0.5", "0.5~0.7", "0.5@8"], TokenSettings())
-    fitted = fit_widths(net, points, [images])
-    (alone, _) = calibrate(net, Point.of("0.5@16"), [images])
-    assert torch.equal(fitted(images, "0.5"), alone(images))
-    for point in ("0.5~0.7", "0.5@8"):
-        apart = fitted.slice(point)
-        assert torch.equal(fitted(images, point), apart(fitted.fitting(images, fitted.find(point))))
-    assert not torch.equal(fitted(images, "0.5~0.7"), fitted(images, "0.5"))
-
-
-@torch.no_grad()
-def test_fitting_a_family_keeps_its_trained_embeddings():
-    net, _ = with_untrained(slimmable(), Record(), ["0.5@8"], TokenSettings())
-    (name,) = net.positions.keys()
-    net.positions[name].add_(5)
-    assert torch.equal(with_own_vectors(net).positions[name], net.positions[name])
