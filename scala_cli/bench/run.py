@@ -163,7 +163,7 @@ class Bench:
                 self.watch.step(1)
             calls = {each: partial(model, images[each]) for each, model in models.items()}
             warm_up(calls, self.device, self.watch)
-            timings = time_calls(calls, self.device, self.rounds, self.watch)
+            timings = time_calls(calls, self.device, self.rounds, self.watch, untimed=1)
             most = self.most(models) if self.search else {s: (self.size, t) for s, t in timings.items()}
             known = accuracy({each.point: model for each, model in models.items() if each.point})
             return [

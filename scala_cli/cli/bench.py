@@ -164,10 +164,14 @@ def what_to_time(
 
 
 def readable(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the rows without empty columns, and without a model or runtime that is the same in all."""
+    """Returns the rows as printed.
+
+    Left out are empty columns, a model or runtime that is the same in all, and the bounds of the latency.
+    """
     from scala_cli.report import even
 
     rows = even(rows)
     dull = {name for name in rows[0] if all(row[name] is None for row in rows)}
+    dull |= {"latency_ms_low", "latency_ms_high"}
     dull |= {name for name in ("model", "runtime") if len({row.get(name) for row in rows}) == 1}
     return [{name: value for name, value in row.items() if name not in dull} for row in rows]

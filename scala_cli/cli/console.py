@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -175,9 +176,9 @@ def print_table(console: Console, rows: Sequence[Mapping[str, Any]], title: str 
     rows = even(rows)
     cells = [[shown(value, column) for column, value in row.items()] for row in rows]
     if console.is_terminal:
-        table = Table(title=title or None, title_justify="left")
+        table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
         for column in rows[0]:
-            table.add_column(column, justify="right")
+            table.add_column(column.replace("_", " "), justify="right")  # a long name wraps at its spaces
         for line in cells:
             table.add_row(*line)
         console.print(table)

@@ -7,14 +7,16 @@ from pathlib import Path
 from random import Random
 from statistics import fmean
 
+import yaml
+
 from scala_cli.cost import macs
 from scala_cli.methods import METHODS, ONE_POINT, method_named
 from scala_cli.models.checkpoint import Record
 from scala_cli.models.slimmable import SlimmableViT
-from scala_cli.settings import MethodSettings
+from scala_cli.settings import MethodSettings, Settings
 from scala_cli.slicing.point import Point
 from scala_cli.tasks import task_named
-from scala_cli.training.run import METRICS
+from scala_cli.training.run import ARGS, METRICS
 
 STEPS = 1000
 
@@ -74,11 +76,12 @@ def price_of_run(net: SlimmableViT, record: Record, checkpoint: Path) -> dict[st
     try:
         rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
         minutes = sum(row["minutes"] for row in rows)
-    except (ValueError, KeyError, TypeError):  # not a metrics file of this package
+        method = Settings.of(yaml.safe_load((run / ARGS).read_text(encoding="utf-8"))).method
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # not files of this package
         return None
     counted, taught = Macs.of(net), bool(record.provenance.get("teacher"))
     joint, apart = (
-        training_macs(counted, MethodSettings(method=method), record.task, taught)
-        for method in (record.method, ONE_POINT)
+        training_macs(counted, each, record.task, taught)
+        for each in (method, MethodSettings(method=ONE_POINT))
     )
     return {"minutes": round(minutes, 3), "separate": round(apart / joint, 3)}

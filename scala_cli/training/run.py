@@ -28,9 +28,9 @@ Row = dict[str, Any]
 """One epoch: {"epoch", "lr", "images_per_sec", "minutes", "loss": {name: mean},
 "points": [{"ratio", "top1", ...}]}; "minutes" excludes evaluation."""
 
-METRICS, GRADIENTS, FORMAT = "metrics.jsonl", "grads.jsonl", 5
+ARGS, METRICS, GRADIENTS, FORMAT = "args.yaml", "metrics.jsonl", "grads.jsonl", 5
 CHECKPOINTS = ("start", "last", "best")
-OF_RUN = {STATE, METRICS, GRADIENTS, "summary.csv", "args.yaml", LOCK}
+OF_RUN = {STATE, METRICS, GRADIENTS, "summary.csv", ARGS, LOCK}
 OF_RUN |= {f"{name}/{file}" for name in CHECKPOINTS for file in CHECKPOINT_FILES - {CARD}}
 RUN_FILES = OF_RUN | {f"teacher/{file}" for file in OF_RUN}
 """All files of a run, as paths in its directory."""
@@ -85,7 +85,7 @@ class Run:
             )  # another run may just have ended here
             try:
                 clear(self.path, RUN_FILES - {LOCK})
-                with whole_file(self.path / "args.yaml") as file:
+                with whole_file(self.path / ARGS) as file:
                     text = yaml_dump(json.loads(json.dumps(asdict(settings))))
                     file.write_text(text, encoding="utf-8")
                 yield
