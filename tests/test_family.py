@@ -320,3 +320,13 @@ def test_the_model_from_before_the_fit_teaches_also_when_resumed(photos, tmp_pat
     whole, again = (load(Path(name) / "last") for name in ("whole", "cut"))
     for one, other in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_trained_family_is_fitted_anew_once_its_full_width_has_learnt_other_classes(photos, tmp_path):
+    family = fitted()
+    rows = [{**point.columns(), "top1": 50.0} for point in family.points]
+    record = Record(method="scala", order="importance", metrics=rows, calibrated=96)
+    family = family.like(spec=family.spec.naming(["one", "two", "three", "four"]))
+    finetune(family, record, settings(photos), Run(tmp_path / "run"), Listener())
+    begun, learnt = load(tmp_path / "run/start"), load(tmp_path / "run/teacher/last")
+    assert begun.vectors.keys() == family.vectors.keys() and not learnt.vectors

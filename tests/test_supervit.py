@@ -21,7 +21,7 @@ from scala_cli.methods.supervit import SuperViT
 from scala_cli.models.checkpoint import Record, load, load_with_record, save
 from scala_cli.models.in_memory import slimmable as of_memory
 from scala_cli.models.order import order_channels
-from scala_cli.models.points import in_grid, with_untrained
+from scala_cli.models.points import in_grid, open_grid, with_untrained
 from scala_cli.models.source import open_source
 from scala_cli.models.vit import embedding_at
 from scala_cli.settings import (
@@ -87,6 +87,16 @@ def test_a_new_size_starts_from_the_resampled_embedding():
     small = embedding_at(net.vit, net.spec.at_point(Point.of("1@8")))
     assert torch.equal(net.positions["@8:pos_embed"], small) and small.shape == (1, 5, 32)
     assert torch.equal(small[:, :1], net.vit.pos_embed[:, :1])
+
+
+@torch.no_grad()
+def test_a_trained_size_keeps_its_embedding_when_the_widths_are_chosen_anew(tmp_path):
+    net = in_grid(slimmable(), GridSettings("8,16"))
+    net.positions["@8:pos_embed"].add_(1)
+    save(net, Record(method="scala"), tmp_path / "net")
+    again, _ = open_grid(str(tmp_path / "net"), "0.5,1", GridSettings("8,12,16"))
+    assert torch.equal(again.positions["@8:pos_embed"], net.positions["@8:pos_embed"])
+    assert again.points == grid(parse_points("0.5,1"), (8, 12, 16))
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from scala_cli.models.checkpoint import Record
 from scala_cli.models.slimmable import SlimmableViT
 from scala_cli.models.source import Changes, is_checkpoint, open_slimmable
 from scala_cli.settings import GridSettings, TokenSettings
-from scala_cli.slicing.point import Point, parse_keeps, parse_sizes
+from scala_cli.slicing.point import Point, parse_keeps, parse_points, parse_sizes
 from scala_cli.slicing.point import grid as points_of_grid
 from scala_cli.slicing.tokens import TokenRule, parse_blocks
 from scala_cli.watch import QUIET, Watcher
@@ -23,14 +23,20 @@ def open_grid(
     A MODEL that is not a checkpoint takes images of the largest size, unless `changes` sets one.
     """
     sizes, changes = parse_sizes(grid.sizes or ""), changes or Changes()
-    if sizes and changes.img_size is None and not is_checkpoint(name):
+    if is_checkpoint(name):  # opened with its own points, as the embeddings of other sizes are dropped
+        net, record = open_slimmable(name, None, changes, **how)
+        return in_grid(net, grid, parse_points(ratios) if ratios else ()), record
+    if sizes and changes.img_size is None:
         changes = replace(changes, img_size=sizes[-1])
     net, record = open_slimmable(name, ratios, changes, **how)
     return in_grid(net, grid), record
 
 
-def in_grid(net: SlimmableViT, grid: GridSettings) -> SlimmableViT:
+def in_grid(net: SlimmableViT, grid: GridSettings, widths: Sequence[Point] = ()) -> SlimmableViT:
     """Returns the family with every size and share of tokens of a grid, to be trained.
+
+    Args:
+        widths: by default the points of the family.
 
     Raises PointError for invalid grid settings, and for points that the model cannot have.
     """
@@ -38,7 +44,7 @@ def in_grid(net: SlimmableViT, grid: GridSettings) -> SlimmableViT:
     blocks = parse_blocks(grid.drop_blocks) if grid.drop_blocks else spec.tokens.blocks
     spec = replace(spec, tokens=TokenRule(grid.tokens or spec.tokens.kind, blocks))
     spec = replace(spec, resize=grid.resize or spec.resize)
-    points = points_of_grid(net.points, parse_sizes(grid.sizes or ""), parse_keeps(grid.keeps or ""))
+    points = points_of_grid(widths or net.points, parse_sizes(grid.sizes or ""), parse_keeps(grid.keeps or ""))
     if (grid.tokens or grid.drop_blocks) and all(point.keep == 1 for point in points):
         raise PointError(
             "no point passes on fewer tokens, so there is nothing to merge or drop.",

@@ -184,10 +184,13 @@ def learn_classes_first(
 def widen(
     run: Run, settings: Settings, points: Sequence[Point], splits: tuple[Split, Split], watch: Watcher
 ) -> Row:
-    """Trains every width, taught by the full width that learnt the classes in `run.teacher`."""
+    """Trains every width, taught by the full width that learnt the classes in `run.teacher`.
+
+    Narrower widths start from that full width, fitted anew, even if the model was a trained family.
+    """
     net, _ = load_with_record(run.teacher.path / "last")
     _, record = load_with_record(run.teacher.path / "start")
-    record = replace(record, new_head=False)
+    record = replace(record, new_head=False, metrics=())
     start = net.with_points(points)
     start, record = prepare(start, record, settings, splits[0], watch)
     task = task_named(record.task)
