@@ -53,11 +53,12 @@ def test_a_resumed_run_goes_on_from_its_state(scala, tiny, folder, elsewhere):
     assert len(events("runs/tensorboard/a")["top1/1"]) == 2
 
 
-def test_a_service_that_fails_does_not_stop_the_run(scala, tiny, folder, monkeypatch):
+@pytest.mark.parametrize("part", ["open", "send", "end"])
+def test_a_service_that_fails_does_not_stop_the_run(scala, tiny, folder, monkeypatch, part):
     def fail(*_):
         raise ValueError("no login")
 
-    monkeypatch.setattr(track.TensorBoard, "write", fail)
+    monkeypatch.setattr(track.TensorBoard, part, fail)
     done = scala("finetune", tiny, "--data", folder, *QUICK, "-o", "runs/a", "--log-to", "tensorboard")
     assert done.code == 0 and done.stderr.count("--log-to failed and is off now: ValueError: no login") == 1
 

@@ -141,6 +141,15 @@ class Live(Watcher):
         finally:
             self.stop.waits = False
 
+    @contextmanager
+    def tracked(self, tracker: Tracker | None) -> Iterator[None]:
+        """Sends figures to a tracker, and closes it at the end."""
+        self.tracker = tracker
+        try:
+            yield
+        finally:
+            self.track(lambda tracker: tracker.close())
+
     def track(self, send: Callable[[Tracker], None]) -> None:
         """Sends figures to the tracker, if there is one; if that fails, training goes on without it."""
         if self.tracker is None:

@@ -10,7 +10,7 @@ import typer
 from scala_cli.cli.console import Output
 from scala_cli.cli.options import DATA_HELP, Force, ImgSize, PatchSize, Ratios, Weights, place_of
 from scala_cli.cli.remedies import advice
-from scala_cli.cli.track import Service, tracking
+from scala_cli.cli.track import Service, tracker_of
 from scala_cli.errors import ScalaError
 from scala_cli.files import new_directory, refuse_occupied
 from scala_cli.models.locate import path_of, short_name
@@ -98,7 +98,7 @@ def finetune(
     named, moment = resume or output, time.strftime("%Y%m%d-%H%M%S")
     place = nullcontext(named) if named else new_directory(Path(f"runs/{short_name(model or '')}-{moment}"))
     again = f" --log-to {log_to}" if log_to else ""
-    with out.progress() as live, place as path, tracking(log_to, path) as live.tracker:
+    with out.progress() as live, place as path, live.tracked(tracker_of(log_to, path)):
         run = Run(path, newest=True)
         try:
             if resume is not None:

@@ -1,8 +1,7 @@
 """Sends the figures of a training run to TensorBoard or Weights & Biases."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,11 +15,13 @@ Service = Literal["tensorboard", "wandb"]
 
 
 class Tracker(ABC):
-    """Sends losses and metrics, over the number of training images so far."""
+    """Sends losses and metrics of a run, over the number of training images so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: Path) -> None:
+        self.run = run
         self.images = 0
         """Training images so far, those of a resumed run's earlier part included."""
+        self.client: Any = None
 
     def phase(self, done: int) -> None:
         """Starts a phase; in training after `done` images of the run, elsewhere after none."""
@@ -40,76 +41,70 @@ class Tracker(ABC):
             figures |= {f"{name}/{label}": point[name] for name in measured if point[name] is not None}
         self.write(figures)
 
-    @abstractmethod
     def write(self, figures: Mapping[str, float]) -> None:
-        """Sends figures by name."""
+        """Sends figures by name; the first ones start the service."""
+        self.client = self.client or self.open()
+        self.send(figures)
 
-    @abstractmethod
     def close(self) -> None:
         """Sends what is still waiting."""
+        if self.client is not None:
+            self.end()
+
+    @abstractmethod
+    def open(self) -> Any:
+        """Starts the service and returns its client."""
+
+    @abstractmethod
+    def send(self, figures: Mapping[str, float]) -> None: ...
+
+    @abstractmethod
+    def end(self) -> None: ...
 
 
 class TensorBoard(Tracker):
-    """Writes event files; see them with `tensorboard --logdir DIRECTORY`."""
+    """Writes event files to tensorboard/NAME beside the run; see them with `tensorboard --logdir`."""
 
-    def __init__(self, directory: Path) -> None:
-        super().__init__()
-        self.directory = directory
-        self.writer: Any = None
+    def open(self) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
 
-    def write(self, figures: Mapping[str, float]) -> None:
-        if self.writer is None:
-            from torch.utils.tensorboard import SummaryWriter
+        # what a run recorded after the state that it resumes from is hidden
+        beside = self.run.parent / "tensorboard" / self.run.name
+        return SummaryWriter(str(beside), purge_step=self.images)
 
-            # what a run recorded after the state that it resumes from is hidden
-            self.writer = SummaryWriter(str(self.directory), purge_step=self.images)
+    def send(self, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
-            self.writer.add_scalar(name, value, self.images)
+            self.client.add_scalar(name, value, self.images)
 
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+    def end(self) -> None:
+        self.client.close()
 
 
 class WandB(Tracker):
     """Sends to the project `scala` of Weights & Biases; a resumed run goes on where it was."""
 
-    def __init__(self, run: Path) -> None:
-        super().__init__()
-        self.path = run
-        self.run: Any = None
+    def open(self) -> Any:
+        import wandb
 
-    def write(self, figures: Mapping[str, float]) -> None:
-        if self.run is None:
-            import wandb
+        began = (self.run / "args.yaml").stat().st_mtime_ns  # written once, when a run begins
+        own = sha256(f"{self.run} {began}".encode()).hexdigest()[:12]
+        return wandb.init(project="scala", name=self.run.name, id=own, resume="allow", dir=self.run.parent)
 
-            began = (self.path / "args.yaml").stat().st_mtime_ns  # written once, when a run begins
-            own = sha256(f"{self.path} {began}".encode()).hexdigest()[:12]
-            self.run = wandb.init(
-                project="scala", name=self.path.name, id=own, resume="allow", dir=self.path.parent
-            )
-        self.run.log({**figures, "images": self.images})
+    def send(self, figures: Mapping[str, float]) -> None:
+        self.client.log({**figures, "images": self.images})
 
-    def close(self) -> None:
-        if self.run is not None:
-            self.run.finish()
+    def end(self) -> None:
+        self.client.finish()
 
 
-@contextmanager
-def tracking(service: Service | None, run: Path) -> Iterator[Tracker | None]:
-    """Yields the tracker of a run; TensorBoard's files go to tensorboard/NAME beside the run directory.
+def tracker_of(service: Service | None, run: Path) -> Tracker | None:
+    """Returns the tracker of a run; None without a service, and in all processes but the first.
 
     Raises ScalaError if the service's package is not installed.
     """
     if service and find_spec(service) is None:
         raise ScalaError(f"--log-to {service} needs {service}.", f"pip install {service}")
     if not service or not is_first():
-        yield None
-        return
-    run = run.resolve()  # runs/last is a link
-    beside = run.parent / "tensorboard" / run.name
-    tracker = TensorBoard(beside) if service == "tensorboard" else WandB(run)
-    try:
-        yield tracker
-    finally:
-        tracker.close()
+        return None
+    kind = {"tensorboard": TensorBoard, "wandb": WandB}[service]
+    return kind(run.resolve())  # runs/last is a link
