@@ -68,6 +68,12 @@ class MethodSettings:
         "Of scala: train the largest point in one of N steps, at random. 4 saves a third of the time.",
         min=1,
     )
+    full_epochs: float | None = option(
+        None,
+        "With labels: epochs for which the full width first trains alone; then it teaches. Default: a third of "
+        "--epochs if its head is new, else none.",
+        min=0,
+    )
     stages: str | None = option(
         None, "Of sit: blocks in each stage; each passes fewer tokens to the next. Default: four equal ones."
     )

@@ -94,6 +94,34 @@ def test_other_classes_are_learnt_at_full_width_first_which_then_teaches(photos)
         assert torch.equal(run.read_teacher()(images), taught(images))
 
 
+def test_the_full_width_trains_alone_first_as_long_as_it_is_told(photos):
+    """The model knows the classes. Its teacher is then the trained full width, not the model as it came."""
+    listener, run, begun = Listener(), Run(Path("one")), start()
+    finetune(begun, Record(), settings(photos, 1, method=MethodSettings(full_epochs=2)), run, listener)
+    assert [set(losses) for losses in listener.losses] == [{"1"}] * 6 + [{"1", "0.75", "0.5", "0.25"}] * 3
+    taught, images = run.read_teacher(), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(taught(images), load_with_record(run.teacher.path / "last")[0](images))
+        assert not torch.allclose(taught(images), begun(images), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "record, ratios, method",
+    [
+        (Record(), "0.5,1", MethodSettings(teacher="none")),
+        (Record(False), "0.5,1", MethodSettings()),
+        (Record(), "1", MethodSettings()),
+        (Record(task="features"), "0.5,1", MethodSettings()),
+    ],
+)
+def test_the_full_width_does_not_train_alone_if_it_would_teach_nothing(photos, record, ratios, method):
+    net = start().with_points(parse_points(ratios))
+    chosen = settings(photos, 1, method=replace(method, full_epochs=1))
+    with pytest.raises(TrainingError, match="trains alone first only with labels"):
+        finetune(net, record, chosen, Run(Path("one")), Listener())
+    assert not Path("one").exists()
+
+
 def test_a_new_head_without_a_teacher(photos):
     listener, run = Listener(), Run(Path("one"))
     chosen = settings(photos, 1, method=MethodSettings(teacher="none"))
