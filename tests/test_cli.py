@@ -319,3 +319,24 @@ def test_training_from_a_model_at_another_size_and_other_weights(scala, tmp_path
     assert "--img-size 24" in command and "other.safetensors" not in command
     again = scala("finetune", "run", "--img-size", 16, "--data", photos, *QUICK, "-o", "more")
     assert again.code == 2 and "its weights and sizes are what they are" in again.told
+
+
+@pytest.mark.parametrize("kind", ["directory", "slice", "name"])
+def test_what_the_widths_of_a_model_would_cost(scala, tiny, elsewhere, kind):
+    """No weights are read: they are those of no model here."""
+    if kind == "slice":
+        scala("slice", tiny, "--ratio", "0.5", "-o", "model")
+    elif kind == "directory":
+        write_timm_directory(Path("model"), depth=3)
+    for file in Path().glob("model/*.safetensors"):
+        file.write_bytes(b"")
+    name = "test_vit" if kind == "name" else "model"
+    told = scala("info", name, "--json").json
+    full = timm.create_model(name if kind == "name" else "local-dir:model")
+    assert told["points"][-1]["params"] == sum(p.numel() for p in full.parameters())
+    assert told["arch"] == full.pretrained_cfg["architecture"] and told["classes"] == full.num_classes
+    assert [row["ratio"] for row in told["points"]] == [0.25, 0.5, 0.75, 1]
+
+
+def test_info_of_no_model_at_all(scala):
+    assert "there is no model 'nothing'" in scala("info", "nothing").told

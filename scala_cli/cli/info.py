@@ -1,13 +1,16 @@
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from scala_cli.cli.console import Output
-from scala_cli.cli.options import Checkpoint, find_checkpoint
+from scala_cli.cli.options import Named, find_checkpoint
+
+if TYPE_CHECKING:
+    from scala_cli.models.vit import Spec
 
 
 def info(
-    checkpoint: Checkpoint = None,
+    checkpoint: Named = None,
     architectures: Annotated[
         bool,
         typer.Option("--architectures", help="List which of timm's Vision Transformers can be sliced."),
@@ -17,12 +20,19 @@ def info(
 ) -> None:
     """Print what a checkpoint holds: its widths, their cost and their accuracy.
 
-    Example: scala info runs/last
+    Of a MODEL it prints what its widths would cost; no weights are read.
+
+    Example: scala info runs/last; or: scala info deit_s
     """
     if architectures:
         if checkpoint is not None:
             raise typer.BadParameter("--architectures is about timm, not about a checkpoint.")
         return tell_architectures(out)
+
+    from scala_cli.models.source import is_checkpoint
+
+    if checkpoint is not None and not is_checkpoint(checkpoint):
+        return tell_model(checkpoint, out)
     directory = find_checkpoint(checkpoint, out)
 
     from scala_cli.cost import cost
@@ -39,10 +49,8 @@ def info(
     out.result(
         {
             "path": str(directory),
-            "arch": net.spec.architecture,
+            **described(net.spec),
             "task": record.task,
-            "classes": net.spec.num_classes,
-            "image": "x".join(map(str, net.spec.input_size)),
             "method": record.method or "none yet",
             "order": record.order or "as it came",
             "isolated": net.rule.isolated,
@@ -54,6 +62,27 @@ def info(
         },
         rows,
     )
+
+
+def described(spec: "Spec") -> dict[str, Any]:
+    """Returns what a model is."""
+    return {
+        "arch": spec.architecture,
+        "classes": spec.num_classes,
+        "image": "x".join(map(str, spec.input_size)),
+    }
+
+
+def tell_model(model: str, out: Output) -> None:
+    """Prints what the default widths of a MODEL would cost."""
+    from scala_cli.cost import cost
+    from scala_cli.models.source import spec_of
+    from scala_cli.settings import DEFAULT_RATIOS
+    from scala_cli.slicing.point import parse_points
+
+    spec = spec_of(model)
+    rows = [{**point.columns(), **cost(spec.at_point(point))} for point in parse_points(DEFAULT_RATIOS)]
+    out.result({"model": model, **described(spec), "points": rows}, rows)
 
 
 def tell_architectures(out: Output) -> None:

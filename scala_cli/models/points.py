@@ -44,7 +44,9 @@ def in_grid(net: SlimmableViT, grid: GridSettings, widths: Sequence[Point] = ())
     blocks = parse_blocks(grid.drop_blocks) if grid.drop_blocks else spec.tokens.blocks
     spec = replace(spec, tokens=TokenRule(grid.tokens or spec.tokens.kind, blocks))
     spec = replace(spec, resize=grid.resize or spec.resize)
-    points = points_of_grid(widths or net.points, parse_sizes(grid.sizes or ""), parse_keeps(grid.keeps or ""))
+    points = points_of_grid(
+        widths or net.points, parse_sizes(grid.sizes or ""), parse_keeps(grid.keeps or "")
+    )
     if (grid.tokens or grid.drop_blocks) and all(point.keep == 1 for point in points):
         raise PointError(
             "no point passes on fewer tokens, so there is nothing to merge or drop.",
