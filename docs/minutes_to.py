@@ -2,8 +2,8 @@
 
     python docs/minutes_to.py 70.5,72.2,72.6,72.7 RUN RUN ...
 
-The levels are top-1 in %, one per width, narrowest first. A run that trained the full width alone first counts
-both parts. Time is that of training, without evaluation; work is in 10^12 multiply-accumulates.
+The levels are top-1 in %, one per width, narrowest first. If a run trained the full width alone
+first, both parts count. Time is that of training, without evaluation; work is in 10^12 multiply-accumulates.
 """
 
 import json
