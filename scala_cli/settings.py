@@ -70,8 +70,8 @@ class MethodSettings:
     )
     full_epochs: float | None = option(
         None,
-        "With labels: epochs for which the full width first trains alone; then it teaches. Default: a third of "
-        "--epochs if its head is new, else none.",
+        "With labels: epochs for which the full width first trains alone; then it teaches. Default: a third "
+        "of --epochs if its head is new, else none.",
         min=0,
     )
     stages: str | None = option(

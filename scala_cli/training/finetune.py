@@ -31,7 +31,7 @@ from scala_cli.world import World
 
 FULL = Point.of(1)
 LEARNING = 1 / 3
-"""Epochs for which the full width trains alone to learn a new head, as a share of the epochs of all widths."""
+"""How long the full width trains alone to learn a new head, as a share of the epochs of all widths."""
 
 
 def finetune(
