@@ -80,9 +80,11 @@ def slice(
     from scala_cli.tasks import task_named
 
     if device != DeviceSettings() and not is_measured(budget) and data is None:
-        raise typer.BadParameter("--device, --amp and --threads go with a measured limit: --max-latency-ms.")
+        raise typer.BadParameter(
+            "--device, --amp and --threads go with --max-latency-ms, --max-memory-mb or --data."
+        )
     if budget.runtime != Budget.runtime and not is_measured(budget):
-        raise typer.BadParameter("--runtime goes with a measured limit: --max-latency-ms.")
+        raise typer.BadParameter("--runtime goes with --max-latency-ms or --max-memory-mb.")
     changes = Changes(None, img_size, patch_size)
     # at the full width, another size or fewer tokens need no images
     whole = point is not None and point.ratio == 1 and point != Point(point.ratio)
