@@ -70,9 +70,10 @@ class MethodSettings:
     )
     full_epochs: float | None = option(
         None,
-        "With labels: epochs for which the full width first trains alone; then it teaches. Default: a third "
-        "of --epochs if its head is new, else none.",
+        "Epochs for which the full width trains alone, before --epochs of all widths which it then teaches. "
+        "Needs labels. With 0 a new head has no teacher. Default: a third of --epochs if it is new, else 0.",
         min=0,
+        max=1e5,
     )
     stages: str | None = option(
         None, "Of sit: blocks in each stage; each passes fewer tokens to the next. Default: four equal ones."

@@ -116,8 +116,8 @@ def take_turns(
     """Returns the milliseconds of every call in every round.
 
     Args:
-        untimed: how often each is called before it is timed, in every round. Other calls have filled the
-            cache with their weights, which makes a small model 10 to 20 % slower than it is alone.
+        untimed: number of calls before each timed one. Other models have pushed its weights out of the
+            cache, which makes a small one 10 to 20 % slower than it is alone.
     """
     times: dict[Key, list[float]] = {key: [] for key in calls}
     for _ in range(rounds):

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -321,21 +322,30 @@ def test_training_from_a_model_at_another_size_and_other_weights(scala, tmp_path
     assert again.code == 2 and "its weights and sizes are what they are" in again.told
 
 
-@pytest.mark.parametrize("kind", ["directory", "slice", "name"])
+@pytest.mark.parametrize("kind", ["directory", "backbone", "slice", "name"])
 def test_what_the_widths_of_a_model_would_cost(scala, tiny, elsewhere, kind):
-    """No weights are read: they are those of no model here."""
+    """The weight files are emptied, so reading one would fail."""
     if kind == "slice":
         scala("slice", tiny, "--ratio", "0.5", "-o", "model")
-    elif kind == "directory":
-        write_timm_directory(Path("model"), depth=3)
+    elif kind in ("directory", "backbone"):
+        write_timm_directory(Path("model"), depth=3, num_classes=0 if kind == "backbone" else 3)
     for file in Path().glob("model/*.safetensors"):
         file.write_bytes(b"")
     name = "test_vit" if kind == "name" else "model"
     told = scala("info", name, "--json").json
     full = timm.create_model(name if kind == "name" else "local-dir:model")
-    assert told["points"][-1]["params"] == sum(p.numel() for p in full.parameters())
+    head = full.embed_dim**2 + full.embed_dim if kind == "backbone" else 0  # the identity
+    assert told["points"][-1]["params"] == sum(p.numel() for p in full.parameters()) + head
     assert told["arch"] == full.pretrained_cfg["architecture"] and told["classes"] == full.num_classes
     assert [row["ratio"] for row in told["points"]] == [0.25, 0.5, 0.75, 1]
+
+
+def test_what_the_widths_of_a_weight_file_would_cost(scala, elsewhere):
+    vit = timm.create_model("test_vit", num_classes=7)
+    torch.save({"model": vit.state_dict(), "args": Namespace(model="test_vit")}, "mine.pth")
+    told = scala("info", "mine.pth", "--json").json
+    assert told["classes"] == 7
+    assert told["points"][-1]["params"] == sum(p.numel() for p in vit.parameters())
 
 
 def test_info_of_no_model_at_all(scala):

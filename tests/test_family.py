@@ -1,6 +1,7 @@
 """A family fitted in closed form: shared weights, and norms and biases of each width."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -322,11 +323,37 @@ def test_the_model_from_before_the_fit_teaches_also_when_resumed(photos, tmp_pat
         assert torch.equal(one, other)
 
 
+def after_other_classes(family: SlimmableViT, record: Record, photos: Path, run: Path) -> SlimmableViT:
+    """Returns what a family starts from once its full width has learnt other classes than it knew."""
+    rows = [{**point.columns(), "top1": 50.0} for point in family.points]
+    family = family.like(spec=family.spec.naming(["one", "two", "three", "four"]))
+    finetune(family, replace(record, metrics=rows), settings(photos), Run(run), Listener())
+    return load(run / "start")
+
+
 def test_a_trained_family_is_fitted_anew_once_its_full_width_has_learnt_other_classes(photos, tmp_path):
     family = fitted()
-    rows = [{**point.columns(), "top1": 50.0} for point in family.points]
-    record = Record(method="scala", order="importance", metrics=rows, calibrated=96)
-    family = family.like(spec=family.spec.naming(["one", "two", "three", "four"]))
-    finetune(family, record, settings(photos), Run(tmp_path / "run"), Listener())
-    begun, learnt = load(tmp_path / "run/start"), load(tmp_path / "run/teacher/last")
-    assert begun.vectors.keys() == family.vectors.keys() and not learnt.vectors
+    record = Record(method="scala", order="importance", calibrated=96)
+    begun = after_other_classes(family, record, photos, tmp_path / "run")
+    learnt, record = load_with_record(tmp_path / "run/teacher/last")
+    again, _ = prepare(
+        learnt.with_points(family.points),
+        replace(record, metrics=()),
+        settings(photos),
+        TASK.open(settings(photos))[0],
+        Listener(),
+    )
+    assert begun.vectors and begun.vectors.keys() == again.vectors.keys()
+    for name, vector in begun.vectors.items():
+        assert torch.equal(vector, again.vectors[name]) and not torch.equal(vector, family.vectors[name])
+
+
+@pytest.mark.parametrize("isolated, order", [(True, None), (False, "none"), (True, "importance")])
+def test_a_family_that_cannot_be_fitted_keeps_its_ends_with_other_classes(photos, tmp_path, isolated, order):
+    family = slimmable()
+    family = family.like(rule=replace(family.rule, isolated=isolated))
+    begun = after_other_classes(family, Record(method="scala", order=order), photos, tmp_path / "run")
+    assert begun.rule.isolated is isolated and not begun.vectors
+    learnt = load(tmp_path / "run/teacher/last")
+    for one, other in zip(begun.vit.parameters(), learnt.vit.parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -58,9 +58,12 @@ def test_a_service_that_fails_does_not_stop_the_run(scala, tiny, folder, monkeyp
     def fail(*_):
         raise ValueError("no login")
 
+    ended = []
+    monkeypatch.setattr(track.TensorBoard, "end", lambda tracker: ended.append(tracker.client))
     monkeypatch.setattr(track.TensorBoard, part, fail)
     done = scala("finetune", tiny, "--data", folder, *QUICK, "-o", "runs/a", "--log-to", "tensorboard")
     assert done.code == 0 and done.stderr.count("--log-to failed and is off now: ValueError: no login") == 1
+    assert len(ended) == (part == "send")
 
 
 def test_only_the_widths_are_recorded_where_the_full_width_learns_classes_first(scala, tiny, folder):

@@ -31,6 +31,7 @@ from scala_cli.settings import (
 from scala_cli.slicing.point import parse_points
 from scala_cli.training.finetune import finetune
 from scala_cli.training.run import Run
+from scala_cli.training.step import Step
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -94,15 +95,19 @@ def test_other_classes_are_learnt_at_full_width_first_which_then_teaches(photos)
         assert torch.equal(run.read_teacher()(images), taught(images))
 
 
-def test_the_full_width_trains_alone_first_as_long_as_it_is_told(photos):
+def test_the_full_width_trains_alone_first_as_long_as_it_is_told(photos, monkeypatch):
     """The model knows the classes. Its teacher is then the trained full width, not the model as it came."""
-    listener, run, begun = Listener(), Run(Path("one")), start()
+    listener, run, begun, steps = Listener(), Run(Path("one")), start(), []
+    prepare = Step.__init__
+    monkeypatch.setattr(Step, "__init__", lambda step, *given: steps.append(step) or prepare(step, *given))
     finetune(begun, Record(), settings(photos, 1, method=MethodSettings(full_epochs=2)), run, listener)
     assert [set(losses) for losses in listener.losses] == [{"1"}] * 6 + [{"1", "0.75", "0.5", "0.25"}] * 3
-    taught, images = run.read_teacher(), torch.randn(2, 3, 16, 16)
-    with torch.no_grad():
-        assert torch.equal(taught(images), load_with_record(run.teacher.path / "last")[0](images))
-        assert not torch.allclose(taught(images), begun(images), atol=1e-3)
+    frozen = [step.frozen for step in steps]
+    assert frozen[0] is None and load_with_record(run.path / "last")[1].provenance["teacher"] is True
+    taught = load(run.teacher.path / "last").vit.state_dict()
+    for name, tensor in frozen[1].state_dict().items():
+        assert torch.equal(tensor, taught[name])
+    assert not torch.equal(taught["head.weight"], begun.vit.head.weight)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +122,7 @@ def test_the_full_width_trains_alone_first_as_long_as_it_is_told(photos):
 def test_the_full_width_does_not_train_alone_if_it_would_teach_nothing(photos, record, ratios, method):
     net = start().with_points(parse_points(ratios))
     chosen = settings(photos, 1, method=replace(method, full_epochs=1))
-    with pytest.raises(TrainingError, match="trains alone first only with labels"):
+    with pytest.raises(TrainingError, match="trains alone only if it then teaches"):
         finetune(net, record, chosen, Run(Path("one")), Listener())
     assert not Path("one").exists()
 

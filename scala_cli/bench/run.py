@@ -164,7 +164,8 @@ class Bench:
             calls = {each: partial(model, images[each]) for each, model in models.items()}
             warm_up(calls, self.device, self.watch)
             timings = time_calls(calls, self.device, self.rounds, self.watch, untimed=1)
-            most = self.most(models) if self.search else {s: (self.size, t) for s, t in timings.items()}
+            most = {each: (self.size, timing) for each, timing in timings.items()}
+            most |= self.most(models) if self.search else {}
             known = accuracy({each.point: model for each, model in models.items() if each.point})
             return [
                 {
@@ -237,7 +238,10 @@ class Bench:
         return kept[0], None if runtime == "compile" else peak
 
     def most(self, models: Mapping[Subject, Predictor]) -> dict[Subject, tuple[int, Timing]]:
-        """Returns each model's batch size with the most images/s, and its time, measured in turns."""
+        """Returns each model's batch size with the most images/s, and its time, measured in turns.
+
+        Left out are models for which it is the size of the latency, which is timed already.
+        """
         self.watch.phase("find the best batch", len(models), "models")
         best = {}
         for each, model in models.items():
@@ -246,9 +250,10 @@ class Bench:
         calls = {
             each: partial(models[each], torch.randn(size, *each.input_size).to(self.device))
             for each, size in best.items()
+            if size != self.size
         }
         timings = time_calls(calls, self.device, 5, self.watch)
-        return {each: (best[each], timings[each]) for each in models}
+        return {each: (best[each], timing) for each, timing in timings.items()}
 
     @torch.inference_mode()
     def best_batch(self, predict: Predictor, subject: Subject) -> int:

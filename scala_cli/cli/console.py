@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,12 +143,14 @@ class Live(Watcher):
 
     @contextmanager
     def tracked(self, tracker: Tracker | None) -> Iterator[None]:
-        """Sends figures to a tracker, and closes it at the end."""
+        """Sends figures to a tracker, and closes it at the end, even if sending failed."""
         self.tracker = tracker
         try:
             yield
         finally:
-            self.track(lambda tracker: tracker.close())
+            failed, self.tracker = tracker is not None and self.tracker is None, tracker
+            with suppress(Exception) if failed else nullcontext():
+                self.track(lambda tracker: tracker.close())
 
     def track(self, send: Callable[[Tracker], None]) -> None:
         """Sends figures to the tracker, if there is one; if that fails, training goes on without it."""

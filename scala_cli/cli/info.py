@@ -6,6 +6,7 @@ from scala_cli.cli.console import Output
 from scala_cli.cli.options import Named, find_checkpoint
 
 if TYPE_CHECKING:
+    from scala_cli.models.checkpoint import Record
     from scala_cli.models.vit import Spec
 
 
@@ -20,13 +21,14 @@ def info(
 ) -> None:
     """Print what a checkpoint holds: its widths, their cost and their accuracy.
 
-    Of a MODEL it prints what its widths would cost; no weights are read.
+    For a model that is not a checkpoint: what the default widths would cost. Nothing is downloaded but its
+    configuration.
 
     Example: scala info runs/last; or: scala info deit_s
     """
     if architectures:
         if checkpoint is not None:
-            raise typer.BadParameter("--architectures is about timm, not about a checkpoint.")
+            raise typer.BadParameter("--architectures takes no checkpoint and no model.")
         return tell_architectures(out)
 
     from scala_cli.models.source import is_checkpoint
@@ -49,8 +51,7 @@ def info(
     out.result(
         {
             "path": str(directory),
-            **described(net.spec),
-            "task": record.task,
+            **described(net.spec, record),
             "method": record.method or "none yet",
             "order": record.order or "as it came",
             "isolated": net.rule.isolated,
@@ -64,25 +65,26 @@ def info(
     )
 
 
-def described(spec: "Spec") -> dict[str, Any]:
-    """Returns what a model is."""
+def described(spec: "Spec", record: "Record") -> dict[str, Any]:
+    """Returns a model's architecture, task, number of classes and image size."""
     return {
         "arch": spec.architecture,
+        "task": record.task,
         "classes": spec.num_classes,
         "image": "x".join(map(str, spec.input_size)),
     }
 
 
 def tell_model(model: str, out: Output) -> None:
-    """Prints what the default widths of a MODEL would cost."""
+    """Prints what the default widths of a MODEL would cost; only a file's weights are read."""
     from scala_cli.cost import cost
-    from scala_cli.models.source import spec_of
-    from scala_cli.settings import DEFAULT_RATIOS
-    from scala_cli.slicing.point import parse_points
+    from scala_cli.models.named import weight_file
+    from scala_cli.models.source import open_slimmable
 
-    spec = spec_of(model)
-    rows = [{**point.columns(), **cost(spec.at_point(point))} for point in parse_points(DEFAULT_RATIOS)]
-    out.result({"model": model, **described(spec), "points": rows}, rows)
+    with out.progress() as live:
+        net, record = open_slimmable(model, None, scratch=weight_file(model) is None, watch=live)
+    rows = [{**point.columns(), **cost(net.spec_at(point))} for point in net.points]
+    out.result({"model": model, **described(net.spec, record), "points": rows}, rows)
 
 
 def tell_architectures(out: Output) -> None:

@@ -43,7 +43,8 @@ class Tracker(ABC):
 
     def write(self, figures: Mapping[str, float]) -> None:
         """Sends figures by name; the first ones start the service."""
-        self.client = self.client or self.open()
+        if self.client is None:
+            self.client = self.open()
         self.send(figures)
 
     def close(self) -> None:
@@ -56,10 +57,12 @@ class Tracker(ABC):
         """Starts the service and returns its client."""
 
     @abstractmethod
-    def send(self, figures: Mapping[str, float]) -> None: ...
+    def send(self, figures: Mapping[str, float]) -> None:
+        """Sends figures through the client."""
 
     @abstractmethod
-    def end(self) -> None: ...
+    def end(self) -> None:
+        """Closes the client."""
 
 
 class TensorBoard(Tracker):

@@ -48,7 +48,7 @@ def find_source(
         )
     directory = directory_of(model)
     if directory is not None and is_transformers(read_config(directory)):
-        return read_transformers(with_weights(model, directory))
+        return read_transformers(directory if scratch else with_weights(model, directory))
     config = config_of(model)
     if directory is None or scratch:
         return Source(config)
@@ -159,7 +159,9 @@ def weight_file(model: str) -> Path | None:
 def no_model(path: Path) -> CheckpointError:
     """Returns the error for a path that holds no model."""
     if (path / STATE).is_file():
-        return CheckpointError(f"{path} is a training run.", remedy="resume_or_slice", run=path)
+        ended = (path / "last" / CONFIG).is_file()
+        what = "is a training run" if ended else "is a run of which no epoch has ended"
+        return CheckpointError(f"{path} {what}.", remedy="resume_or_slice" if ended else "resume", run=path)
     if path.is_dir():
         return CheckpointError(f"{path} has no config.json.", "Name a directory in timm's format.")
     if path.exists():

@@ -23,7 +23,8 @@ def open_grid(
     A MODEL that is not a checkpoint takes images of the largest size, unless `changes` sets one.
     """
     sizes, changes = parse_sizes(grid.sizes or ""), changes or Changes()
-    if is_checkpoint(name):  # opened with its own points, as the embeddings of other sizes are dropped
+    if is_checkpoint(name):
+        # with its own points, as with others it would lose the position embeddings of its sizes
         net, record = open_slimmable(name, None, changes, **how)
         return in_grid(net, grid, parse_points(ratios) if ratios else ()), record
     if sizes and changes.img_size is None:

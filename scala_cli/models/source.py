@@ -188,21 +188,10 @@ def refuse_trained(model: str, about: Mapping[str, Any]) -> None:
         )
 
 
-def spec_of(model: str) -> Spec:
-    """Returns what a MODEL is, without its weights. Raises CheckpointError if it cannot be sliced."""
-    return sliceable(find_source(model, None, True, False).config)
-
-
-def sliceable(config: Config) -> Spec:
-    """Returns the Spec of a model. Raises CheckpointError if it cannot be sliced; loads no weights."""
-    spec = describe(skeleton_of(config), config.model_args)
-    check_patches(spec)
-    return spec
-
-
 def refuse_uncut(config: Config, points: Sequence[Point]) -> None:
     """Raises CheckpointError or PointError if a model cannot be cut to these points; loads no weights."""
-    spec = sliceable(config)
+    spec = describe(skeleton_of(config))
+    check_patches(spec)
     for point in points:
         spec.at_point(point)
 

@@ -75,13 +75,15 @@ def finetune(
         start = with_new_head(start, classes, settings.run.seed)
     elif task.labelled:
         start = start.like(spec=start.spec.naming(classes))
-    learns = taught and task.labelled and (start.points != (FULL,) or method.adds_modules)
-    share = share_alone(settings, bool(misfit), learns)
+    can_teach = taught and task.labelled and (start.points != (FULL,) or method.adds_modules)
+    share = share_alone(settings, bool(misfit), can_teach)
     if misfit:
         watch.note(f"{misfit}: the head is new{'' if share else ', and there is no teacher'}.")
         taught = bool(share)
     if share:
-        watch.note("the full width trains alone first, then it teaches.")
+        lost = any(Point.of_row(row).ratio < 1 for row in record.metrics)
+        told = "; what narrower widths have learnt is lost" if lost else ""
+        watch.note(f"the full width trains alone first, then it teaches{told}.")
         return train_full_first(start, record, settings, share, splits, run, watch, force)
     begun = start
     start, record = prepare(begun, record, settings, splits[0], watch)
@@ -155,24 +157,25 @@ def begin(trainer: Trainer, start: SlimmableViT, record: Record, run: Run, watch
     return trainer.train(run, record_of_training(record, start, trainer.settings, taught), watch)
 
 
-def share_alone(settings: Settings, new_head: bool, learns: bool) -> float:
+def share_alone(settings: Settings, new_head: bool, can_teach: bool) -> float:
     """Returns for how long the full width first trains alone, as a share of the epochs of all widths.
 
     Args:
-        learns: whether it can.
+        can_teach: whether the full width can train alone and then teach the others.
 
-    Raises TrainingError if it is to, but cannot.
+    Raises TrainingError if `full_epochs` is given but it cannot.
     """
     wanted = settings.method.full_epochs
-    if wanted and not learns:
+    if wanted and not can_teach:
         raise TrainingError(
-            "the full width trains alone first only with labels, pretrained weights and others to teach.",
+            "the full width trains alone only if it then teaches: this takes labels, pretrained weights, "
+            "a method with a teacher, and a narrower width.",
             remedy="leave_out",
             setting="full-epochs",
         )
     if wanted is not None:
         return wanted / settings.optimizer.epochs
-    return LEARNING if new_head and learns else 0
+    return LEARNING if new_head and can_teach else 0
 
 
 def train_full_first(
@@ -210,11 +213,13 @@ def widen(
 ) -> Row:
     """Trains every width, taught by the full width that was trained alone in `run.teacher`.
 
-    Narrower widths start from that full width, fitted anew, even if the model was a trained family.
+    Training it alone leaves the narrower widths of a trained family behind. If their channels are in order,
+    they are fitted to it anew.
     """
     net, _ = load_with_record(run.teacher.path / "last")
     _, record = load_with_record(run.teacher.path / "start")
-    record = replace(record, new_head=False, metrics=())
+    in_order = record.order == "importance" and not net.rule.isolated
+    record = replace(record, new_head=False, metrics=() if in_order else record.metrics)
     start = net.with_points(points)
     start, record = prepare(start, record, settings, splits[0], watch)
     task = task_named(record.task)

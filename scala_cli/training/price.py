@@ -66,22 +66,32 @@ def price_of_run(net: SlimmableViT, record: Record, checkpoint: Path) -> dict[st
     """Returns the cost of the run that wrote a checkpoint; None if no run of all widths did.
 
     Returns:
-        {"minutes", "separate"}: minutes of training, including a new head; and the multiply-accumulates per
-        image of training each width separately, with the same teacher, relative to this run.
+        {"minutes", "separate"}: minutes of training, including those of the full width alone; and the
+        multiply-accumulates per image of training each width separately, with the same teacher, relative to
+        this run.
     """
     run = checkpoint.resolve().parent
     files = [file for file in (run / METRICS, run / "teacher" / METRICS) if file.is_file()]
     if record.method not in METHODS or method_named(record.method).one_point or not files:
         return None
     try:
-        rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-        minutes = sum(row["minutes"] for row in rows)
+        minutes, images = zip(*map(spent, files), strict=True)
         method = Settings.of(yaml.safe_load((run / ARGS).read_text(encoding="utf-8"))).method
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # not files of this package
         return None
     counted, taught = Macs.of(net), bool(record.provenance.get("teacher"))
     joint, apart = (
         training_macs(counted, each, record.task, taught)
-        for each in (method, MethodSettings(method=ONE_POINT))
+        for each in (method, replace(method, method=ONE_POINT))
     )
-    return {"minutes": round(minutes, 3), "separate": round(apart / joint, 3)}
+    alone = 3 * counted.full * sum(images[1:]) / images[0]
+    return {"minutes": round(sum(minutes), 3), "separate": round(apart / (joint + alone), 3)}
+
+
+def spent(metrics: Path) -> tuple[float, float]:
+    """Returns the minutes of training and the number of images in a file of metrics."""
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    return (
+        sum(row["minutes"] for row in rows),
+        sum(row["images_per_sec"] * row["minutes"] * 60 for row in rows),
+    )

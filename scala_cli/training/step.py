@@ -32,7 +32,7 @@ from scala_cli.tasks.base import Task
 from scala_cli.tasks.masking import hide_half
 from scala_cli.training.expert import Expert
 from scala_cli.training.gradients import GradientLog
-from scala_cli.training.rates import has_relative_rates, make_relative, slow_small
+from scala_cli.training.rates import has_relative_rates, make_relative
 from scala_cli.world import ALONE, World
 
 
@@ -143,7 +143,8 @@ class Step:
         self.add_own_vectors(optimizer)
         if trained := [*self.modules.parameters()]:
             optimizer.add_param_group({"params": trained, "lr": self.rate * self.method.module_rate})
-        (make_relative if has_relative_rates(name) else slow_small)(optimizer)
+        if has_relative_rates(name):
+            make_relative(optimizer)
         return optimizer
 
     def add_own_vectors(self, optimizer: Optimizer) -> None:
