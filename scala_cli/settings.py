@@ -117,8 +117,8 @@ class OptimizerSettings:
     batch_size: int = option(128, "Images per step, in each process.", "-b", min=1)
     lr: float | None = option(
         None,
-        "Peak learning rate, after warm-up and before cosine decay. Default: 1e-3 for classes, 2e-3 for "
-        "features; for supervit 0.3 times that.",
+        "Peak learning rate, after warm-up and before cosine decay. Default: 2e-3 with muon, else 1e-3; for "
+        "supervit 0.3 times that.",
         min=0,
     )
     min_lr: float = option(1e-6, "Learning rate at the end.", min=0)
@@ -131,7 +131,7 @@ class OptimizerSettings:
     opt: str | None = option(
         None,
         "Optimizer, by timm's name; with muon, learning rates are relative to the size of each weight. "
-        "Default: adamw for classes, muon for features; changing the kind needs --lr.",
+        "Default: muon for fitted widths and for features, else adamw. For features others need --lr.",
     )
     grad_accum_steps: int = option(
         1, "Process each batch in this many parts, to save memory; the step is the same.", min=1

@@ -162,7 +162,8 @@ def test_training_moves_a_widths_own_vectors(photos):
     """A width's vectors learn from its own loss only, at the shared vectors' rate and without decay."""
     family = with_new_head(fitted(), ["blue", "green", "red"], 0)
     assert not any("head" in name for name in family.extra)
-    chosen = settings(photos, optimizer=OptimizerSettings(epochs=1, batch_size=4, layer_decay=0.5))
+    adamw = OptimizerSettings(epochs=1, batch_size=4, layer_decay=0.5, opt="adamw")
+    chosen = settings(photos, optimizer=adamw)
     ready = Step(family, TASK, family, chosen, torch.device("cpu"))
     groups = {id(p): group for group in ready.optimizer.param_groups for p in group["params"]}
     shared = dict(ready.net.vit.named_parameters())

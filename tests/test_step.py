@@ -371,11 +371,18 @@ def test_training_does_not_touch_what_it_starts_from(photos, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("task", "lr", "rate"),
-    [("classification", None, 1e-3), ("features", None, 2e-3), ("features", 2e-4, 2e-4)],
+    ("task", "fitted", "given", "name", "rate"),
+    [
+        ("classification", False, {}, "AdamW", 1e-3),
+        ("classification", True, {}, "Muon", 2e-3),
+        ("classification", True, {"opt": "adamw"}, "AdamW", 1e-3),
+        ("features", False, {}, "Muon", 2e-3),
+        ("features", False, {"lr": 2e-4}, "Muon", 2e-4),
+    ],
 )
-def test_each_task_has_its_own_optimizer_and_learning_rate(photos, task, lr, rate):
-    chosen = settings(photos, optimizer=OptimizerSettings(batch_size=4, lr=lr))
-    ready = Step(start(), task_named(task), start(), chosen, torch.device("cpu"))
-    assert ready.rate == rate
-    assert {type(ready.optimizer).__name__} == {"AdamW" if task == "classification" else "Muon"}
+def test_which_optimizer_and_learning_rate_is_the_default(photos, task, fitted, given, name, rate):
+    chosen = settings(photos, optimizer=OptimizerSettings(batch_size=4, **given))
+    net = start()
+    bias = {"0.5:norm.bias": net.vit.norm.bias.detach()[:16].clone()} if fitted else {}
+    ready = Step(net.like(extra=bias), task_named(task), net, chosen, torch.device("cpu"))
+    assert ready.rate == rate and type(ready.optimizer).__name__ == name

@@ -29,16 +29,6 @@ class Task(Protocol):
     """What a model is for."""
 
     @property
-    def rate(self) -> float:
-        """The default peak learning rate."""
-        ...
-
-    @property
-    def opt(self) -> str:
-        """The default optimizer, by timm's name."""
-        ...
-
-    @property
     def labelled(self) -> bool:
         """Whether the targets are class labels; if not, they are another model's outputs."""
         ...

@@ -44,7 +44,6 @@ class Classification:
     """Learns from labels and a teacher's predictions; points are compared by top-1."""
 
     labelled, every_token, digits = True, False, 2
-    rate, opt = 1e-3, "adamw"
     columns: Mapping[str, str] = {"top1": "top-1, %", "top5": "top-5, %"}
     hub: Mapping[str, str] = {"task_type": "image-classification", "metric_type": "accuracy"}
 

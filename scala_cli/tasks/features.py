@@ -30,8 +30,6 @@ class Features:
     """Learns a frozen model's features; points are compared by R² with them."""
 
     labelled, every_token, digits = False, True, 4
-    rate, opt = 2e-3, "muon"
-    """AdamW loses a DINOv2's features unless its rate is very low (docs/results/backbones.md)."""
     columns: Mapping[str, str] = {
         "r2": "R² of patches",
         "cosine": "cosine of patches",

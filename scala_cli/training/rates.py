@@ -1,11 +1,28 @@
-"""Scales learning rates by the size of each weight, for optimizers whose step size does not depend on it."""
+"""The default optimizer and its learning rate; rates relative to the size of each weight."""
 
 from torch import nn
 from torch.optim import Optimizer
 
+from scala_cli.models.slimmable import SlimmableViT
+from scala_cli.tasks.base import Task
+
 SIZE_OF_ZEROS = 0.02
 """Size assumed for a tensor of zeros: the standard deviation of timm's initialisation."""
 SMALLEST = 1e-3
+
+
+def default_optimizer(start: SlimmableViT, task: Task) -> str:
+    """Returns timm's name of the optimizer for a start: Muon where training begins near an optimum.
+
+    That is so for fitted widths and for features. There AdamW loses what they have before it gains anything
+    (docs/performance.md, docs/results/backbones.md).
+    """
+    return "muon" if start.vectors or not task.labelled else "adamw"
+
+
+def default_rate(name: str) -> float:
+    """Returns the default peak learning rate of the optimizer of this name."""
+    return 2e-3 if has_relative_rates(name) else 1e-3
 
 
 def has_relative_rates(name: str) -> bool:

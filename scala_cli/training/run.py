@@ -28,7 +28,7 @@ Row = dict[str, Any]
 """One epoch: {"epoch", "lr", "images_per_sec", "minutes", "loss": {name: mean},
 "points": [{"ratio", "top1", ...}]}; "minutes" excludes evaluation."""
 
-ARGS, METRICS, GRADIENTS, FORMAT = "args.yaml", "metrics.jsonl", "grads.jsonl", 5
+ARGS, METRICS, GRADIENTS, FORMAT = "args.yaml", "metrics.jsonl", "grads.jsonl", 6
 CHECKPOINTS = ("start", "last", "best")
 OF_RUN = {STATE, METRICS, GRADIENTS, "summary.csv", ARGS, LOCK}
 OF_RUN |= {f"{name}/{file}" for name in CHECKPOINTS for file in CHECKPOINT_FILES - {CARD}}

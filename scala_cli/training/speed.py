@@ -22,6 +22,7 @@ from scala_cli.tasks import task_named
 from scala_cli.tasks.base import Task
 from scala_cli.timing import conditions, take_turns
 from scala_cli.training.price import Macs, training_macs
+from scala_cli.training.rates import default_optimizer
 from scala_cli.training.step import Step, compiling
 from scala_cli.watch import Watcher
 
@@ -110,7 +111,10 @@ def plain_step(
     vit.set_grad_checkpointing(chosen.grad_checkpointing)
     run = torch.compile(task.forward, dynamic=False) if chosen.torchcompile else task.forward
     optimizer = create_optimizer_v2(
-        vit, opt=chosen.opt or task.opt, lr=chosen.lr, weight_decay=chosen.weight_decay
+        vit,
+        opt=chosen.opt or default_optimizer(net, task),
+        lr=chosen.lr,
+        weight_decay=chosen.weight_decay,
     )
     average = ModelEmaV3(vit, decay=chosen.model_ema_decay, use_warmup=True)
 

@@ -32,7 +32,7 @@ from scala_cli.tasks.base import Task
 from scala_cli.tasks.masking import hide_half
 from scala_cli.training.expert import Expert
 from scala_cli.training.gradients import GradientLog
-from scala_cli.training.rates import has_relative_rates, make_relative
+from scala_cli.training.rates import default_optimizer, default_rate, has_relative_rates, make_relative
 from scala_cli.world import ALONE, World
 
 
@@ -81,15 +81,15 @@ class Step:
             if model:
                 world.agree(model)
         chosen = settings.optimizer
-        name = chosen.opt or task.opt
-        if chosen.lr is None and has_relative_rates(name) != has_relative_rates(task.opt):
+        name = chosen.opt or default_optimizer(start, task)
+        if chosen.lr is None and not task.labelled and not has_relative_rates(name):
             raise TrainingError(
-                f"{name} needs another scale of learning rate than {task.opt}: there is no default for it.",
+                f"{name} has no default learning rate for features.",
                 remedy="example",
                 setting="lr",
-                value="1e-5" if task.every_token else "1e-2",
+                value="1e-5",
             )
-        self.rate = task.rate * self.method.rate if chosen.lr is None else chosen.lr
+        self.rate = default_rate(name) * self.method.rate if chosen.lr is None else chosen.lr
         with refusing_settings():
             self.mix = mixer(settings.augment, settings.method.smoothing, max(1, start.spec.num_classes))
             self.optimizer = self.optimizer_of(name)
