@@ -2,19 +2,16 @@
 
     python docs/minutes_to.py 70.5,72.2,72.6,72.7 RUN RUN ...
 
-The levels are top-1 in %, one per width, narrowest first. If a run trained the full width alone
-first, both parts count. Time is that of training, without evaluation; work is in 10^12 multiply-accumulates.
+The levels are top-1 in %, one per width, narrowest first. If a run first taught the full width new
+classes, both parts count. Time is that of training, without evaluation.
 """
 
 import json
 import sys
 from pathlib import Path
 
-import yaml
-
 from scala_cli.models.checkpoint import load_with_record
-from scala_cli.settings import Settings
-from scala_cli.training.price import Macs, training_macs
+from scala_cli.training.price import Macs, settings_of, training_macs
 
 levels, *runs = sys.argv[1:]
 wanted = [float(level) for level in levels.split(",")]
@@ -23,9 +20,8 @@ wanted = [float(level) for level in levels.split(",")]
 def epochs_of(run: Path):
     """Yields for each epoch its minutes, images, work and accuracies by width."""
     net, record = load_with_record(run / "last")
-    settings = Settings.of(yaml.safe_load((run / "args.yaml").read_text()))
     taught = bool(record.provenance.get("teacher"))
-    work = training_macs(Macs.of(net), settings.method, record.task, taught) / 1e12
+    work = training_macs(Macs.of(net), settings_of(run).method, record.task, taught) / 1e12
     for line in (run / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         images = row["images_per_sec"] * row["minutes"] * 60
@@ -44,4 +40,5 @@ for run in map(Path, runs):
             break
     minutes, images, work = spent
     told = "reached" if reached else "not reached"
-    print(f"{run}: {told} after {images:,.0f} images, {work:.1f} of work, {minutes:.1f} minutes: {found}")
+    print(f"{run}: {told} after {images:,.0f} images and {minutes:.1f} minutes: {found}")
+    print(f"  {work:.1f}e12 multiply-accumulates")

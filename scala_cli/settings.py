@@ -68,13 +68,6 @@ class MethodSettings:
         "Of scala: train the largest point in one of N steps, at random. 4 saves a third of the time.",
         min=1,
     )
-    full_epochs: float | None = option(
-        None,
-        "Epochs for which the full width trains alone, before --epochs of all widths which it then teaches. "
-        "Needs labels. With 0 a new head has no teacher. Default: a third of --epochs if it is new, else 0.",
-        min=0,
-        max=1e5,
-    )
     stages: str | None = option(
         None, "Of sit: blocks in each stage; each passes fewer tokens to the next. Default: four equal ones."
     )

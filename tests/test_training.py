@@ -31,7 +31,6 @@ from scala_cli.settings import (
 from scala_cli.slicing.point import parse_points
 from scala_cli.training.finetune import finetune
 from scala_cli.training.run import Run
-from scala_cli.training.step import Step
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -93,38 +92,6 @@ def test_other_classes_are_learnt_at_full_width_first_which_then_teaches(photos)
     taught, images = load_with_record(run.teacher.path / "last")[0], torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(run.read_teacher()(images), taught(images))
-
-
-def test_the_full_width_trains_alone_first_as_long_as_it_is_told(photos, monkeypatch):
-    """The model knows the classes. Its teacher is then the trained full width, not the model as it came."""
-    listener, run, begun, steps = Listener(), Run(Path("one")), start(), []
-    prepare = Step.__init__
-    monkeypatch.setattr(Step, "__init__", lambda step, *given: steps.append(step) or prepare(step, *given))
-    finetune(begun, Record(), settings(photos, 1, method=MethodSettings(full_epochs=2)), run, listener)
-    assert [set(losses) for losses in listener.losses] == [{"1"}] * 6 + [{"1", "0.75", "0.5", "0.25"}] * 3
-    frozen = [step.frozen for step in steps]
-    assert frozen[0] is None and load_with_record(run.path / "last")[1].provenance["teacher"] is True
-    taught = load(run.teacher.path / "last").vit.state_dict()
-    for name, tensor in frozen[1].state_dict().items():
-        assert torch.equal(tensor, taught[name])
-    assert not torch.equal(taught["head.weight"], begun.vit.head.weight)
-
-
-@pytest.mark.parametrize(
-    "record, ratios, method",
-    [
-        (Record(), "0.5,1", MethodSettings(teacher="none")),
-        (Record(False), "0.5,1", MethodSettings()),
-        (Record(), "1", MethodSettings()),
-        (Record(task="features"), "0.5,1", MethodSettings()),
-    ],
-)
-def test_the_full_width_does_not_train_alone_if_it_would_teach_nothing(photos, record, ratios, method):
-    net = start().with_points(parse_points(ratios))
-    chosen = settings(photos, 1, method=replace(method, full_epochs=1))
-    with pytest.raises(TrainingError, match="trains alone only if it then teaches"):
-        finetune(net, record, chosen, Run(Path("one")), Listener())
-    assert not Path("one").exists()
 
 
 def test_a_new_head_without_a_teacher(photos):

@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,14 +143,13 @@ class Live(Watcher):
 
     @contextmanager
     def tracked(self, tracker: Tracker | None) -> Iterator[None]:
-        """Sends figures to a tracker, and closes it at the end, even if sending failed."""
+        """Sends figures to a tracker, and closes it at the end, also if sending failed."""
         self.tracker = tracker
         try:
             yield
         finally:
-            failed, self.tracker = tracker is not None and self.tracker is None, tracker
-            with suppress(Exception) if failed else nullcontext():
-                self.track(lambda tracker: tracker.close())
+            self.tracker = tracker
+            self.track(lambda tracker: tracker.close())
 
     def track(self, send: Callable[[Tracker], None]) -> None:
         """Sends figures to the tracker, if there is one; if that fails, training goes on without it."""

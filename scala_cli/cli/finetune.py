@@ -70,8 +70,8 @@ def finetune(
     """Train every width of a pretrained ViT at once.
 
     If the images have other classes than the model, it gets a new head. The full width learns it first,
-    alone, for a third as many epochs (--full-epochs), and then teaches. If the model has no classifier, or
-    with --task features, no labels are needed: every width learns the features of the pretrained model.
+    alone, for a third as many epochs, and then teaches. If the model has no classifier, or with --task
+    features, no labels are needed: every width learns the features of the pretrained model.
 
     Example: scala finetune deit_s --data DIR --epochs 10
     """

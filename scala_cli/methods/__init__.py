@@ -20,7 +20,7 @@ METHODS = {
 VARIANTS = {"paper": "scala as its authors released it"}
 """Further methods of `scala compare`: the `recipes` of all classes."""
 ONE_POINT = "separate"
-"""The method that trains one width alone; also used when the full width trains alone first."""
+"""The method that trains one width alone; also used when the full width learns new classes first."""
 
 
 def method_named(name: str) -> "type[Method]":

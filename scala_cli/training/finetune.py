@@ -31,7 +31,7 @@ from scala_cli.world import World
 
 FULL = Point.of(1)
 LEARNING = 1 / 3
-"""How long the full width trains alone to learn a new head, as a share of the epochs of all widths."""
+"""Share of the epochs for which the full width first trains alone, to learn a new head."""
 
 
 def finetune(
@@ -40,8 +40,8 @@ def finetune(
     """Trains every width of `start` at once and returns the row of the best epoch.
 
     For features, the frozen full width teaches and no labels are used. For classification, a model whose
-    classes differ from the data's gets a new head. The full width first trains alone, in a run of its own,
-    if it has a new head to learn or `full_epochs` says so; then it teaches.
+    classes differ from the data's gets a new head; with a teacher, the full width first learns the classes
+    alone, in a separate run, and then teaches.
 
     Raises:
         ScalaError: its subclasses for data, points, checkpoints and training; nothing is written before all
@@ -73,18 +73,13 @@ def finetune(
     misfit = unlearnt(start, record, classes) if task.labelled else ""
     if misfit:
         start = with_new_head(start, classes, settings.run.seed)
+        if taught and (start.points != (FULL,) or method.adds_modules):
+            watch.note(f"{misfit}: the head is new, so the full width learns alone first, then it teaches.")
+            return learn_classes_first(start, record, settings, splits, run, watch, force)
+        watch.note(f"{misfit}: the head is new, and there is no teacher.")
+        taught = False
     elif task.labelled:
         start = start.like(spec=start.spec.naming(classes))
-    can_teach = taught and task.labelled and (start.points != (FULL,) or method.adds_modules)
-    share = share_alone(settings, bool(misfit), can_teach)
-    if misfit:
-        watch.note(f"{misfit}: the head is new{'' if share else ', and there is no teacher'}.")
-        taught = bool(share)
-    if share:
-        lost = any(Point.of_row(row).ratio < 1 for row in record.metrics)
-        told = "; what narrower widths have learnt is lost" if lost else ""
-        watch.note(f"the full width trains alone first, then it teaches{told}.")
-        return train_full_first(start, record, settings, share, splits, run, watch, force)
     begun = start
     start, record = prepare(begun, record, settings, splits[0], watch)
     start = method.prepared(start, settings.run.seed)
@@ -157,42 +152,20 @@ def begin(trainer: Trainer, start: SlimmableViT, record: Record, run: Run, watch
     return trainer.train(run, record_of_training(record, start, trainer.settings, taught), watch)
 
 
-def share_alone(settings: Settings, new_head: bool, can_teach: bool) -> float:
-    """Returns for how long the full width first trains alone, as a share of the epochs of all widths.
-
-    Args:
-        can_teach: whether the full width can train alone and then teach the others.
-
-    Raises TrainingError if `full_epochs` is given but it cannot.
-    """
-    wanted = settings.method.full_epochs
-    if wanted and not can_teach:
-        raise TrainingError(
-            "the full width trains alone only if it then teaches: this takes labels, pretrained weights, "
-            "a method with a teacher, and a narrower width.",
-            remedy="leave_out",
-            setting="full-epochs",
-        )
-    if wanted is not None:
-        return wanted / settings.optimizer.epochs
-    return LEARNING if new_head and can_teach else 0
-
-
-def train_full_first(
+def learn_classes_first(
     start: SlimmableViT,
     record: Record,
     settings: Settings,
-    share: float,
     splits: tuple[Split, Split],
     run: Run,
     watch: Watcher,
     force: bool,
 ) -> Row:
-    """Trains the full width alone, in `run.teacher`, for a share of the epochs; then every width."""
+    """Trains the full width alone on new classes, in `run.teacher`; then every width."""
     learning = replace(
         settings,
-        method=replace(settings.method, method=ONE_POINT, order="none", full_epochs=None),
-        optimizer=settings.optimizer.for_share(share),
+        method=replace(settings.method, method=ONE_POINT, order="none"),
+        optimizer=settings.optimizer.for_share(LEARNING),
     )
     alone = start.with_points([FULL])
     trainer = Trainer(alone, task_named(record.task), None, learning, splits)
@@ -211,10 +184,10 @@ def train_full_first(
 def widen(
     run: Run, settings: Settings, points: Sequence[Point], splits: tuple[Split, Split], watch: Watcher
 ) -> Row:
-    """Trains every width, taught by the full width that was trained alone in `run.teacher`.
+    """Trains every width, taught by the full width that learnt the classes in `run.teacher`.
 
-    Training it alone leaves the narrower widths of a trained family behind. If their channels are in order,
-    they are fitted to it anew.
+    While it learnt alone, the narrower widths of a trained family fell behind. If their channels are in
+    order, they are fitted to it anew.
     """
     net, _ = load_with_record(run.teacher.path / "last")
     _, record = load_with_record(run.teacher.path / "start")

@@ -66,32 +66,36 @@ def price_of_run(net: SlimmableViT, record: Record, checkpoint: Path) -> dict[st
     """Returns the cost of the run that wrote a checkpoint; None if no run of all widths did.
 
     Returns:
-        {"minutes", "separate"}: minutes of training, including those of the full width alone; and the
+        {"minutes", "separate"}: minutes of training, including those of a new head; and the
         multiply-accumulates per image of training each width separately, with the same teacher, relative to
         this run.
     """
     run = checkpoint.resolve().parent
-    files = [file for file in (run / METRICS, run / "teacher" / METRICS) if file.is_file()]
-    if record.method not in METHODS or method_named(record.method).one_point or not files:
+    parts = [part for part in (run, run / "teacher") if (part / METRICS).is_file()]
+    if record.method not in METHODS or method_named(record.method).one_point or not parts:
         return None
     try:
-        minutes, images = zip(*map(spent, files), strict=True)
-        method = Settings.of(yaml.safe_load((run / ARGS).read_text(encoding="utf-8"))).method
+        minutes = sum(map(minutes_of, parts))
+        chosen, *alone = map(settings_of, parts)
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # not files of this package
         return None
     counted, taught = Macs.of(net), bool(record.provenance.get("teacher"))
     joint, apart = (
-        training_macs(counted, each, record.task, taught)
-        for each in (method, replace(method, method=ONE_POINT))
+        training_macs(counted, method, record.task, taught)
+        for method in (chosen.method, replace(chosen.method, method=ONE_POINT))
     )
-    alone = 3 * counted.full * sum(images[1:]) / images[0]
-    return {"minutes": round(sum(minutes), 3), "separate": round(apart / (joint + alone), 3)}
+    share = sum(each.optimizer.epochs for each in alone) / chosen.optimizer.epochs
+    return {
+        "minutes": round(minutes, 3),
+        "separate": round(apart / (joint + 3 * counted.full * share), 3),
+    }
 
 
-def spent(metrics: Path) -> tuple[float, float]:
-    """Returns the minutes of training and the number of images in a file of metrics."""
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    return (
-        sum(row["minutes"] for row in rows),
-        sum(row["images_per_sec"] * row["minutes"] * 60 for row in rows),
-    )
+def minutes_of(run: Path) -> float:
+    """Returns the minutes of training of all epochs of a run."""
+    return sum(json.loads(line)["minutes"] for line in (run / METRICS).read_text("utf-8").splitlines())
+
+
+def settings_of(run: Path) -> Settings:
+    """Returns the settings that a run began with."""
+    return Settings.of(yaml.safe_load((run / ARGS).read_text("utf-8")))

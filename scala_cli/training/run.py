@@ -56,7 +56,7 @@ class Run:
 
     @property
     def teacher(self) -> "Run":
-        """The run in which the full width trains alone first; its last checkpoint is the teacher.
+        """The run in which the full width alone learns new classes; its last checkpoint is the teacher.
 
         If instead fitting or added modules changed the start's full width, it holds only that checkpoint: the
         unchanged model.
@@ -139,7 +139,7 @@ class Run:
     def discard_if_no_step_was_saved(self) -> None:
         """Removes the files of the run unless they hold a step to resume from."""
         parts = [part for part in (self, self.teacher) if part.holds_state()]
-        # the state has no "step" while the full width trains alone in `teacher`
+        # the state has no "step" while `teacher` learns classes
         if not any(part.read_state().get("step") for part in parts):
             clear(self.path, RUN_FILES)
             with suppress(OSError):
