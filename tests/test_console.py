@@ -54,7 +54,7 @@ def test_quiet_shows_no_bar(terminal):
 def test_tables_are_drawn_for_a_terminal(terminal):
     Output().result({"points": []}, [{"ratio": 0.5, "params": 22_050_664, "top1": None}], "widths")
     text = terminal.getvalue()
-    assert "widths" in text and "22.05 M" in text and "┃" in text
+    assert "widths" in text and "22.05 M" in text and "─────" in text
 
 
 def test_values_as_a_person_reads_them():

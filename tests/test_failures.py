@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from conftest import slimmable
 from runs import UNORDERED, Listener, same_runs, settings, start
@@ -112,7 +113,7 @@ def test_a_gradient_that_is_not_finite_leaves_weights_and_state_as_they_were(pho
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "saved"), [(Step, "gather_gradients", 4), (torch.optim.AdamW, "step", 3)]
+    ("owner", "name", "saved"), [(Step, "gather_gradients", 4), (timm.optim.Muon, "step", 3)]
 )
 def test_lack_of_memory_keeps_the_last_whole_step(photos, monkeypatch, owner, name, saved):
     """Step 5 fails before or while weights move; the run resumes with smaller parts, as the error says."""

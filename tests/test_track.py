@@ -53,7 +53,7 @@ def test_a_resumed_run_goes_on_from_its_state(scala, tiny, folder, elsewhere):
     assert len(events("runs/tensorboard/a")["top1/1"]) == 2
 
 
-@pytest.mark.parametrize("part", ["open", "send", "end"])
+@pytest.mark.parametrize("part", ["begin", "send", "end"])
 def test_a_service_that_fails_does_not_stop_the_run(scala, tiny, folder, monkeypatch, part):
     def fail(*_):
         raise ValueError("no login")

@@ -44,7 +44,7 @@ class Tracker(ABC):
     def write(self, figures: Mapping[str, float]) -> None:
         """Sends figures by name; the first ones start the service."""
         if self.client is None:
-            self.client = self.open()
+            self.client = self.begin()
         self.send(figures)
 
     def close(self) -> None:
@@ -53,7 +53,7 @@ class Tracker(ABC):
             self.end()
 
     @abstractmethod
-    def open(self) -> Any:
+    def begin(self) -> Any:
         """Starts the service and returns its client."""
 
     @abstractmethod
@@ -68,7 +68,7 @@ class Tracker(ABC):
 class TensorBoard(Tracker):
     """Writes event files to tensorboard/NAME beside the run; see them with `tensorboard --logdir`."""
 
-    def open(self) -> Any:
+    def begin(self) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
         # what a run recorded after the state that it resumes from is hidden
@@ -86,7 +86,7 @@ class TensorBoard(Tracker):
 class WandB(Tracker):
     """Sends to the project `scala` of Weights & Biases; a resumed run goes on where it was."""
 
-    def open(self) -> Any:
+    def begin(self) -> Any:
         import wandb
 
         began = (self.run / "args.yaml").stat().st_mtime_ns  # written once, when a run begins

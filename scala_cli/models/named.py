@@ -159,9 +159,9 @@ def weight_file(model: str) -> Path | None:
 def no_model(path: Path) -> CheckpointError:
     """Returns the error for a path that holds no model."""
     if (path / STATE).is_file():
-        ended = (path / "last" / CONFIG).is_file()
-        what = "is a training run" if ended else "is a run of which no epoch has ended"
-        return CheckpointError(f"{path} {what}.", remedy="resume_or_slice" if ended else "resume", run=path)
+        if not (path / "last" / CONFIG).is_file():
+            return CheckpointError(f"no epoch of the run {path} has ended.", remedy="resume", run=path)
+        return CheckpointError(f"{path} is a training run.", remedy="resume_or_slice", run=path)
     if path.is_dir():
         return CheckpointError(f"{path} has no config.json.", "Name a directory in timm's format.")
     if path.exists():

@@ -93,9 +93,11 @@ def price_of_run(net: SlimmableViT, record: Record, checkpoint: Path) -> dict[st
 
 def minutes_of(run: Path) -> float:
     """Returns the minutes of training of all epochs of a run."""
-    return sum(json.loads(line)["minutes"] for line in (run / METRICS).read_text("utf-8").splitlines())
+    return sum(
+        json.loads(line)["minutes"] for line in (run / METRICS).read_text(encoding="utf-8").splitlines()
+    )
 
 
 def settings_of(run: Path) -> Settings:
     """Returns the settings that a run began with."""
-    return Settings.of(yaml.safe_load((run / ARGS).read_text("utf-8")))
+    return Settings.of(yaml.safe_load((run / ARGS).read_text(encoding="utf-8")))
