@@ -51,8 +51,8 @@ def test_two_processes_with_half_the_batch_each_are_one_with_all_of_it(
 
     With other classes nothing is ordered: rounding of the teacher would decide the basis of flat colours.
 
-    With AdamW, as Muon magnifies rounding. Biases of keys are not compared: the softmax ignores them, so their
-    gradient is rounding that AdamW turns into full steps.
+    With AdamW, as Muon magnifies rounding. Biases of keys are not compared: the softmax ignores them, so
+    their gradient is rounding that AdamW turns into full steps.
     """
     write_timm_directory(Path("model"), num_classes=classes)
     words = ["finetune", "model", "--data", photos, "--epochs", 7, "--opt", "adamw", *more, *COMMON]
