@@ -154,7 +154,7 @@ def test_what_does_not_fit_is_refused(scala):
     for step in (float("inf"), float("nan"), "1e9999999", None, [1]):
         with pytest.raises(CheckpointError, match="does not tell its widths"):
             open_model(str(theirs("so", step=step)), None)
-    with pytest.raises(PointError):
+    with pytest.raises(PointError, match="not a whole number"):
         open_model(str(theirs("so", step=1e-4)), None)
     with pytest.raises(PointError, match="not trained"):
         open_model(str(theirs("so", step=0.25)), parse_points("0.375,1"))

@@ -42,7 +42,7 @@ def test_the_best_that_fits_every_budget():
         rows = [{**row, "fits": excess(row, budget) <= 1} for row in ROWS]
         wanted = [row["ratio"] for row in ROWS if fits(row, limits)]
         if not wanted:
-            with pytest.raises(PointError):
+            with pytest.raises(PointError, match="no width fits"):
                 choose(rows, budget)
         elif budget.min_top1 is None:
             assert choose(rows, budget)["ratio"] == wanted[-1]

@@ -213,7 +213,7 @@ def test_blocks_that_are_not_there(blocks, named, images):
 
 
 def test_a_width_that_is_not_there(images):
-    with pytest.raises(PointError):
+    with pytest.raises(PointError, match=r"0\.3 was not trained"):
         slimmable().features(images, 0.3)
 
 

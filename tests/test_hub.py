@@ -50,7 +50,7 @@ def test_a_repository_that_is_not_there(repository):
 )
 def test_a_repository_that_is_no_model_of_timms(repository, tmp_path, config):
     (tmp_path / COMMIT / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=r"lacks|cannot build"):
         open_model("hf-hub:org/net", None)
 
 

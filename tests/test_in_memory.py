@@ -47,7 +47,7 @@ def test_a_model_in_memory_that_does_not_show_how_it_was_made():
     assert "save_for_hf" in error.value.hint and not error.value.remedy
     with pytest.raises(CheckpointError, match="ResNet"):
         slimmable(timm.create_model("resnet18"))
-    with pytest.raises(PointError):
+    with pytest.raises(PointError, match=r"0\.3"):
         slimmable(build("vit")[0], "0.3,1")
 
 

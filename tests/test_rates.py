@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_step import settings, start
+from timm.optim import muon
 from torch import nn
 
 from scala_cli.errors import TrainingError
@@ -60,6 +61,25 @@ def test_with_muon_every_weight_moves_in_proportion_to_its_size(photos):
     small, large = (changes[f"vit.blocks.{number}.mlp.fc2.weight"] for number in (0, 1))
     ratio = [(change.norm() / before.norm()).item() for before, change in (small, large)]
     assert ratio[0] == pytest.approx(ratio[1], rel=0.5)  # the weights differ by a factor of 100
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_muon_multiplies_in_what_the_hardware_multiplies_in(photos, monkeypatch, native):
+    products, timms, multiply = set(), muon.zeropower_via_newtonschulz, torch.addmm
+
+    def observed(added, *factors, **options):
+        products.add(added.dtype)
+        return multiply(added, *factors, **options)
+
+    monkeypatch.setattr(torch, "addmm", observed)
+    monkeypatch.setattr("scala_cli.training.muon.multiplies_bfloat16", lambda device: native)
+    step = step_with(photos, 1e-3, weight_decay=0.0)
+    changes = moved(step)
+    assert products == {torch.bfloat16 if native else torch.float32}
+    assert muon.zeropower_via_newtonschulz is timms
+    weight, change = changes["vit.blocks.1.mlp.fc2.weight"]
+    spectrum = torch.linalg.svdvals(change) / (1e-3 * relative_rate(weight))
+    assert spectrum.max() < 2 * spectrum.median(), "every direction moves about equally far"
 
 
 def test_other_optimizers_move_every_weight_equally_far(photos):

@@ -95,7 +95,10 @@ def never_stopped(fork_server, photos, tmp_path_factory) -> Path:
     ],
 )
 def test_resuming_a_process_that_was_stopped(forks, photos, never_stopped, number, code, workers, send):
-    """Stops after the first epoch; a terminal and a scheduler signal the workers too."""
+    """Stops after the first epoch; a terminal and a scheduler signal the workers too.
+
+    A killed process says nothing itself, but a worker that was passing it a batch may.
+    """
     shutil.copytree(never_stopped, ".", dirs_exist_ok=True)
     words = ("finetune", "model", "--data", photos, *LONG, "-j", workers, "-o", "cut")
     process = forks.start(*words, start_new_session=True)
@@ -105,7 +108,7 @@ def test_resuming_a_process_that_was_stopped(forks, photos, never_stopped, numbe
     time.sleep(0.3)
     send(process.pid, number)
     assert process.wait() == code
-    assert "Traceback" not in process.stderr and (code < 0 or "interrupted" in process.stderr)
+    assert code < 0 or ("Traceback" not in process.stderr and "interrupted" in process.stderr)
     assert len(Path("cut/metrics.jsonl").read_text().splitlines()) < 15
     assert forks.run("finetune", "--resume", "cut", "-j", 0, "-q").returncode == 0
     assert same_runs("whole", "cut")

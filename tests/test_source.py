@@ -197,6 +197,21 @@ def test_a_trained_family_is_not_converted_again(timm_directory, tmp_path):
         open_model(str(tmp_path / "trained"), FOUR)
 
 
+@torch.no_grad()
+def test_a_full_width_that_was_trained_alone_is_converted(timm_directory, tmp_path, images):
+    net, record = open_model(str(timm_directory), FOUR)
+    full = net.with_points(parse_points("1"))
+    trained = replace(record, method="separate", order="importance", metrics=({"ratio": 1.0, "top1": 50.0},))
+    save(full, trained, tmp_path / "alone")
+    again, record = open_model(str(tmp_path / "alone"), FOUR)
+    assert torch.equal(again(images), net(images)) and again.points == net.points
+    assert record.method is None and record.widths_are_free(again.rule)
+    sizes = full.with_points(parse_points("1@16,1@32"))
+    save(sizes, trained, tmp_path / "sizes")
+    with pytest.raises(CheckpointError, match="trained family"):
+        open_model(str(tmp_path / "sizes"), FOUR)
+
+
 @pytest.mark.parametrize(
     "record",
     [

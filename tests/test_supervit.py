@@ -283,7 +283,7 @@ def test_a_cascade_of_sizes_spends_less_first(images):
     net = family(ratios="1")
     asked = Cascade(net, ["1@8~0.5", "1@16~0.7"], 0.5)
     assert asked(images).shape == (3, 5)
-    with pytest.raises(PointError):
+    with pytest.raises(PointError, match="each costing more"):
         Cascade(net, ["1@16~0.7", "1@8~0.5"], 0.5)
 
 

@@ -211,21 +211,21 @@ def test_the_average_is_what_is_saved(photos):
 
 
 @pytest.mark.parametrize(
-    "groups",
+    ("groups", "named"),
     [
-        {"device": DeviceSettings(device="tpu9")},
-        {"optimizer": OptimizerSettings(opt="nonsense")},
-        {"augment": AugmentSettings(aa="nonsense")},
-        {"augment": AugmentSettings(scale=(1.0, 0.5))},
+        ({"device": DeviceSettings(device="tpu9")}, "tpu9"),
+        ({"optimizer": OptimizerSettings(opt="nonsense")}, "nonsense"),
+        ({"augment": AugmentSettings(aa="nonsense")}, "AA policy"),
+        ({"augment": AugmentSettings(scale=(1.0, 0.5))}, "scale"),
     ],
 )
-def test_bad_settings_leave_a_finished_run_alone(photos, groups):
+def test_bad_settings_leave_a_finished_run_alone(photos, groups, named):
     finetune(start(), Record(), settings(photos, 1), Run(Path("one")), Listener())
     before = Path("one/state.pt").read_bytes()
-    with pytest.raises(ScalaError):
+    with pytest.raises(ScalaError, match=named):
         finetune(start(), Record(), settings(photos, **groups), Run(Path("one")), Listener(), force=True)
     assert Path("one/state.pt").read_bytes() == before
-    with pytest.raises(ScalaError):
+    with pytest.raises(ScalaError, match=named):
         finetune(start(), Record(), settings(photos, **groups), Run(Path("two")), Listener())
     assert not Path("two").exists()
 
@@ -248,8 +248,8 @@ def test_bad_input_is_found_before_anything_is_written(photos, tmp_path):
 def test_an_occupied_run_directory(photos):
     Path("one").mkdir()
     Path("one/notes.txt").write_text("mine")
-    for force in (False, True):
-        with pytest.raises(ScalaError):
+    for force, reason in ((False, "one is not empty"), (True, r"not ours \(notes.txt\)")):
+        with pytest.raises(ScalaError, match=reason):
             finetune(start(), Record(), settings(photos, 1), Run(Path("one")), Listener(), force)
     assert Path("one/notes.txt").read_text() == "mine"
     finetune(start(), Record(), settings(photos, 1), Run(Path("two")), Listener())

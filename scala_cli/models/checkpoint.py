@@ -213,7 +213,7 @@ def read_about(directory: Path) -> About:
             f"{directory} has checkpoint format {about.get('format')}; this version reads {SLIMMED_FORMAT}.",
             "Upgrade: pip install -U scala-vit",
         )
-    spec = spec_of(config)
+    spec = spec_of(config, directory / CONFIG)
     try:
         spec = replace(spec, tsm={int(number): int(count) for number, count in about.get("tsm", {}).items()})
         rule = read_rule(about, spec)

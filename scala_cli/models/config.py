@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -52,8 +53,8 @@ class Config:
         return skeleton(self.architecture, pretrained_cfg=dict(self.pretrained_cfg), **self.model_args)
 
 
-def read_settings(config: Mapping[str, Any]) -> Config:
-    """Returns the model that a config.json of timm describes.
+def read_settings(config: Mapping[str, Any], file: Path) -> Config:
+    """Returns the model that a config.json of timm describes; `file` is its path, for messages.
 
     Every config.json passes through here before timm sees it. Anything that would make timm download or
     open something is removed.
@@ -63,25 +64,25 @@ def read_settings(config: Mapping[str, Any]) -> Config:
     """
     hint = "Convert or download it again."
     if "architecture" not in config:
-        raise CheckpointError("config.json lacks 'architecture'.", hint)
+        raise CheckpointError(f"{file} lacks 'architecture'.", hint)
     name, args = config["architecture"], config.get("model_args") or {}
     cfg = config.get("pretrained_cfg", single_object(config))
     if not (isinstance(name, str) and isinstance(args, dict) and isinstance(cfg, dict)):
-        raise CheckpointError("config.json is damaged: a name, or an object, is something else.", hint)
+        raise CheckpointError(f"{file} is damaged: a name, or an object, is something else.", hint)
     if not timm.is_model(name):  # for others, such as hf-hub:org/name, timm would read the weights
         raise CheckpointError(
-            f"config.json is damaged: this timm ({timm.__version__}) has no architecture {name!r}.",
+            f"{file} is damaged: this timm ({timm.__version__}) has no architecture {name!r}.",
             "Name one that it has; or upgrade: pip install -U timm",
         )
     if name == REDUCED:
         raise CheckpointError(
-            "this is a slice with fewer tokens; it is a finished model, which timm loads.",
+            f"{file.parent} is a slice with fewer tokens; it is a finished model, which timm loads.",
             "Name the family, or the model, that it was cut from.",
         )
     odd = [key for key, value in args.items() if key not in ARGS | FACTORY and value not in (None, False)]
     if odd:
         raise CheckpointError(
-            f"config.json is damaged: it builds {name} with {odd[0]!r}, which no VisionTransformer takes.",
+            f"{file} is damaged: it builds {name} with {odd[0]!r}, which no VisionTransformer takes.",
             "DeiT, DeiT-III and plain vit_* models of timm can be cut.",
         )
     classes = ("num_classes", "label_names", "label_descriptions")
@@ -90,9 +91,9 @@ def read_settings(config: Mapping[str, Any]) -> Config:
     args = {key: value for key, value in args.items() if key in ARGS}
     input_size = cfg.get("input_size") or [RGB]
     if not (isinstance(input_size, list) and all(type(size) is int and size > 0 for size in input_size)):
-        raise CheckpointError(f"config.json is damaged: input_size is {input_size!r}.", hint)
+        raise CheckpointError(f"{file} is damaged: input_size is {input_size!r}.", hint)
     channels: Any = args.get("in_chans", input_size[0])
-    cfg = checked(cfg, channels, cfg.get("num_classes"), "config.json")
+    cfg = checked(cfg, channels, cfg.get("num_classes"), file)
     return Config(name, args, {**cfg, "architecture": name.partition(".")[0]})
 
 
@@ -114,18 +115,24 @@ def settings_for(architecture: str, changes: Mapping[str, Any] | None = None) ->
     return {**ours, "architecture": architecture.partition(".")[0], **(changes or {})}
 
 
-def spec_of(config: Mapping[str, Any]) -> Spec:
-    """Returns the Spec of timm's config.json. Raises CheckpointError as `read_settings` and `spec_for`."""
+def spec_of(config: Mapping[str, Any], file: Path) -> Spec:
+    """Returns the Spec of timm's config.json, which is at `file`.
+
+    Raises CheckpointError as `read_settings` and `spec_for`.
+    """
     for key in ("model_args", "pretrained_cfg"):
         if key not in config:
-            raise CheckpointError(f"config.json lacks {key!r}.", "Convert or download it again.")
+            raise CheckpointError(f"{file} lacks {key!r}.", "Convert or download it again.")
     about = config.get("scala")
     features = isinstance(about, dict) and about.get("features") is True
-    return replace(spec_for(read_settings(config)), features=features)
+    return replace(spec_for(read_settings(config, file), file), features=features)
 
 
-def spec_for(config: Config) -> Spec:
-    """Returns the Spec of the model timm builds. Raises CheckpointError if that fails or is no plain ViT."""
-    damaged = f"config.json is damaged: timm cannot build {config.architecture}"
+def spec_for(config: Config, file: Path) -> Spec:
+    """Returns the Spec of the model timm builds; `file` is its config.json, for messages.
+
+    Raises CheckpointError if that fails or is no plain ViT.
+    """
+    damaged = f"{file} is damaged: timm cannot build {config.architecture}"
     with naming_failure(damaged, "Convert or download it again.", CheckpointError):
         return describe(config.skeleton(), config.model_args)

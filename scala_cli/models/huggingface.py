@@ -83,7 +83,7 @@ def read_transformers(directory: Path) -> Source:
             f"{directory}: its pooler, which no class of timm has, is left out; its features are kept"
         )
     ours = Config(architecture, args, settings_for(architecture, cfg))
-    refuse_misfit(spec_for(ours).build(), state, directory)
+    refuse_misfit(spec_for(ours, directory / CONFIG).build(), state, directory)
     return Source(ours, lambda: state, eps=config.get("layer_norm_eps", 1e-12), notes=tuple(notes))
 
 

@@ -98,7 +98,7 @@ def config_of(model: str) -> Config:
                 remedy="convert_directory",
                 model=model,
             )
-        return read_settings(config)
+        return read_settings(config, directory / CONFIG)
     path = Path(model.removeprefix(LOCAL)).expanduser()
     named = model.startswith(LOCAL) or "/" in model or path.is_dir() or path.suffix in SUFFIXES
     if model not in ALIASES and named:

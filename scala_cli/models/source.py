@@ -175,12 +175,13 @@ def original_tensors_of(
 
 
 def refuse_trained(model: str, about: Mapping[str, Any]) -> None:
-    """Raises CheckpointError for a trained family.
+    """Raises CheckpointError for a trained family; a single full width that was trained is none.
 
     Args:
         about: the "scala" object of its config.json.
     """
-    if about.get("method") and "sliced_from" not in about:
+    alone = about.get("ratios") == ["1"] and "points" not in about
+    if about.get("method") and "sliced_from" not in about and not alone:
         raise CheckpointError(
             f"{model} is a trained family of widths; converting it again would mix them up.",
             remedy="train_family",

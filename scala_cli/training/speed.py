@@ -21,6 +21,7 @@ from scala_cli.settings import Settings
 from scala_cli.tasks import task_named
 from scala_cli.tasks.base import Task
 from scala_cli.timing import conditions, take_turns
+from scala_cli.training.muon import fast_muon
 from scala_cli.training.price import Macs, training_macs
 from scala_cli.training.rates import default_optimizer
 from scala_cli.training.step import Step, compiling
@@ -124,7 +125,8 @@ def plain_step(
         task.loss(output, targets if lesson is None else None, lesson, settings.method).backward()
         if chosen.clip_grad:
             dispatch_clip_grad(vit.parameters(), chosen.clip_grad)
-        optimizer.step()
+        with fast_muon(device):
+            optimizer.step()
         optimizer.zero_grad()
         average.update(vit, 1)
 

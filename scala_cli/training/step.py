@@ -32,6 +32,7 @@ from scala_cli.tasks.base import Task
 from scala_cli.tasks.masking import hide_half
 from scala_cli.training.expert import Expert
 from scala_cli.training.gradients import GradientLog
+from scala_cli.training.muon import fast_muon
 from scala_cli.training.rates import default_optimizer, default_rate, has_relative_rates, make_relative
 from scala_cli.world import ALONE, World
 
@@ -198,7 +199,8 @@ class Step:
             numbers = dict(zip(losses, values, strict=True))
             self.refuse_infinite(numbers, length)
             self.moving = True
-            self.optimizer.step()
+            with fast_muon(self.device):
+                self.optimizer.step()
             self.optimizer.zero_grad()
             self.number += 1
             if self.average:
