@@ -20,8 +20,9 @@ MEASURED = ("latency_ms", "memory_mb")
 """Columns that must be measured on the machine itself."""
 LEAST = 1e-3
 """Smaller measurements, in ms or MB, count as this when a prediction is fitted."""
-FIRST, MORE = 8, 8
-"""Points of a large family measured first, and how many more until only measured points are considered."""
+FIRST, NEXT, MORE = 8, 4, 8
+"""Points of a large family measured first and in each later turn; and how many more than the first are
+measured until only measured points are considered."""
 
 Rows = list[dict[str, Any]]
 
@@ -37,9 +38,9 @@ def candidates(
     """Returns a row for each point with the columns that the budget limits.
 
     Latency and memory of up to FIRST points are measured. In a larger family only those of `measured_first`
-    are, and the others are predicted. Then the chosen point is measured and the prediction fitted again,
-    until the chosen point is one that was measured. After FIRST + MORE measurements only measured points get
-    a row.
+    are, and the others are predicted. Then the chosen point and the next best are measured, NEXT in all, and
+    the prediction is fitted again, until the chosen point is one that was measured. If none fits, those that
+    miss by the least are measured. After FIRST + MORE measurements only measured points get a row.
 
     Returns:
         per point its columns, "params", "gmacs", the task's first metric (None if not known) and "fits"; if
@@ -75,10 +76,11 @@ def candidates(
         if len(measured) >= FIRST + MORE:
             found = {point: row for point, row in found.items() if point in measured}
         rows = judged({point: known[point] for point in points if point in found}, found, budget)
-        choice = best(rows, budget)
-        # before saying that none fits, measure them all
-        wanted = [Point.of_row(choice)] if choice else points
-        todo = [point for point in wanted if point not in measured]
+        fitting = ranked(rows, budget)
+        wanted = [Point.of_row(row) for row in fitting or nearest_first(rows, budget)]
+        if fitting and wanted[0] in measured:
+            break
+        todo = [point for point in wanted if point not in measured][:NEXT]
     return rows
 
 
@@ -141,18 +143,16 @@ def gain(row: Mapping[str, Any], rows: Rows) -> tuple[float, float]:
     return spent, 0.0
 
 
-def best(rows: Rows, budget: Budget) -> dict[str, Any] | None:
-    """Returns the best row that fits, or the cheapest if the budget sets an accuracy; None if none fits.
+def ranked(rows: Rows, budget: Budget) -> Rows:
+    """Returns the rows that fit, best first; or cheapest first, if the budget sets an accuracy.
 
     The cheapest has the least of the column `price_of` names.
     """
     fitting = [row for row in rows if row["fits"]]
-    if not fitting:
-        return None
     if budget.min_top1 is None:
-        return max(fitting, key=lambda row: (gain(row, rows), Point.of_row(row)))
+        return sorted(fitting, key=lambda row: (gain(row, rows), Point.of_row(row)), reverse=True)
     name = price_of(budget)
-    return min(fitting, key=lambda row: (row.get(name) or 0, Point.of_row(row)))
+    return sorted(fitting, key=lambda row: (row.get(name) or 0, Point.of_row(row)))
 
 
 def price_of(budget: Budget) -> str:
@@ -160,17 +160,16 @@ def price_of(budget: Budget) -> str:
     return next((name for name, _, least in budget.limits() if not least), "gmacs")
 
 
-def closest(rows: Rows, budget: Budget) -> dict[str, Any]:
-    """Returns the row with the smallest `excess`."""
-    return min(rows, key=lambda row: excess(row, budget))
+def nearest_first(rows: Rows, budget: Budget) -> Rows:
+    """Returns the rows from the smallest `excess` to the largest."""
+    return sorted(rows, key=lambda row: excess(row, budget))
 
 
 def choose(rows: Rows, budget: Budget) -> dict[str, Any]:
     """Returns the best row that fits. Raises PointError if none does, naming the closest."""
-    found = best(rows, budget)
-    if found is not None:
-        return found
-    nearest = closest(rows, budget)
+    if fitting := ranked(rows, budget):
+        return fitting[0]
+    nearest = nearest_first(rows, budget)[0]
     ratio = Point.of_row(nearest).label
     has = ", ".join(f"{name} {amount(nearest.get(name))}" for name, _, _ in budget.limits())
     raise PointError(
@@ -181,12 +180,11 @@ def choose(rows: Rows, budget: Budget) -> dict[str, Any]:
 def alternatives(rows: Rows, budget: Budget) -> dict[str, dict[str, Any]]:
     """Returns {"second": the next best row that fits, "better": the cheapest better row that does not}."""
     chosen, price = choose(rows, budget), price_of(budget)
-    others = [{**row, "fits": row["fits"] and row is not chosen} for row in rows]
     dearer = [
         row for row in rows if not row["fits"] and row.get(price) and gain(row, rows) > gain(chosen, rows)
     ]
     found = {
-        "second": best(others, budget),
+        "second": next(iter(ranked(rows, budget)[1:]), None),
         "better": min(dearer, key=lambda row: row[price], default=None),
     }
     return {name: row for name, row in found.items() if row is not None}
