@@ -137,6 +137,27 @@ def test_blocks_beyond_the_depth_are_refused():
     assert parse_blocks("10, 4,7") == (4, 7, 10)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["drop", "merge"])
+def test_autocast_chooses_the_same_tokens(kind):
+    """Tokens so alike that their scores and cosines tie in bfloat16."""
+    vit, args = build("deit", depth=4)
+    blocks = (1,) if kind == "drop" else ()
+    spec = replace(describe(vit, args), tokens=TokenRule(kind, blocks), keep=HALF)
+    block = spec.build_with(vit.state_dict()).blocks[0]
+    generator = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(8, n, 32, generator=generator) for n in (1, 17))
+    chosen: list[torch.Tensor] = []
+    if kind == "drop":
+        block.dropping.register_forward_hook(lambda module, read, wrote: chosen.append(wrote[1]))
+    for bfloat16 in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            passed = block(x + 0.02 * noise)
+        if kind == "merge":
+            chosen.append(passed.places)
+    assert torch.equal(*chosen) and len(chosen[0].unique()) > 1
+
+
 def test_merged_tokens_are_the_mean_of_their_patches_and_can_be_put_back():
     tokens = torch.randn(2, 1 + 11, 8, generator=torch.Generator().manual_seed(0))
     state = Merged.none(tokens, 1)

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scala_cli.slicing.tokens import Merged, TokenRule, best, merge
+from scala_cli.slicing.tokens import Merged, TokenRule, best, in_float32, merge
 
 Reverse = Callable[[Tensor, nn.Module], Tensor]
 """Maps patch tokens (B, k, C) after a reduction to those of all patches before it, (B, N, C).
@@ -54,7 +54,8 @@ class SlimBlock(Block):
             x = x[:, : self.read] + self.drop_path1(self.ls1(self.attend(self.norm1(x), self.read)))
         elif self.dropping is not None:
             inside = self.norm1(x)
-            scores = attention_to_patches(self.attn, inside, self.dropping.passing)
+            with in_float32(inside):
+                scores = attention_to_patches(self.attn, inside, self.dropping.passing)
             x, _ = self.dropping(x + self.drop_path1(self.ls1(self.attn(inside))), scores)
         else:
             return super().forward(x, *masks, **named)
@@ -123,7 +124,8 @@ class MergeBlock(SlimBlock):
             return super().forward(x, *masks, **named)
         merged = x if isinstance(x, Merged) else Merged.none(x, self.passing.prefix)
         inside = self.norm1(merged.tokens)
-        keys = mean_keys(self.attn, inside[:, self.passing.prefix :])
+        with in_float32(inside):
+            keys = mean_keys(self.attn, inside[:, self.passing.prefix :])
         mask = None if merged is not x else merged.bias()
         attended = self.drop_path1(self.ls1(self.attn(inside, attn_mask=mask)))
         merged = merge(merged._replace(tokens=merged.tokens + attended), keys, self.passing.kept)
@@ -153,6 +155,7 @@ def attention_to_patches(attn: Any, x: Tensor, passing: Passing) -> Tensor:
         x: (B, N, C) input of the attention layer.
     """
     queries, keys, _ = attn.qkv.weight.chunk(3)
+    x = x.to(keys.dtype)
     biases = (None, None) if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
     q = attn.q_norm(heads(F.linear(x[:, :1] if passing.by_class else x, queries, biases[0]), attn))
     if passing.by_class and isinstance(attn.k_norm, nn.Identity):
@@ -173,6 +176,7 @@ def heads(x: Tensor, attn: Any) -> Tensor:
 def mean_keys(attn: Any, x: Tensor) -> Tensor:
     """Returns the mean over heads of the keys of tokens: (B, N, C) -> (B, N, D)."""
     weight = attn.qkv.weight.chunk(3)[1]
+    x = x.to(weight.dtype)
     bias = None if attn.qkv.bias is None else attn.qkv.bias.chunk(3)[1]
     if isinstance(attn.k_norm, nn.Identity):
         bias = None if bias is None else bias.unflatten(0, (attn.num_heads, -1)).mean(0)

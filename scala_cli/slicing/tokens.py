@@ -1,5 +1,6 @@
 """Reduces tokens: how many each block passes on, by dropping or by merging."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
@@ -143,8 +144,9 @@ def merge(merged: Merged, keys: Tensor, count: int) -> Merged:
     if count == k:
         return merged
     prefix = tokens.shape[1] - k
-    keys = F.normalize(keys, dim=-1)
-    likeness, partner = (keys[:, 1::2] @ keys[:, 0::2].mT).max(-1)  # of A with B, (B, |A|)
+    with in_float32(keys):
+        keys = F.normalize(keys.float(), dim=-1)
+        likeness, partner = (keys[:, 1::2] @ keys[:, 0::2].mT).max(-1)  # of A with B, (B, |A|)
     left = likeness.topk(k - count, dim=1).indices
     gone, into = 2 * left + 1, 2 * partner.gather(1, left)  # indices among all k
     stays = torch.ones_like(sizes, dtype=torch.long).scatter(1, gone, 0)
@@ -155,6 +157,17 @@ def merge(merged: Merged, keys: Tensor, count: int) -> Merged:
     summed = tokens.new_zeros(images, count, tokens.shape[-1])
     patches = summed.scatter_add(1, now[..., None].expand_as(patches), patches) / total[..., None]
     return Merged(torch.cat([tokens[:, :prefix], patches], 1), total, now.gather(1, places))
+
+
+def in_float32(tensor: Tensor) -> AbstractContextManager[object]:
+    """Returns a context without autocast; it does nothing where autocast is off, as in exporters.
+
+    Tokens are chosen in it: keys are so alike that their cosines tie in bfloat16, and then the wrong ones are
+    merged (docs/tokens.md).
+    """
+    kind = tensor.device.type  # "meta" while multiply-accumulates are counted
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def parse_blocks(text: str) -> tuple[int, ...]:
